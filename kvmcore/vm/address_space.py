@@ -1,0 +1,164 @@
+"""The address space of a session, the analogue of a Linux process's mm.
+
+A client registers segments [va, va + size) backed by a memfd it passed; every 64-bit pointer in a KVM struct
+(userspace_addr, dirty_bitmap, one_reg.addr, device_attr.addr) is an address in here. A request may carry small
+pointees inline: they overlay the segments, for the thread that serves the request, until it is answered.
+Called by the ioctl dispatch and the ioctl handlers. Must never hand out host memory beyond a segment.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from errno import EEXIST, EFAULT, EINVAL
+
+from protocol.abi.errors import KvmError
+from protocol.channel.shared_memory import PAGE, PROT_READ, PROT_WRITE, Mapping
+
+#: The end of user space in the address space of a session: TASK_SIZE of a 48-bit (Sv48) RISC-V process is 2^47.
+TASK_SIZE = 1 << 47
+
+
+@dataclass(eq=False)
+class Segment:
+    """A mapped piece of a session's address space: `size` bytes at `va`, at `host_address` in this process."""
+
+    va: int
+    size: int
+    prot: int
+    mapping: Mapping
+
+    @property
+    def view(self) -> memoryview:
+        return self.mapping.view
+
+    @property
+    def host_address(self) -> int:
+        return self.mapping.address
+
+    @property
+    def end(self) -> int:
+        return self.va + self.size
+
+
+@dataclass
+class InlineSegment:
+    """A pointee that travelled in the request: bytes at `va`; `dirty` once written, so that it is copied out."""
+
+    va: int
+    data: bytearray
+    readable: bool = True
+    writable: bool = True
+    dirty: bool = field(default=False)
+
+
+class AddressSpace:
+    """Segments by address. Thread-safe: vCPU threads copy while the I/O thread may map and unmap."""
+
+    def __init__(self) -> None:
+        self._segments: list[Segment] = []
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    # -- mappings -------------------------------------------------------------------------------------------
+
+    def map(self, va: int, size: int, fd: int, offset: int, prot: int) -> Segment:
+        """Map `size` bytes of `fd` at `offset` to `va`. The descriptor is not kept: the mapping holds the memory.
+
+        EINVAL: not page aligned, empty, outside user space, or beyond the end of the file (a later touch would
+        be SIGBUS). EEXIST: overlaps another segment.
+        """
+        if va % PAGE or size % PAGE or offset % PAGE or size <= 0 or va < 0 or va + size > TASK_SIZE:
+            raise KvmError(EINVAL, reason="segments are page aligned, not empty, below 2^47")
+        if prot & ~(PROT_READ | PROT_WRITE) or not prot & PROT_READ:
+            raise KvmError(EINVAL, reason="prot is READ or READ|WRITE")
+        if offset + size > os.fstat(fd).st_size:
+            raise KvmError(EINVAL, reason="segment ends beyond its file")
+        segment = Segment(va, size, prot, Mapping([(fd, offset, size)], prot))
+        with self._lock:
+            if any(s.va < va + size and va < s.end for s in self._segments):
+                raise KvmError(EEXIST, reason="segment overlaps another one")
+            self._segments = sorted([*self._segments, segment], key=lambda s: s.va)
+        return segment
+
+    def unmap(self, va: int, size: int) -> None:
+        """Forget the segment that is exactly [va, va + size). EINVAL if there is none.
+
+        Memory that a memslot still refers to stays mapped until that slot lets go of its Segment.
+        """
+        with self._lock:
+            for segment in self._segments:
+                if segment.va == va and segment.size == size:
+                    self._segments = [s for s in self._segments if s is not segment]
+                    return
+        raise KvmError(EINVAL, reason="no such segment")
+
+    def find(self, va: int) -> Segment | None:
+        """The segment that holds address `va`, or None."""
+        for segment in self._segments:
+            if segment.va <= va < segment.end:
+                return segment
+        return None
+
+    def pieces(self, va: int, size: int) -> list[Segment]:
+        """The segments that overlap [va, va + size), in order; there may be holes between them."""
+        return [s for s in self._segments if s.va < va + size and va < s.end]
+
+    # -- copies ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def overlay(self, segments: list[InlineSegment]) -> Iterator[None]:
+        """Let this thread see `segments` before the mapped ones, for the time of one request."""
+        self._local.inline = segments
+        try:
+            yield
+        finally:
+            self._local.inline = []
+
+    def copy_from_user(self, va: int, size: int) -> bytes:
+        """`size` bytes at `va`; EFAULT if any of them is not readable."""
+        if size == 0:
+            return b""
+        for inline in self._inline():
+            if inline.readable and inline.va <= va and va + size <= inline.va + len(inline.data):
+                start = va - inline.va
+                return bytes(inline.data[start : start + size])
+        out = bytearray()
+        for segment, start, length in self._walk(va, size, PROT_READ):
+            out += segment.view[start : start + length]
+        return bytes(out)
+
+    def copy_to_user(self, va: int, data: bytes) -> None:
+        """Write `data` at `va`; EFAULT if any byte is not writable (nothing is written then)."""
+        if not data:
+            return
+        for inline in self._inline():
+            if inline.writable and inline.va <= va and va + len(data) <= inline.va + len(inline.data):
+                start = va - inline.va
+                inline.data[start : start + len(data)] = data
+                inline.dirty = True
+                return
+        done = 0
+        for segment, start, length in self._walk(va, len(data), PROT_READ | PROT_WRITE):
+            segment.view[start : start + length] = data[done : done + length]
+            done += length
+
+    def _inline(self) -> list[InlineSegment]:
+        inline: list[InlineSegment] = getattr(self._local, "inline", [])
+        return inline
+
+    def _walk(self, va: int, size: int, prot: int) -> list[tuple[Segment, int, int]]:
+        """The (segment, start, length) pieces that make up [va, va + size); EFAULT at the first hole."""
+        pieces: list[tuple[Segment, int, int]] = []
+        end = va + size
+        while va < end:
+            segment = self.find(va) if 0 <= va < TASK_SIZE else None
+            if segment is None or segment.prot & prot != prot:
+                raise KvmError(EFAULT, reason=f"bad address {va:#x}")
+            length = min(end, segment.end) - va
+            pieces.append((segment, va - segment.va, length))
+            va += length
+        return pieces
