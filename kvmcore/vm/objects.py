@@ -4,7 +4,7 @@
 kvmcore/server implements (vm never imports server). Called by kvmcore/vm/*, kvmcore/ioctl/*, kvmcore/server/*.
 
 How an ioctl handler of kvmcore/ioctl/{system,vm,vcpu,device}.py is called
-    fn(handle, argument) -> int | bytes | Handle | None,  raising KvmError(errno)
+    fn(handle, argument) -> int | bytes | Handle | Deferred | None,  raising KvmError(errno)
 * `handle` is the object itself (Vm, Vcpu, ...). `handle.session.mm` is the caller's address space
   (copy_from_user / copy_to_user raise EFAULT); `handle.session.lookup(number)` resolves an "fd" in a struct.
 * `argument`: a row with a struct of fixed size gets it copied in and parsed; a row without one gets the plain
@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from protocol.abi.errors import KvmError
 
 if TYPE_CHECKING:
+    from protocol.abi.compat import Compat
+
     from kvmcore.vm.address_space import AddressSpace
     from kvmcore.vm.vm import Vm
 
@@ -48,6 +50,7 @@ class Session(Protocol):
     """A client process as its VMs see it: an address space and a table of numbers (handles and passed files)."""
 
     mm: AddressSpace
+    compat: Compat
 
     def install(self, handle: Handle) -> int:
         """Give `handle` an unguessable number (a positive s32) in this session's table. EMFILE when it is full."""
@@ -105,6 +108,23 @@ class Handle:
     def read(self, offset: int, size: int) -> bytes:
         """pread() on the handle, for those that are files (statistics)."""
         raise KvmError(EINVAL, reason=f"{self.kind} handles cannot be read")
+
+
+class System(Handle):
+    """Base of the /dev/kvm handle. The daemon's own subclass knows how to make a VM process."""
+
+    kind = "system"
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def create_vm(self, machine_type: int) -> int | Handle | Deferred:
+        """KVM_CREATE_VM, for the handler of that name to call and to return the result of."""
+        raise KvmError(EINVAL, reason="this process makes no VMs")
+
+
+class Deferred:
+    """Returned by a handler whose answer comes later: the server sends the reply when it is there."""
 
 
 class VmChild(Handle):

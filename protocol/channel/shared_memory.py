@@ -92,7 +92,9 @@ class Mapping:
         except OSError:
             self.close()
             raise
-        view = memoryview((ctypes.c_ubyte * size).from_address(self.address)).cast("B")
+        array = (ctypes.c_ubyte * size).from_address(self.address)
+        array.mapping = self  # a view keeps the memory it looks at
+        view = memoryview(array).cast("B")
         self.view = view if prot & PROT_WRITE else view.toreadonly()
 
     def close(self) -> None:

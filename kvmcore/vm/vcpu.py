@@ -1,0 +1,199 @@
+"""The vCPU: its thread, its shared page, and the loop of KVM_RUN (KVM_ABI 1.5, 1.12).
+
+All ioctls of a vCPU are serialised by `mutex`, in order, behind a running KVM_RUN; only kicks, interrupts and
+power changes come from other threads. What an exit means is kvmcore/vm/exits.py's business, what an ecall means is
+kvmcore/sbi's: this file decides only whether the thread runs the guest, sleeps, or returns to the client. The page
+is hostile: nothing read from it decides more than "run again" or "leave with EINTR".
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from errno import EINTR, EIO
+from typing import TYPE_CHECKING
+
+from protocol.abi import run_page
+from protocol.abi.errors import KvmError
+from protocol.abi.exits import Exit
+from protocol.channel.doorbell import Doorbell, WakeWord
+from protocol.channel.shared_memory import Mapping, create_memfd
+
+from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.machine import Hart
+from kvmcore.vm import exits
+from kvmcore.vm.objects import VmChild
+
+if TYPE_CHECKING:
+    from kvmcore.vm.vm import Vm
+
+log = logging.getLogger("kvmcore.vcpu")
+
+RUNNABLE = 0
+STOPPED = 5
+Job = Callable[[], None]
+
+
+class Vcpu(VmChild):
+    """One vCPU. `hart` is its architectural state in the engine; `pending` belongs to exits.py."""
+
+    kind = "vcpu"
+
+    def __init__(self, vm: Vm, vcpu_id: int, index: int) -> None:
+        super().__init__(vm)
+        self.id = vcpu_id
+        self.index = index
+        self.mutex = threading.Lock()
+        self.hart = Hart(vm.machine, index, vcpu_id)
+        self.mp_state = RUNNABLE if index == 0 else STOPPED
+        self.ran_once = False
+        self.pending: exits.Pending | None = None
+        """The exit that the next RUN completes. Private: the shared page says nothing about it."""
+        self.guest_debug = False
+        self.sleeping = False
+        """Whether the thread is blocked in WFI: HSM's state SUSPENDED."""
+        self.run_memfd = create_memfd(f"kvm-vcpu:{vcpu_id}", run_page.PAGE)
+        self.mapping = Mapping([(self.run_memfd, 0, run_page.PAGE), (vm.ring_memfd, 0, run_page.PAGE)])
+        self.page = self.mapping.view
+        """The 8192 bytes that the client maps: kvm_run and the doorbell words, then the VM's coalesced ring."""
+        self.doorbell = Doorbell(self.page, self.mapping.address, run_page.DOORBELL_BELL)
+        self._reset: tuple[int, int] | None = None
+        self._wake = WakeWord()
+        self._jobs: deque[Job] = deque()
+        self._thread = threading.Thread(target=self._serve, name=f"vcpu-{vcpu_id}", daemon=True)
+
+    def shared_fds(self) -> list[int]:
+        """[memfd of kvm_run's page, memfd of the coalesced ring's page]: map them one behind the other."""
+        return [self.run_memfd, self.vm.ring_memfd]
+
+    # -- the thread -------------------------------------------------------------------------------------------
+
+    def start_thread(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Run `job` on the vCPU's thread, with the mutex held, after everything that was there before it."""
+        self._jobs.append(job)
+        self.doorbell.ring()
+
+    def try_now(self, job: Job) -> bool:
+        """Run `job` here and now if the vCPU is idle and nothing waits; False if it must be submitted."""
+        if self._jobs or not self.mutex.acquire(blocking=False):
+            return False
+        try:
+            job()
+        finally:
+            self.mutex.release()
+        return True
+
+    def _serve(self) -> None:
+        bell = self.doorbell
+        served = bell.requested()
+        while not self.vm.dead:
+            sample = bell.sample()
+            if self._jobs:
+                job = self._jobs.popleft()
+                with self.mutex:
+                    job()
+                continue
+            wanted = bell.requested()
+            if wanted != served:
+                served = wanted
+                with self.mutex:
+                    ret, errno = self._run_for_doorbell()
+                bell.answer(wanted, ret, errno)
+                continue
+            bell.sleep(sample)
+
+    def _run_for_doorbell(self) -> tuple[int, int]:
+        try:
+            return self.run(), 0
+        except KvmError as error:
+            return -1, error.errno or EIO
+        except Exception:
+            log.exception("vCPU %d: internal error in KVM_RUN", self.id)
+            return -1, EIO
+
+    # -- KVM_RUN ----------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """KVM_RUN; the caller holds the mutex. 0: look at exit_reason. KvmError: EINTR, EIO, EFAULT, EOPNOTSUPP."""
+        self.vm.check_alive()
+        self.ran_once = True
+        exits.complete(self)
+        if self.page[run_page.IMMEDIATE_EXIT]:
+            self.doorbell.take_kick()
+            raise KvmError(EINTR, "RUN", "immediate_exit")
+        self.set_exit_reason(Exit.UNKNOWN)
+        while True:
+            seen = self._wake.value
+            if self.vm.dead:
+                raise KvmError(EIO, "RUN", "the VM is dead")
+            if self.doorbell.take_kick():
+                self.set_exit_reason(Exit.INTR)
+                raise KvmError(EINTR, "RUN", "kicked")
+            self._apply_reset()
+            if self.mp_state == STOPPED:
+                self._wake.wait(seen, None)
+                continue
+            kind = self.hart.run()
+            if kind == ExitKind.KICK:
+                continue
+            if kind == ExitKind.WFI:
+                self._sleep(seen)
+            elif not exits.serve(self, kind):
+                return 0
+
+    def _sleep(self, seen: int) -> None:
+        """WFI found nothing pending: sleep until an interrupt, a kick, or the timer. May wake for nothing."""
+        self.sleeping = True
+        self._wake.wait(seen, self.hart.deadline_ns())
+        self.sleeping = False
+
+    def set_exit_reason(self, reason: int) -> None:
+        """Write kvm_run.exit_reason."""
+        run_page.U32.pack_into(self.page, run_page.EXIT_REASON, reason)
+
+    # -- from other threads -----------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """Make RUN return EINTR: the one that runs now, or else the next one."""
+        self.doorbell.set_kick()
+        self.poke()
+
+    def poke(self) -> None:
+        """Make a running or sleeping RUN look at kicks, power and resets; it does not return for that alone."""
+        self.hart.kick()
+        self._wake.wake()
+
+    def wake(self) -> None:
+        """An interrupt has become pending (hart.set_pending was called): end a WFI."""
+        self._wake.wake()
+
+    def power_on(self) -> None:
+        """mp_state RUNNABLE: a RUN that blocks because the vCPU is stopped goes on."""
+        self.mp_state = RUNNABLE
+        self._wake.wake()
+
+    def power_off(self) -> None:
+        """mp_state STOPPED: the guest code stops at its next safe point, and RUN blocks."""
+        self.mp_state = STOPPED
+        self.poke()
+
+    def request_reset(self, pc: int, opaque: int) -> None:
+        """HSM hart_start: on its next way into the guest the hart starts at `pc` with a0 = id, a1 = `opaque`."""
+        self._reset = (pc, opaque)
+        self.power_on()
+
+    def _apply_reset(self) -> None:
+        if self._reset is not None:
+            (pc, opaque), self._reset = self._reset, None
+            exits.reset_hart(self, pc, opaque)
+
+    def shut_down(self) -> None:
+        """The VM is dead: leave the guest, answer EIO, end the thread."""
+        self.hart.kick()
+        self._wake.wake()
+        self.doorbell.ring()

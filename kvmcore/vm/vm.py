@@ -1,0 +1,141 @@
+"""The VM: what KVM_CREATE_VM makes, the root of the lifetime graph of KVM_ABI 1.14.
+
+It lives until the last of {VM, vCPU, device, statistics, guest_memfd} handles is closed; then `on_destroyed` runs
+(the VM process ends). Holds the parts that the ioctl handlers work on: memory, eventfds, irqchip, vCPUs, and the
+engine's Machine. Called by kvmcore/ioctl and by the server of the VM process. Must never know of frames.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from errno import EEXIST, EINVAL, EIO
+from typing import TYPE_CHECKING
+
+from protocol.abi.errors import KvmError
+from protocol.channel.shared_memory import PAGE, Mapping, create_memfd
+
+from kvmcore.vm.eventfd import Eventfds
+from kvmcore.vm.memory import Memory
+from kvmcore.vm.objects import Handle, Loop, Session
+
+if TYPE_CHECKING:
+    from kvmcore.engine.machine import Machine
+    from kvmcore.vm.irqchip.aia import Aia
+    from kvmcore.vm.vcpu import Vcpu
+
+#: Linux's KVM_MAX_VCPU_IDS and KVM_MAX_VCPUS on RISC-V.
+MAX_VCPUS = 1024
+
+
+class Vm(Handle):
+    """One virtual machine. `lock` is Linux's kvm->lock; order: vm.lock, then vcpu.mutex, then memory's lock."""
+
+    kind = "vm"
+
+    def __init__(self, session: Session, loop: Loop, *, name: str = "", accel: str = "native") -> None:
+        self.session = session
+        self.loop = loop
+        self.name = name
+        self.accel = accel
+        self.lock = threading.RLock()
+        self.dead = False
+        self.vcpus: list[Vcpu] = []
+        """By index, which is creation order. Index 0 boots."""
+        self.vcpus_by_id: dict[int, Vcpu] = {}
+        self.memory = Memory(self)
+        self.eventfds = Eventfds(self)
+        self.irqchip: Aia | None = None
+        self.ring_memfd = create_memfd("kvm-coalesced-ring", PAGE)
+        self.ring = Mapping([(self.ring_memfd, 0, PAGE)])
+        """The coalesced-MMIO ring: one page, seen as page 1 of every vCPU's mapping (KVM_ABI 1.3)."""
+        self.on_destroyed: Callable[[], None] = lambda: None
+        self._machine: Machine | None = None
+        self._references = 0
+        self._references_lock = threading.Lock()
+
+    # -- lifetime ---------------------------------------------------------------------------------------------
+
+    def get(self) -> None:
+        """Take a reference: the VM stays until it is put back."""
+        with self._references_lock:
+            self._references += 1
+
+    def put(self) -> None:
+        """Give a reference back; the last one destroys the VM."""
+        with self._references_lock:
+            self._references -= 1
+            last = self._references == 0
+        if last:
+            self.destroy()
+
+    def opened(self) -> None:
+        self.get()
+
+    def closed(self) -> None:
+        """The VM's own handle is closed: irqfds go at once, even if vCPUs keep the VM (KVM_ABI 1.9)."""
+        self.eventfds.release_irqfds()
+        self.put()
+
+    def destroy(self) -> None:
+        """Stop everything: vCPUs leave the guest within moments and answer EIO from now on. Idempotent."""
+        if self.dead:
+            return
+        self.dead = True
+        for vcpu in self.vcpus:
+            vcpu.shut_down()
+        self.on_destroyed()
+
+    def check_alive(self) -> None:
+        """KvmError(EIO) once the VM is dead, whatever is asked of it (KVM_ABI 1.1 b)."""
+        if self.dead:
+            raise KvmError(EIO, reason="the VM is dead")
+
+    # -- vCPUs ------------------------------------------------------------------------------------------------
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """KVM_CREATE_VCPU. EINVAL: id out of range; EEXIST: the id was ever used in this VM (KVM_ABI 1.2)."""
+        from kvmcore.vm.vcpu import Vcpu
+
+        with self.lock:
+            if not 0 <= vcpu_id < MAX_VCPUS or len(self.vcpus) >= MAX_VCPUS:
+                raise KvmError(EINVAL, reason=f"vCPU ids are 0 to {MAX_VCPUS - 1}")
+            if vcpu_id in self.vcpus_by_id:
+                raise KvmError(EEXIST, reason=f"vCPU {vcpu_id} exists")
+            vcpu = Vcpu(self, vcpu_id, index=len(self.vcpus))
+            self.vcpus.append(vcpu)
+            self.vcpus_by_id[vcpu_id] = vcpu
+            vcpu.start_thread()
+            return vcpu
+
+    @property
+    def ran_once(self) -> bool:
+        """Whether any vCPU has entered KVM_RUN: much is frozen from then on (KVM_ABI 1.14)."""
+        return any(vcpu.ran_once for vcpu in self.vcpus)
+
+    # -- the engine -------------------------------------------------------------------------------------------
+
+    @property
+    def machine(self) -> Machine:
+        """The engine's half of this VM; made on first use, so that a VM without vCPUs costs no engine."""
+        if self._machine is None:
+            with self.lock:
+                if self._machine is None:
+                    from kvmcore.engine.machine import Machine
+                    from kvmcore.vm.accelerator import image_for
+
+                    machine = Machine(image_for(self.accel), max_harts=MAX_VCPUS)
+                    self._machine = machine
+                    self.memory.publish()
+        return self._machine
+
+    @property
+    def has_machine(self) -> bool:
+        """Whether the engine's half exists yet; memslot changes before that need no vCPU to be stopped."""
+        return self._machine is not None
+
+    @property
+    def label(self) -> str:
+        """How statistics and logs call this VM: kvm-PID, as Linux does."""
+        return f"kvm-{os.getpid()}"
