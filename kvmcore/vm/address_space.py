@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from errno import EEXIST, EFAULT, EINVAL
@@ -59,6 +59,8 @@ class AddressSpace:
     """Segments by address. Thread-safe: vCPU threads copy while the I/O thread may map and unmap."""
 
     def __init__(self) -> None:
+        self.listeners: list[Callable[[int, int], None]] = []
+        """Called with (va, size) after a segment was mapped or unmapped there: memslots follow."""
         self._segments: list[Segment] = []
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -82,6 +84,7 @@ class AddressSpace:
             if any(s.va < va + size and va < s.end for s in self._segments):
                 raise KvmError(EEXIST, reason="segment overlaps another one")
             self._segments = sorted([*self._segments, segment], key=lambda s: s.va)
+        self._tell(va, size)
         return segment
 
     def unmap(self, va: int, size: int) -> None:
@@ -93,8 +96,14 @@ class AddressSpace:
             for segment in self._segments:
                 if segment.va == va and segment.size == size:
                     self._segments = [s for s in self._segments if s is not segment]
-                    return
-        raise KvmError(EINVAL, reason="no such segment")
+                    break
+            else:
+                raise KvmError(EINVAL, reason="no such segment")
+        self._tell(va, size)
+
+    def _tell(self, va: int, size: int) -> None:
+        for listener in list(self.listeners):
+            listener(va, size)
 
     def find(self, va: int) -> Segment | None:
         """The segment that holds address `va`, or None."""

@@ -27,10 +27,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from protocol.abi.errors import KvmError
 
 if TYPE_CHECKING:
-    from protocol.abi.compat import Compat
-
     from kvmcore.vm.address_space import AddressSpace
     from kvmcore.vm.vm import Vm
+    from protocol.abi.compat import Compat
 
 
 class Loop(Protocol):

@@ -15,16 +15,15 @@ from collections.abc import Callable
 from errno import EINTR, EIO
 from typing import TYPE_CHECKING
 
+from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.machine import Hart
+from kvmcore.vm import exits
+from kvmcore.vm.objects import VmChild
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.exits import Exit
 from protocol.channel.doorbell import Doorbell, WakeWord
 from protocol.channel.shared_memory import Mapping, create_memfd
-
-from kvmcore.engine.exits import ExitKind
-from kvmcore.engine.machine import Hart
-from kvmcore.vm import exits
-from kvmcore.vm.objects import VmChild
 
 if TYPE_CHECKING:
     from kvmcore.vm.vm import Vm

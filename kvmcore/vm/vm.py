@@ -13,12 +13,11 @@ from collections.abc import Callable
 from errno import EEXIST, EINVAL, EIO
 from typing import TYPE_CHECKING
 
-from protocol.abi.errors import KvmError
-from protocol.channel.shared_memory import PAGE, Mapping, create_memfd
-
 from kvmcore.vm.eventfd import Eventfds
 from kvmcore.vm.memory import Memory
 from kvmcore.vm.objects import Handle, Loop, Session
+from protocol.abi.errors import KvmError
+from protocol.channel.shared_memory import PAGE, Mapping, create_memfd
 
 if TYPE_CHECKING:
     from kvmcore.engine.machine import Machine

@@ -1,0 +1,102 @@
+"""The table of a session: number -> handle or passed file, as a process's fd table is.
+
+Called by kvmcore/server/session.py. Numbers of handles are random 31-bit values from 65536 up, so that a stale or an
+invented number hits nothing, and never collide with the numbers of passed files, which are the client's own
+descriptors. Must never say whether a number it refuses is closed, foreign or made up.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from errno import EBADF, EMFILE
+
+from kvmcore.vm.objects import Handle, HostFile, not_found
+from protocol.abi.errors import KvmError
+
+#: Client descriptors are below this number, handles are not.
+FIRST_HANDLE = 1 << 16
+_LAST_HANDLE = (1 << 31) - 1
+
+
+class HandleTable:
+    """Thread-safe: vCPU threads install and look up, the I/O thread closes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._entries: dict[int, Handle | HostFile] = {}
+        self._retired: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def install(self, handle: Handle) -> int:
+        """The new number of `handle`. EMFILE when the table is full."""
+        with self._lock:
+            if len(self._entries) >= self._limit:
+                raise KvmError(EMFILE, reason=f"a session has at most {self._limit} handles")
+            while True:
+                number = FIRST_HANDLE + secrets.randbelow(_LAST_HANDLE - FIRST_HANDLE)
+                if number not in self._entries and number not in self._retired:
+                    break
+            self._entries[number] = handle
+        handle.opened()
+        return number
+
+    def lookup(self, number: int) -> Handle | HostFile:
+        """KvmError(EBADF) if there is nothing behind `number`."""
+        entry = self._entries.get(number)
+        if entry is None:
+            raise not_found(number)
+        return entry
+
+    def handle(self, number: int) -> Handle:
+        """As lookup(), for numbers that must be handles."""
+        entry = self.lookup(number)
+        if not isinstance(entry, Handle):
+            raise not_found(number)
+        return entry
+
+    def close(self, number: int) -> None:
+        """close(2): EBADF if it is not open."""
+        with self._lock:
+            entry = self._entries.get(number)
+            if not isinstance(entry, Handle):
+                raise not_found(number)
+            del self._entries[number]
+            self._retired.add(number)
+            if len(self._retired) > 4096:
+                self._retired.pop()
+        entry.closed()
+
+    def pass_file(self, number: int, fd: int) -> None:
+        """Take `fd` (owned from now on) as the client's descriptor `number`, in place of an earlier one."""
+        if not 0 <= number < FIRST_HANDLE:
+            raise KvmError(EBADF, reason=f"descriptors are below {FIRST_HANDLE}")
+        with self._lock:
+            old = self._entries.get(number)
+            if old is None and len(self._entries) >= self._limit:
+                raise KvmError(EMFILE, reason=f"a session has at most {self._limit} handles")
+            self._entries[number] = HostFile(fd)
+        if isinstance(old, HostFile):
+            old.close()
+
+    def close_file(self, number: int) -> None:
+        """Forget the passed file `number`. EBADF if there is none."""
+        with self._lock:
+            entry = self._entries.get(number)
+            if not isinstance(entry, HostFile):
+                raise not_found(number)
+            del self._entries[number]
+        entry.close()
+
+    def close_all(self) -> None:
+        """The session is over: close everything, VMs last, as exit(2) closes fds in order."""
+        with self._lock:
+            entries, self._entries = list(self._entries.values()), {}
+        for entry in sorted(entries, key=lambda e: isinstance(e, Handle) and e.kind == "vm"):
+            if isinstance(entry, HostFile):
+                entry.close()
+            else:
+                entry.closed()

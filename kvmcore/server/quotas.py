@@ -1,0 +1,45 @@
+"""How much one client, and all of them, may ask of this host. One table, so that the limits are seen in one place.
+
+Read by the acceptor, the router and the daemon. The figures keep descriptors in hand: libzmq aborts its process when
+accept(2) fails with EMFILE, so that must not come to pass (KVM_ABI section 6).
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+#: Descriptors that one session costs the daemon: its socket, a pidfd, and connections of the ROUTER.
+_PER_SESSION = 12
+#: Descriptors that one VM costs the daemon: control socket and pidfd.
+_PER_VM = 2
+#: Descriptors that the process needs for itself.
+_OWN = 32
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """Limits. `sessions` and `vms` are per daemon, the others per session."""
+
+    sessions: int
+    vms: int
+    vms_per_session: int = 256
+    handles: int = 8192
+    """vCPUs, devices, statistics files, guest_memfds and passed descriptors."""
+    in_flight: int = 2048
+    """Requests that have been taken in and not been answered."""
+    segments: int = 1024
+
+    @classmethod
+    def of_this_process(cls) -> Quotas:
+        """Raise RLIMIT_NOFILE to the hard limit, and share out what there is."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            except (OSError, ValueError):
+                hard = soft
+        descriptors = 1 << 20 if hard == resource.RLIM_INFINITY else hard
+        spare = max(descriptors - _OWN, _PER_SESSION + _PER_VM)
+        vms = max(1, min(4096, spare // (4 * _PER_VM)))
+        return cls(sessions=max(1, min(1024, spare // (2 * _PER_SESSION))), vms=vms)

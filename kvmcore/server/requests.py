@@ -1,0 +1,209 @@
+"""What a request asks for, done: ioctls through kvmcore.ioctl, and the control requests of the protocol.
+
+Called by the router on the I/O thread. An ioctl of a vCPU is performed at once if the vCPU is idle, else on its thread
+behind what is there already; KVM_RUN always goes there, KVM_INTERRUPT never does. Exactly one reply leaves for each
+request. Must never wait on the I/O thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from errno import EINVAL, EIO, ENOTTY
+from typing import TYPE_CHECKING, cast
+
+from kvmcore import ioctl
+from kvmcore.server.session import ClientSession
+from kvmcore.vm.address_space import InlineSegment
+from kvmcore.vm.objects import Deferred, Handle
+from protocol.abi import run_page
+from protocol.abi.errors import KvmError
+from protocol.abi.ioctls import BY_NAME
+from protocol.codec import control, envelope
+from protocol.codec.envelope import COPY_OUT, FrameError, Reply, Request
+
+if TYPE_CHECKING:
+    from kvmcore.vm.vcpu import Vcpu
+    from kvmcore.vm.vm import Vm
+
+log = logging.getLogger("kvmcore.requests")
+
+_RUN = BY_NAME["RUN"].number
+_INTERRUPT = BY_NAME["INTERRUPT"].number
+#: Bytes that READ and READ_GPA give at most.
+_READ_LIMIT = 1 << 19
+#: The head of kvm_run, all but the sync registers: what a client without shared memory sends and gets.
+_PAGE_HEAD = run_page.SYNC_REGS
+
+#: Sends the encoded reply of a ticket; any thread may call it.
+Finish = Callable[["Ticket", bytes], None]
+
+
+class Ticket:
+    """A request that is being served, and the means to answer it, once, from any thread."""
+
+    def __init__(self, finish: Finish, identity: bytes, session: ClientSession, request: Request) -> None:
+        self.identity = identity
+        self.session = session
+        self.request = request
+        self._finish = finish
+
+    def answer(self, ret: int, extra: bytes = b"", copies: tuple[tuple[int, bytes], ...] = ()) -> None:
+        """Success: what ioctl(2) returns, and whatever goes with it."""
+        self._send(Reply(self.request.seq, ret, 0, copies, extra))
+
+    def fail(self, errno: int, extra: bytes = b"", copies: tuple[tuple[int, bytes], ...] = ()) -> None:
+        """Failure. What had been copied out before stays copied out, as in Linux (GET_REG_LIST's E2BIG)."""
+        self._send(Reply(self.request.seq, -1, errno, copies, extra))
+
+    def _send(self, reply: Reply) -> None:
+        try:
+            frame = envelope.encode_reply(reply)
+        except FrameError as error:
+            frame = envelope.encode_reply(Reply(reply.seq, -1, EIO, extra=str(error).encode()))
+        self._finish(self, frame)
+
+
+#: The ticket that the I/O thread performs on the system handle; CREATE_VM takes it to answer later.
+current: list[Ticket] = []
+
+
+def dispatch(ticket: Ticket) -> None:
+    """Have `ticket` served."""
+    request = ticket.request
+    try:
+        if control.is_control(request.request):
+            _control(ticket)
+            return
+        handle = ticket.session.table.handle(request.handle)
+    except KvmError as error:
+        ticket.fail(error.errno or EINVAL, error.reason.encode())
+        return
+    if handle.kind != "vcpu" or request.request == _INTERRUPT:
+        _perform(ticket, handle)
+        return
+    vcpu = cast("Vcpu", handle)
+    if request.request == _RUN or not vcpu.try_now(lambda: _perform(ticket, vcpu)):
+        vcpu.submit(lambda: _perform(ticket, vcpu))
+
+
+def _perform(ticket: Ticket, handle: Handle) -> None:
+    """An ioctl: on the I/O thread, or on the vCPU's with its mutex held."""
+    request = ticket.request
+    if request.request == _RUN and request.flags & envelope.FLAG_INLINE_PAGE and handle.kind == "vcpu":
+        _run_inline(ticket, cast("Vcpu", handle))
+        return
+    inline = [
+        InlineSegment(copy.va, bytearray(copy.data or copy.length), writable=bool(copy.direction & COPY_OUT))
+        for copy in request.copies
+    ]
+    errno, reason = 0, ""
+    result: int | Deferred = 0
+    if handle.kind == "system":
+        current.append(ticket)
+    try:
+        with ticket.session.mm.overlay(inline):
+            result = ioctl.call(handle, request.request, request.arg)
+    except KvmError as error:
+        errno, reason = error.errno or EIO, error.reason
+    except Exception:
+        log.exception("internal error in %s", ioctl.name_of(handle.kind, request.request))
+        errno, reason = EIO, "internal error, see kvmcore's log"
+    finally:
+        if handle.kind == "system":
+            current.pop()
+    copies = tuple((segment.va, bytes(segment.data)) for segment in inline if segment.dirty)
+    if errno:
+        ticket.fail(errno, reason.encode()[:512], copies)
+    elif not isinstance(result, Deferred):
+        ticket.answer(result, copies=copies)
+
+
+def _run_inline(ticket: Ticket, vcpu: Vcpu) -> None:
+    """KVM_RUN for a client that does not map the page: its head comes in the payload and goes back in the extra.
+
+    The extra is the head as it came out, then the coalesced ring's page if there is something in it (it is drained).
+    """
+    request = ticket.request
+    head = request.payload[:_PAGE_HEAD]
+    vcpu.page[: len(head)] = head
+    errno, ret = 0, 0
+    try:
+        ret = cast(int, ioctl.call(vcpu, _RUN, request.arg))
+    except KvmError as error:
+        errno = error.errno or EIO
+    except Exception:
+        log.exception("internal error in RUN")
+        errno = EIO
+    extra = bytes(vcpu.page[:_PAGE_HEAD])
+    first, last = (run_page.U32.unpack_from(vcpu.page, at)[0] for at in _RING_ENDS)
+    if first != last:
+        extra += bytes(vcpu.page[run_page.COALESCED_RING : run_page.MMAP_SIZE])
+        run_page.U32.pack_into(vcpu.page, run_page.COALESCED_FIRST, last)
+    if errno:
+        ticket.fail(errno, extra)
+    else:
+        ticket.answer(ret, extra)
+
+
+_RING_ENDS = (run_page.COALESCED_FIRST, run_page.COALESCED_LAST)
+
+
+# -- control requests -----------------------------------------------------------------------------------------
+
+
+def _control(ticket: Ticket) -> None:
+    request, session = ticket.request, ticket.session
+    match request.request:
+        case control.CLOSE:
+            session.table.close(request.handle)
+            ticket.answer(0)
+        case control.PING:
+            session.seen()
+            ticket.answer(0)
+        case control.GOODBYE:
+            ticket.answer(0)
+            session.close()
+        case control.KICK:
+            _kick(session.table.handle(request.handle), request.arg)
+            ticket.answer(0)
+        case control.READ:
+            handle = session.table.handle(request.handle)
+            ticket.answer(0, handle.read(request.arg, _length(request)))
+        case control.READ_GPA:
+            memory = _vm(session.table.handle(request.handle)).memory
+            ticket.answer(0, memory.read(request.arg, _length(request)))
+        case control.WRITE_GPA:
+            memory = _vm(session.table.handle(request.handle)).memory
+            memory.write(request.arg, request.payload)
+            ticket.answer(0)
+        case _:
+            raise KvmError(ENOTTY, reason="unknown control request")
+
+
+def _kick(handle: Handle, arg: int) -> None:
+    """KICK: the kick word of a client that maps the page is set already; for others (arg 1) it is set here."""
+    if handle.kind != "vcpu":
+        raise KvmError(EINVAL, reason="only vCPUs can be kicked")
+    vcpu = cast("Vcpu", handle)
+    if arg:
+        vcpu.kick()
+    else:
+        vcpu.poke()
+
+
+def _vm(handle: Handle) -> Vm:
+    if handle.kind != "vm":
+        raise KvmError(EINVAL, reason="guest memory is read through the VM's handle")
+    vm = cast("Vm", handle)
+    vm.check_alive()
+    return vm
+
+
+def _length(request: Request) -> int:
+    if len(request.payload) != control.LENGTH.size:
+        raise KvmError(EINVAL, reason="the payload is a u32 length")
+    length: int = control.LENGTH.unpack(request.payload)[0]
+    if length > _READ_LIMIT:
+        raise KvmError(EINVAL, reason=f"at most {_READ_LIMIT} bytes at a time")
+    return length

@@ -1,0 +1,137 @@
+"""Requests in, replies out: the ROUTER socket of a daemon or VM process.
+
+Called by the I/O loop. Finds the session that a request names, checks that the process that sent it is the session's
+own, and sends the one reply; kvmcore/server/requests.py performs it in between. Bad frames are answered with an errno
+where they can be, else dropped; nobody else notices. Must never wait for a client.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from errno import EAGAIN, EBADMSG, EIO, ESTALE
+
+import zmq
+
+from kvmcore.server.loop import EventLoop
+from kvmcore.server.quotas import Quotas
+from kvmcore.server.requests import Ticket, dispatch
+from kvmcore.server.session import ClientSession
+from protocol.abi.errors import KvmError
+from protocol.channel import zmq_socket
+from protocol.codec import control, envelope
+from protocol.codec.envelope import FrameError, Reply, Request
+
+log = logging.getLogger("kvmcore.router")
+
+#: Requests that are served before the loop looks at its other descriptors again.
+_MESSAGES_PER_TURN = 256
+
+
+class Router:
+    """Serves `sock` until the loop ends. `sessions` is the owner's live table, by session id."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        sock: zmq.Socket[bytes],
+        incarnation: int,
+        sessions: dict[bytes, ClientSession],
+        quotas: Quotas,
+    ) -> None:
+        self.on_hello: Callable[[str, bytes], bytes] | None = None
+        """Opens a session for the owner of a CURVE key, given the payload of HELLO (tcp); returns the extra."""
+        self._loop = loop
+        self._sock = sock
+        self._incarnation = incarnation
+        self._sessions = sessions
+        self._quotas = quotas
+        self._peers: dict[bytes, int] = {}
+        self._thread = threading.get_ident()
+        loop.add_reader(int(sock.getsockopt(zmq.FD)), lambda: None)  # type: ignore[arg-type]
+        loop.add_every_turn(self._turn)
+
+    # -- in ---------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> bool:
+        """Serve what has arrived. The fd of a ZeroMQ socket is edge-triggered: read until there is no more."""
+        for _ in range(_MESSAGES_PER_TURN):
+            try:
+                message = zmq_socket.receive_from(self._sock)
+            except zmq.Again:
+                return False
+            if message is not None:
+                try:
+                    self._serve(*message)
+                except Exception:
+                    log.exception("internal error while serving a request")
+        return True
+
+    def _serve(self, identity_frame: zmq.Frame, frame: zmq.Frame) -> None:
+        identity = identity_frame.bytes
+        try:
+            request = envelope.decode_request(frame.bytes)
+        except FrameError as error:
+            log.info("bad frame: %s", error)
+            if error.seq is not None:
+                refusal = Reply(error.seq, -1, EBADMSG, extra=str(error).encode())
+                zmq_socket.send_to(self._sock, identity, envelope.encode_reply(refusal))
+            return
+        if request.request == control.HELLO and self.on_hello is not None:
+            self._hello(identity, frame, request)
+            return
+        session = self._sessions.get(request.session)
+        if request.incarnation != self._incarnation:
+            self._refuse(identity, request, ESTALE, "the server has been restarted")
+        elif session is None or not self._is_owner(identity, frame, session):
+            self._refuse(identity, request, EIO, "not a session of this process")
+        elif session.in_flight >= self._quotas.in_flight:
+            self._refuse(identity, request, EAGAIN, "too many requests in flight")
+        else:
+            session.in_flight += 1
+            dispatch(Ticket(self.finish, identity, session, request))
+
+    def _is_owner(self, identity: bytes, frame: zmq.Frame, session: ClientSession) -> bool:
+        """Whether the process that sent `frame` is the session's: another one, a forked child too, gets EIO."""
+        if session.peer.key:
+            return zmq_socket.peer_key(frame) == session.peer.key
+        pid = self._peers.get(identity)
+        if pid is None:
+            sender = zmq_socket.peer_credentials(frame)
+            if sender is None:
+                return False
+            pid = sender.pid
+            if identity[:1] == b"\0":  # chosen by libzmq and unique; any other one is the peer's own choice
+                if len(self._peers) > 8192:
+                    self._peers.clear()
+                self._peers[identity] = pid
+        return pid == session.peer.pid
+
+    def _refuse(self, identity: bytes, request: Request, errno: int, reason: str) -> None:
+        reply = Reply(request.seq, -1, errno, extra=reason.encode())
+        zmq_socket.send_to(self._sock, identity, envelope.encode_reply(reply))
+
+    def _hello(self, identity: bytes, frame: zmq.Frame, request: Request) -> None:
+        assert self.on_hello is not None
+        try:
+            extra = self.on_hello(zmq_socket.peer_key(frame), request.payload)
+        except KvmError as error:
+            self._refuse(identity, request, error.errno or EIO, error.reason)
+            return
+        reply = Reply(request.seq, 0, 0, extra=extra)
+        zmq_socket.send_to(self._sock, identity, envelope.encode_reply(reply))
+
+    # -- out --------------------------------------------------------------------------------------------------
+
+    def finish(self, ticket: Ticket, frame: bytes) -> None:
+        """Send the one reply of `ticket`. Any thread; the socket itself belongs to the I/O thread."""
+        if threading.get_ident() == self._thread:
+            self._send(ticket, frame)
+        else:
+            self._loop.call_soon_threadsafe(lambda: self._send(ticket, frame))
+
+    def _send(self, ticket: Ticket, frame: bytes) -> None:
+        ticket.session.in_flight -= 1
+        if not zmq_socket.send_to(self._sock, ticket.identity, frame):
+            log.info("%s does not take its replies: one is dropped", ticket.session.peer)

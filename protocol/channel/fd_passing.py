@@ -1,0 +1,94 @@
+"""Unix SOCK_SEQPACKET sockets that carry messages with descriptors, and who is at the other end.
+
+Called by kvmcore/server (acceptor, zygote) and protocol.client. Bytes and descriptors only. Must never leak a
+descriptor: whatever arrives beyond what the caller wants is closed here, and a truncated control message
+(MSG_CTRUNC: the kernel has closed some already) is an error, not a short list.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from errno import EMSGSIZE, EPROTO
+from typing import NamedTuple
+
+MAX_FDS = 8
+_CREDENTIALS = struct.Struct("iII")
+_SO_PEERPIDFD = 77
+#: sizeof(sockaddr_un.sun_path) less its terminating zero.
+MAX_PATH = 107
+
+
+class Credentials(NamedTuple):
+    """The process that connected, as the kernel vouches for it."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def connect(path: str) -> socket.socket:
+    """A connected socket, close-on-exec. OSError: ENOENT, ECONNREFUSED, ENAMETOOLONG... as connect(2) has them."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """A connected pair of packet sockets."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def credentials(sock: socket.socket) -> Credentials:
+    """Who connected to `sock` (SO_PEERCRED)."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return Credentials(*_CREDENTIALS.unpack(raw))
+
+
+def peer_pidfd(sock: socket.socket) -> int:
+    """A pidfd of the process that connected: readable when it has died. Race-free where the kernel has SO_PEERPIDFD.
+
+    OSError ESRCH if it is gone already.
+    """
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:  # before Linux 6.5
+        return os.pidfd_open(credentials(sock).pid)
+
+
+def send(sock: socket.socket, data: bytes, fds: list[int] | None = None, *, block: bool = True) -> None:
+    """Send one packet with up to MAX_FDS descriptors (borrowed). BlockingIOError if `block` is False and it is full."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    flags = socket.MSG_NOSIGNAL | (0 if block else socket.MSG_DONTWAIT)
+    sock.sendmsg([data], rights, flags)
+
+
+def receive(sock: socket.socket, limit: int, *, block: bool = True) -> tuple[bytes, list[int]]:
+    """One packet and its descriptors (close-on-exec, owned by the caller). b'' at the end of the stream.
+
+    OSError EMSGSIZE: the packet is longer than `limit`. EPROTO: descriptors were lost (MSG_CTRUNC).
+    """
+    space = socket.CMSG_SPACE(MAX_FDS * 4)
+    flags = socket.MSG_CMSG_CLOEXEC | (0 if block else socket.MSG_DONTWAIT)
+    data, ancillary, result, _ = sock.recvmsg(limit, space, flags)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    lost = result & socket.MSG_CTRUNC
+    if lost or result & socket.MSG_TRUNC:
+        close_all(list(fds))
+        raise OSError(EPROTO if lost else EMSGSIZE, "descriptors were lost" if lost else "packet too long")
+    return data, list(fds)
+
+
+def close_all(fds: list[int]) -> None:
+    """Close each of them."""
+    for fd in fds:
+        os.close(fd)

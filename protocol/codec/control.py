@@ -1,0 +1,39 @@
+"""Requests of the protocol that are not ioctls: what close(2), pread(2), a signal and mmap(2) do for a KVM client.
+
+They travel in the same envelope, with _IOC type 0xAF instead of KVM's 0xAE, so that a fuzzer, a log or a recording
+needs no second kind of frame. Used by protocol.client and kvmcore/server. Only numbers and layouts here.
+"""
+
+from __future__ import annotations
+
+import struct
+
+CONTROL = 0xAF
+_BASE = CONTROL << 8
+
+HELLO = _BASE | 0
+"""Open a session where no Unix socket can carry one (tcp). Payload: JSON. Extra: JSON, as the session socket's hello."""
+PING = _BASE | 1
+"""Prove life: a tcp session that has not pinged for its lease is dead. Returns 0."""
+CLOSE = _BASE | 2
+"""close() of `handle`. EBADF when it is not open."""
+READ = _BASE | 3
+"""pread() of a file handle (statistics); arg = offset; payload: u32 size. The extra holds the bytes."""
+KICK = _BASE | 4
+"""Make the vCPU's KVM_RUN return EINTR. arg 1: also set the kick word (for clients that do not map the page)."""
+READ_GPA = _BASE | 5
+"""Guest memory for clients without shared memory; handle = VM, arg = gpa; payload: u32 size. Extra: the bytes."""
+WRITE_GPA = _BASE | 6
+"""The same, into guest memory: payload = the bytes."""
+GOODBYE = _BASE | 7
+"""End the session: all its handles are closed."""
+
+LENGTH = struct.Struct("<I")
+
+NAMES = {HELLO: "HELLO", PING: "PING", CLOSE: "CLOSE", READ: "READ", KICK: "KICK", READ_GPA: "READ_GPA",
+         WRITE_GPA: "WRITE_GPA", GOODBYE: "GOODBYE"}  # fmt: skip
+
+
+def is_control(request: int) -> bool:
+    """True for the requests of this module (KVM's own have type 0xAE)."""
+    return request >> 8 & 0xFF == CONTROL
