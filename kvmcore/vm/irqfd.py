@@ -1,0 +1,115 @@
+"""irqfd: an eventfd whose signal is an interrupt of the guest (KVM_ABI 1.9).
+
+The VM process's I/O loop polls the eventfds; a signal goes through the GSI routing to the irqchip. With RESAMPLE the
+line stays up until the guest ends the interrupt; then the resample eventfd is signalled, and its owner raises it
+again if the device still wants. Called by eventfd.py and by irqchip (end of interrupt).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from errno import EBUSY, EINVAL
+from typing import TYPE_CHECKING
+
+from protocol.abi import structs
+from protocol.abi.errors import KvmError
+
+from kvmcore.vm.objects import eventfd_of
+
+if TYPE_CHECKING:
+    from kvmcore.vm.vm import Vm
+
+
+class Irqfd:
+    """One registration; owns duplicates of the client's descriptors."""
+
+    def __init__(self, identity: int, fd: int, gsi: int, resample_fd: int) -> None:
+        self.identity = identity
+        self.fd = fd
+        self.gsi = gsi
+        self.resample_fd = resample_fd
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self.resample_fd >= 0:
+            os.close(self.resample_fd)
+
+
+class Irqfds:
+    """All irqfds of one VM."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._lock = threading.Lock()
+        self._irqfds: list[Irqfd] = []
+
+    def assign(self, number: int, gsi: int, flags: int, resample_number: int) -> None:
+        """KVM_IRQFD. EINVAL: flags, or not an eventfd; EBADF; EBUSY: this eventfd is an irqfd of the VM already.
+
+        The gsi is not checked, and no irqchip is needed: a signal that leads nowhere is dropped, as Linux does here.
+        """
+        from kvmcore.vm.eventfd import eventfd_id
+
+        if flags & ~(structs.IRQFD_FLAG_DEASSIGN | structs.IRQFD_FLAG_RESAMPLE):
+            raise KvmError(EINVAL, reason=f"flags {flags:#x}")
+        file = eventfd_of(self._vm.session, number)
+        identity = eventfd_id(file.fd)
+        if flags & structs.IRQFD_FLAG_DEASSIGN:
+            self._deassign(identity, gsi)
+            return
+        resample = eventfd_of(self._vm.session, resample_number) if flags & structs.IRQFD_FLAG_RESAMPLE else None
+        with self._lock:
+            if any(irqfd.identity == identity for irqfd in self._irqfds):
+                raise KvmError(EBUSY, reason="this eventfd is an irqfd already")
+            irqfd = Irqfd(identity, file.dup(), gsi, resample.dup() if resample else -1)
+            self._irqfds.append(irqfd)
+        # A counter that is not zero already makes the descriptor readable, hence an interrupt at once.
+        self._vm.loop.add_reader(irqfd.fd, lambda: self._signalled(irqfd))
+
+    def _deassign(self, identity: int, gsi: int) -> None:
+        with self._lock:
+            gone = [irqfd for irqfd in self._irqfds if irqfd.identity == identity and irqfd.gsi == gsi]
+            self._irqfds = [irqfd for irqfd in self._irqfds if irqfd not in gone]
+        self._drop(gone)
+
+    def _signalled(self, irqfd: Irqfd) -> None:
+        """On the I/O thread: the eventfd's counter is not zero."""
+        try:
+            # The client may read its eventfd too, so it can be empty again: never block the I/O thread on it.
+            os.preadv(irqfd.fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return
+        chip = self._vm.irqchip
+        if chip is None:
+            return
+        if irqfd.resample_fd >= 0:
+            chip.set_gsi(irqfd.gsi, True)
+        else:
+            chip.pulse_gsi(irqfd.gsi)
+
+    def end_of_interrupt(self, gsi: int) -> bool:
+        """The guest has ended the interrupt of `gsi`: lower resampled lines and tell their owners.
+
+        True when there was one. Called on a vCPU's thread.
+        """
+        if not self._irqfds:
+            return False
+        with self._lock:
+            fds = [irqfd.resample_fd for irqfd in self._irqfds if irqfd.gsi == gsi and irqfd.resample_fd >= 0]
+            for fd in fds:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(fd, 1)
+        return bool(fds)
+
+    def release(self) -> None:
+        """Drop them all."""
+        with self._lock:
+            gone, self._irqfds = self._irqfds, []
+        self._drop(gone)
+
+    def _drop(self, irqfds: list[Irqfd]) -> None:
+        for irqfd in irqfds:
+            self._vm.loop.remove_reader(irqfd.fd)
+            irqfd.close()
