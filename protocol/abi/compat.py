@@ -13,11 +13,11 @@ class Compat(Enum):
     """The switch. Every value but DEFAULT hides the extensions (guest_memfd on RISC-V, capability values)."""
 
     DEFAULT = "default"
-    """Linux 7.2's behaviour with our extensions."""
+    """The API of Linux 7.2 with our extensions; guests see the SBI of Linux 6.12."""
     STRICT = "strict"
-    """Linux 7.2's behaviour, extensions hidden, versions reported as our own."""
+    """Linux 7.2.13 without extensions: the same as LINUX_7_2, for those who do not care which kernel."""
     LINUX_7_2 = "7.2"
-    """As STRICT, and reports the versions of Linux 7.2.13."""
+    """Linux 7.2.13: SBI 3.0."""
     LINUX_6_12 = "6.12"
     """Linux 6.12.107: no MP_STATE reset, GPA bits, dirty ring or INITIALLY_SET capability; SBI 2.0."""
 

@@ -1,0 +1,176 @@
+"""Counters of a VM and of its vCPUs, and the file of KVM_GET_STATS_FD (KVM_ABI 1.12).
+
+The counters are plain attributes that exits.py and the vCPU thread add to. The file is the binary format of
+<linux/kvm.h>: header, id, descriptors, data; each read sees the counters of that moment. Nothing here slows an exit
+down: no locks, no names looked up.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from protocol.abi import structs
+
+from kvmcore.vm.objects import StatsBase
+
+if TYPE_CHECKING:
+    from kvmcore.vm.vcpu import Vcpu
+    from kvmcore.vm.vm import Vm
+
+NAME_SIZE = 48
+HIST_BUCKETS = 32
+_CUMULATIVE, _INSTANT, _LOG_HIST = 0, 1, 4
+_NO_UNIT, _SECONDS, _BOOLEAN = 0x00, 0x20, 0x40
+_POW10 = 0x000
+
+
+class Statistic(NamedTuple):
+    """One descriptor: its name (also the attribute's), kvm_stats_desc's flags, exponent and number of u64s."""
+
+    name: str
+    flags: int = _CUMULATIVE | _NO_UNIT | _POW10
+    exponent: int = 0
+    size: int = 1
+
+
+def _nanoseconds(name: str) -> Statistic:
+    return Statistic(name, _CUMULATIVE | _SECONDS | _POW10, -9)
+
+
+def _histogram(name: str) -> Statistic:
+    return Statistic(name, _LOG_HIST | _SECONDS | _POW10, -9, HIST_BUCKETS)
+
+
+VM_STATISTICS = (Statistic("remote_tlb_flush"), Statistic("remote_tlb_flush_requests"))
+VCPU_STATISTICS = (
+    Statistic("halt_successful_poll"),
+    Statistic("halt_attempted_poll"),
+    Statistic("halt_poll_invalid"),
+    Statistic("halt_wakeup"),
+    _nanoseconds("halt_poll_success_ns"),
+    _nanoseconds("halt_poll_fail_ns"),
+    _nanoseconds("halt_wait_ns"),
+    _histogram("halt_poll_success_hist"),
+    _histogram("halt_poll_fail_hist"),
+    _histogram("halt_wait_hist"),
+    Statistic("blocking", _INSTANT | _BOOLEAN | _POW10),
+    Statistic("ecall_exit_stat"),
+    Statistic("wfi_exit_stat"),
+    Statistic("wrs_exit_stat"),
+    Statistic("mmio_exit_user"),
+    Statistic("mmio_exit_kernel"),
+    Statistic("csr_exit_user"),
+    Statistic("csr_exit_kernel"),
+    Statistic("signal_exits"),
+    Statistic("exits"),
+    Statistic("instr_illegal_exits"),
+    Statistic("load_misaligned_exits"),
+    Statistic("store_misaligned_exits"),
+    Statistic("load_access_exits"),
+    Statistic("store_access_exits"),
+)
+LINUX_6_12_VCPU_STATISTICS = VCPU_STATISTICS[:20]
+"""Linux 6.12 ends with `exits`."""
+
+
+class VmStats:
+    """Counters of a VM. A remote flush is one RFENCE or memslot change that reached other harts."""
+
+    def __init__(self) -> None:
+        self.remote_tlb_flush = 0
+        self.remote_tlb_flush_requests = 0
+
+
+class VcpuStats:
+    """Counters of a vCPU. Ours never polls before sleeping, so the halt_poll_* stay 0; traps that the guest
+    handles itself (illegal, misaligned, access) never leave native code and are not counted.
+    """
+
+    def __init__(self) -> None:
+        for statistic in VCPU_STATISTICS:
+            setattr(self, statistic.name, 0 if statistic.size == 1 else [0] * statistic.size)
+
+    halt_wakeup: int
+    halt_wait_ns: int
+    halt_wait_hist: list[int]
+    blocking: int
+    ecall_exit_stat: int
+    wfi_exit_stat: int
+    mmio_exit_user: int
+    mmio_exit_kernel: int
+    csr_exit_user: int
+    csr_exit_kernel: int
+    signal_exits: int
+    exits: int
+
+    def halted(self, nanoseconds: int) -> None:
+        """The vCPU slept this long in WFI and was woken."""
+        self.halt_wakeup += 1
+        self.halt_wait_ns += nanoseconds
+        self.halt_wait_hist[min(nanoseconds.bit_length(), HIST_BUCKETS - 1)] += 1
+
+
+class StatsFile(StatsBase):
+    """What KVM_GET_STATS_FD makes: a read-only file over the counters of a VM or vCPU."""
+
+    def __init__(self, vm: Vm, label: str, statistics: tuple[Statistic, ...], counters: VmStats | VcpuStats) -> None:
+        super().__init__(vm)
+        self._statistics = statistics
+        self._counters = counters
+        self._head = _head(label, statistics)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """pread(): short at the end of the file."""
+        return self.contents()[offset : offset + size]
+
+    def contents(self) -> bytes:
+        """The whole file now."""
+        values: list[int] = []
+        for statistic in self._statistics:
+            value = getattr(self._counters, statistic.name)
+            values += [value] if statistic.size == 1 else value
+        return self._head + struct.pack(f"<{len(values)}Q", *values)
+
+
+def _head(label: str, statistics: tuple[Statistic, ...]) -> bytes:
+    """Header, id string and descriptors."""
+    id_offset = structs.STATS_HEADER.size
+    desc_offset = id_offset + NAME_SIZE
+    data_offset = desc_offset + len(statistics) * (structs.STATS_DESC.size + NAME_SIZE)
+    parts = [
+        structs.STATS_HEADER.build(
+            flags=0,
+            name_size=NAME_SIZE,
+            num_desc=len(statistics),
+            id_offset=id_offset,
+            desc_offset=desc_offset,
+            data_offset=data_offset,
+        ),
+        label.encode()[: NAME_SIZE - 1].ljust(NAME_SIZE, b"\0"),
+    ]
+    offset = 0
+    for statistic in statistics:
+        parts.append(
+            structs.STATS_DESC.build(
+                flags=statistic.flags,
+                exponent=statistic.exponent & 0xFFFF,
+                size=statistic.size,
+                offset=offset,
+                bucket_size=0,
+            )
+        )
+        parts.append(statistic.name.encode().ljust(NAME_SIZE, b"\0"))
+        offset += 8 * statistic.size
+    return b"".join(parts)
+
+
+def vm_stats_file(vm: Vm) -> StatsFile:
+    """KVM_GET_STATS_FD on a VM."""
+    return StatsFile(vm, vm.label, VM_STATISTICS, vm.stats)
+
+
+def vcpu_stats_file(vcpu: Vcpu) -> StatsFile:
+    """KVM_GET_STATS_FD on a vCPU."""
+    statistics = LINUX_6_12_VCPU_STATISTICS if vcpu.session.compat.is_6_12 else VCPU_STATISTICS
+    return StatsFile(vcpu.vm, f"{vcpu.vm.label}/vcpu-{vcpu.id}", statistics, vcpu.stats)
