@@ -1,8 +1,9 @@
 """What a guest's MMIO store meets before it becomes an exit: ioeventfds and coalesced zones (KVM_ABI 1.9).
 
 `Eventfds` is the VM's MMIO bus and the owner of its irqfds. Called by exits.py for each store without a slot,
-and by kvmcore/ioctl/vm.py. Devices match in the order of address, then registration. The coalesced ring lies in a page
-that the client writes too: its indices are checked at each use.
+and by kvmcore/ioctl/vm.py. Devices match in the order of Linux's bus: by address, of two at one address the shorter
+first, else as registered. The coalesced ring lies in a page that the client writes too: its indices are checked at
+each use.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ def eventfd_id(fd: int) -> int:
 class Ioeventfd(NamedTuple):
     """A registration: stores of `length` bytes (0: any) of `datamatch` (None: any value) to exactly `addr`."""
 
-    order: int
     bus: str
     addr: int
     length: int
     datamatch: int | None
     identity: int
     fd: int
+
+    @property
+    def size(self) -> int:
+        return self.length
 
     def collides(self, bus: str, addr: int, length: int, datamatch: int | None) -> bool:
         """Whether a second registration would be ambiguous."""
@@ -71,7 +75,6 @@ class Ioeventfd(NamedTuple):
 class Zone(NamedTuple):
     """A coalesced zone: stores inside [addr, addr + size) go to the ring."""
 
-    order: int
     addr: int
     size: int
     pio: int
@@ -81,6 +84,15 @@ class Zone(NamedTuple):
         return self.addr <= addr and addr + length <= self.addr + self.size and addr + length <= _U64
 
 
+def _insert(bus: list[Ioeventfd | Zone], new: Ioeventfd | Zone) -> list[Ioeventfd | Zone]:
+    """A copy of `bus` with `new` where Linux puts it: before the first device that begins later or ends later."""
+    end = new.addr + new.size
+    for index, old in enumerate(bus):
+        if old.addr > new.addr or (old.addr == new.addr and new.size and old.addr + old.size > end):
+            return [*bus[:index], new, *bus[index:]]
+    return [*bus, new]
+
+
 class Eventfds:
     """The MMIO and PIO buses of one VM, and its irqfds."""
 
@@ -88,24 +100,25 @@ class Eventfds:
         self.vm = vm
         self.irqfds = Irqfds(vm)
         self._lock = threading.Lock()
-        self._order = 0
         self._events: dict[int, list[Ioeventfd]] = {}
-        self._zones: list[Zone] = []
+        self._zones = 0
+        self._bus: list[Ioeventfd | Zone] = []
+        """Everything, in the order of matching. Replaced, never changed: vCPU threads walk it without a lock."""
         self._reserved = 0
 
     # -- the guest's side -----------------------------------------------------------------------------------------
 
     def write(self, addr: int, data: bytes) -> bool:
         """A guest's store. True when an ioeventfd or the ring has taken it."""
-        events = self._events.get(addr, ())
         if not self._zones:
-            return any(self._signal(event, data) for event in events)
+            return any(self._signal(event, data) for event in self._events.get(addr, ()))
         length = len(data)
-        matches: list[tuple[int, int, Ioeventfd | Zone]] = [(addr, event.order, event) for event in events]
-        matches += [(zone.addr, zone.order, zone) for zone in self._zones if not zone.pio and zone.contains(addr, length)]
-        matches.sort(key=lambda match: match[:2])
-        for _, _, match in matches:
-            if self._signal(match, data) if isinstance(match, Ioeventfd) else self._coalesce(addr, data, match.pio):
+        for device in self._bus:
+            if isinstance(device, Zone):
+                taken = not device.pio and device.contains(addr, length) and self._coalesce(addr, data, 0)
+            else:
+                taken = device.addr == addr and self._signal(device, data)
+            if taken:
                 return True
         return False
 
@@ -151,15 +164,17 @@ class Eventfds:
             if any(event.collides(bus, addr, length, match) for event in self._events.get(addr, ())):
                 raise KvmError(EEXIST, reason=f"an ioeventfd watches {addr:#x}")
             self._check_room(1 if bus == "pio" else 0)
-            event = Ioeventfd(self._next(), bus, addr, length, match, eventfd_id(file.fd), file.dup())
+            event = Ioeventfd(bus, addr, length, match, eventfd_id(file.fd), file.dup())
             self._events[addr] = [*self._events.get(addr, ()), event]
+            self._bus = _insert(self._bus, event)
 
     def _deassign(self, file: HostFile, bus: str, addr: int, length: int, match: int | None) -> None:
         key = (bus, addr, length, match, eventfd_id(file.fd))
         with self._lock:
             events = self._events.get(addr, [])
             for event in events:
-                if event[1:6] == key:
+                if event[:5] == key:
+                    self._bus = [device for device in self._bus if device is not event]
                     rest = [other for other in events if other is not event]
                     if rest:
                         self._events[addr] = rest
@@ -177,14 +192,20 @@ class Eventfds:
             raise KvmError(EINVAL, reason=f"pio {pio}")
         with self._lock:
             self._check_room(pio)
-            self._zones = [*self._zones, Zone(self._next(), addr, size, pio)]
+            self._bus = _insert(self._bus, Zone(addr, size, pio))
+            self._zones += 1
 
     def unregister_zone(self, addr: int, size: int, pio: int) -> None:
         """KVM_UNREGISTER_COALESCED_MMIO: every zone that contains the range; none is no error."""
         if pio not in (0, 1):
             raise KvmError(EINVAL, reason=f"pio {pio}")
         with self._lock:
-            self._zones = [zone for zone in self._zones if zone.pio != pio or not zone.contains(addr, size)]
+            self._bus = [
+                device
+                for device in self._bus
+                if not (isinstance(device, Zone) and device.pio == pio and device.contains(addr, size))
+            ]
+            self._zones = sum(isinstance(device, Zone) for device in self._bus)
 
     def reserve(self, devices: int) -> None:
         """An in-kernel device takes places on the MMIO bus. ENOSPC."""
@@ -193,13 +214,10 @@ class Eventfds:
             self._reserved += devices
 
     def _check_room(self, pio: int, devices: int = 1) -> None:
-        used = sum(zone.pio == pio for zone in self._zones) + (0 if pio else self._reserved)
+        zones = sum(isinstance(device, Zone) and device.pio == pio for device in self._bus)
+        used = zones + (0 if pio else self._reserved)
         if used + devices > MAX_BUS_DEVICES:
             raise KvmError(ENOSPC, reason="the bus is full")
-
-    def _next(self) -> int:
-        self._order += 1
-        return self._order
 
     # -- lifetime -------------------------------------------------------------------------------------------------
 
@@ -212,7 +230,7 @@ class Eventfds:
         self.irqfds.release()
         with self._lock:
             events, self._events = self._events, {}
-            self._zones = []
+            self._zones, self._bus = 0, []
         for group in events.values():
             for event in group:
                 os.close(event.fd)
