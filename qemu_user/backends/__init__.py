@@ -1,0 +1,1 @@
+"""The host side of devices: disks, networks, terminals. A back end never imports a device."""

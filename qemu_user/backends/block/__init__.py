@@ -1,0 +1,1 @@
+"""Disk images. One file per format."""

@@ -1,0 +1,165 @@
+"""Raw disk images: a file or block device, byte for byte.
+
+Opened once and locked for its life (flock: one writer or many readers), so that two VMs never write one
+image. Called by devices/virtio/blk.py on the I/O thread; OSError is for the device to answer. Must never
+leave an image changed by being opened.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from typing import Protocol
+
+from qemu_user.backends.errors import BackendError
+
+SECTOR = 512
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
+_IOV_MAX = 1024
+_ZEROES = bytes(1 << 20)
+
+
+class BlockBackend(Protocol):
+    """What a disk device asks of its image. Offsets and lengths in bytes, inside `size`."""
+
+    size: int
+    readonly: bool
+    discard: bool
+    """Whether discarding frees space."""
+
+    def read(self, offset: int, views: list[memoryview]) -> None: ...
+
+    def write(self, offset: int, views: list[memoryview]) -> None: ...
+
+    def flush(self) -> None:
+        """What was written before is on the disk when this returns."""
+
+    def punch(self, offset: int, length: int) -> None:
+        """The contents do not matter any more."""
+
+    def zero(self, offset: int, length: int, unmap: bool) -> None:
+        """The range reads as zeroes; `unmap`: it need not take space."""
+
+    def close(self) -> None: ...
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = getattr(libc, "fallocate64", None) or libc.fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while call(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+class RawImage:
+    """A BlockBackend over a raw file or block device."""
+
+    def __init__(self, path: str, readonly: bool = False, discard: bool = True) -> None:
+        """BackendError if it cannot be opened, is no disk, or is in use."""
+        self.path, self.readonly, self.discard = path, readonly, discard and not readonly
+        flags = os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR)
+        try:
+            self._fd = os.open(path, flags)
+        except OSError as error:
+            hint = (
+                "; use readonly=on to open it for reading"
+                if error.errno in (errno.EACCES, errno.EROFS)
+                else ""
+            )
+            raise BackendError(f"disk image {path}: {error.strerror}{'' if readonly else hint}") from error
+        try:
+            self._check()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _check(self) -> None:
+        kind = os.fstat(self._fd).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+            raise BackendError(f"disk image {self.path}: is neither a file nor a block device")
+        try:
+            fcntl.flock(self._fd, (fcntl.LOCK_SH if self.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            how = "is being written by" if self.readonly else "is in use by"
+            hint = "" if self.readonly else "; VMs can share an image if all have it readonly=on"
+            raise BackendError(f"disk image {self.path}: {how} another VM{hint}") from None
+        except OSError:
+            pass  # a file system without locks
+        self._end = os.lseek(self._fd, 0, os.SEEK_END)
+        if self._end == 0:
+            raise BackendError(f"disk image {self.path}: is empty")
+        # A file that ends within a sector is one sector longer, as QEMU has it; the missing bytes read as
+        # zeroes.
+        self.size = -(-self._end // SECTOR) * SECTOR
+
+    def read(self, offset: int, views: list[memoryview]) -> None:
+        """Fill `views` from `offset` on."""
+        while views:
+            done = os.preadv(self._fd, views[:_IOV_MAX], offset)
+            if done == 0:
+                for view in views:
+                    view[:] = bytes(len(view))
+                return
+            offset += done
+            views = _after(views, done)
+
+    def write(self, offset: int, views: list[memoryview]) -> None:
+        """Put `views` at `offset`."""
+        while views:
+            done = os.pwritev(self._fd, views[:_IOV_MAX], offset)
+            offset += done
+            views = _after(views, done)
+
+    def flush(self) -> None:
+        if not self.readonly:
+            os.fdatasync(self._fd)
+
+    def punch(self, offset: int, length: int) -> None:
+        if not length or not self.discard:
+            return
+        try:
+            _fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            self.discard = False  # this file system cannot: the contents may as well stay
+
+    def zero(self, offset: int, length: int, unmap: bool) -> None:
+        if not length:
+            return
+        modes = [_ZERO_RANGE | _KEEP_SIZE]
+        if unmap and self.discard:
+            modes.insert(0, _PUNCH_HOLE | _KEEP_SIZE)
+        for mode in modes:
+            try:
+                _fallocate(self._fd, mode, offset, length)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            else:
+                return
+        while length:
+            part = min(length, len(_ZEROES))
+            self.write(offset, [memoryview(_ZEROES)[:part]])
+            offset, length = offset + part, length - part
+
+    def close(self) -> None:
+        """Let go of the image and its lock. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _after(views: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of `views` after `done` bytes."""
+    for index, view in enumerate(views):
+        if done < len(view):
+            return [view[done:], *views[index + 1 :]]
+        done -= len(view)
+    return []

@@ -1,0 +1,1 @@
+"""Where Ethernet frames go. One file per kind of -netdev."""

@@ -1,0 +1,106 @@
+"""`-netdev tap`: an existing or new TAP interface of the host (needs CAP_NET_ADMIN, or an interface that is
+ours).
+
+One ioctl and a descriptor; bridges and addresses are the administrator's. Frames are whole reads and writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+from qemu_user.backends.errors import BackendError
+from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
+
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
+_FRAMES_PER_TURN = 64
+
+
+class TapNet(NetBackend):
+    """The interface `ifname`."""
+
+    def __init__(self, name: str, ifname: str) -> None:
+        super().__init__(name)
+        self._ifname = ifname
+        self._fd = -1
+        self._loop: IoLoop | None = None
+        self._buffer = memoryview(bytearray(MAX_FRAME))
+        self._held = 0
+        self._reading = False
+        self._refused = False
+
+    def start(self, loop: IoLoop) -> None:
+        self._loop = loop
+        if not 0 < len(self._ifname.encode()) < 16:
+            raise BackendError(f"netdev {self.name}: ifname={self._ifname} is not an interface name")
+        try:
+            self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fcntl.ioctl(
+                self._fd, _TUNSETIFF, struct.pack("16sH22x", self._ifname.encode(), _IFF_TAP | _IFF_NO_PI)
+            )
+        except OSError as error:
+            self.close()
+            raise BackendError(
+                f"netdev {self.name}: tap interface {self._ifname}: {error.strerror} (make it with "
+                f"'ip tuntap add {self._ifname} mode tap user $USER' as root, or use -netdev user)"
+            ) from error
+        self.is_up = True
+        self._listen()
+
+    def _listen(self) -> None:
+        if not self._reading and self._fd >= 0 and self._loop is not None:
+            self._reading = True
+            self._loop.add_reader(self._fd, self._readable)
+
+    def _readable(self) -> None:
+        for _ in range(_FRAMES_PER_TURN):
+            try:
+                count = os.readv(self._fd, [self._buffer])
+            except OSError:  # nothing there, or the interface is down: epoll tells when that changes
+                return
+            if not self.frontend.receive(self._buffer[:count]):
+                self._held = count
+                if self._reading and self._loop is not None:
+                    self._reading = False
+                    self._loop.remove_reader(self._fd)
+                return
+
+    def resume(self) -> None:
+        if self._fd < 0 or self._reading:
+            return
+        if self._held and not self.frontend.receive(self._buffer[: self._held]):
+            return
+        self._held = 0
+        self._listen()
+
+    def send(self, frame: list[memoryview]) -> bool:
+        if self._fd < 0:
+            return True
+        try:
+            os.writev(self._fd, frame)
+        except BlockingIOError:
+            self._refused = True
+            assert self._loop is not None
+            self._loop.add_writer(self._fd, self._writable)
+            return False
+        except OSError:
+            return True  # the interface is down: the frame is lost
+        return True
+
+    def _writable(self) -> None:
+        assert self._loop is not None
+        self._loop.remove_writer(self._fd)
+        if self._refused:
+            self._refused = False
+            self.frontend.sent()
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        self.is_up = False
+        if fd >= 0:
+            if self._loop is not None:
+                self._loop.remove(fd)
+            os.close(fd)

@@ -1,0 +1,55 @@
+"""Guest memory as devices see it: the mapped guest_memfd, by guest-physical address.
+
+Made by machine/machine.py, given to whatever does DMA. Every address comes from the guest and is checked
+here; OutOfRange is for the device to turn into the answer that its specification gives.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+
+class OutOfRange(Exception):
+    """A guest-physical range that does not lie wholly in one region of guest RAM."""
+
+    def __init__(self, gpa: int, length: int) -> None:
+        super().__init__(f"guest address {gpa:#x}, {length:#x} bytes: not in RAM")
+
+
+class GuestMemory:
+    """Regions of RAM: (first guest-physical address, its bytes as a writable memoryview or mmap)."""
+
+    def __init__(self, regions: Iterable[tuple[int, memoryview]]) -> None:
+        self._regions = sorted(
+            ((gpa, gpa + len(view), view.cast("B")) for gpa, view in regions), key=lambda r: r[0]
+        )
+        self._starts = [start for start, _, _ in self._regions]
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """The bytes themselves (no copy). OutOfRange."""
+        position = bisect_right(self._starts, gpa) - 1
+        if position >= 0 and length >= 0:
+            start, end, view = self._regions[position]
+            if gpa + length <= end:
+                return view[gpa - start : gpa - start + length]
+        raise OutOfRange(gpa, length)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """A copy of guest memory. OutOfRange."""
+        return bytes(self.view(gpa, length))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Put `data` at `gpa`. OutOfRange."""
+        self.view(gpa, len(data))[:] = data
+
+    @property
+    def size(self) -> int:
+        """Bytes of RAM."""
+        return sum(end - start for start, end, _ in self._regions)
+
+    def release(self) -> None:
+        """Let go of the mappings (the views handed out must be gone)."""
+        for _, _, view in self._regions:
+            view.release()
+        self._regions, self._starts = [], []

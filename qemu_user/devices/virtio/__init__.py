@@ -1,0 +1,18 @@
+"""The virtio devices, by the name that `-device virtio-NAME-device` uses. The list is explicit: a new one
+adds a line.
+"""
+
+from __future__ import annotations
+
+from qemu_user.devices.virtio.blk import VirtioBlk
+from qemu_user.devices.virtio.console import VirtioConsole
+from qemu_user.devices.virtio.device import VirtioDevice
+from qemu_user.devices.virtio.net import VirtioNet
+from qemu_user.devices.virtio.rng import VirtioRng
+
+DEVICES: dict[str, type[VirtioDevice]] = {
+    "blk": VirtioBlk,
+    "net": VirtioNet,
+    "serial": VirtioConsole,
+    "rng": VirtioRng,
+}

@@ -1,0 +1,277 @@
+"""Split virtqueues, the device's side (virtio 1.2, section 2.7): rings in guest memory in, chains of buffers
+out.
+
+Called by devices/virtio/mmio.py (set-up) and the devices (pop, push). Everything in the rings is the guest's
+and may change under our eyes: each field is read once, every address, length and index is checked, and what
+breaks the rules raises QueueError, which the transport answers with DEVICE_NEEDS_RESET.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from qemu_user.devices.device import StateError, require
+from qemu_user.devices.memory import GuestMemory, OutOfRange
+
+NEXT, WRITE, INDIRECT = 1, 2, 4
+"""Descriptor flags (2.7.5)."""
+NO_INTERRUPT, NO_NOTIFY = 1, 1
+"""avail.flags, used.flags (2.7.6, 2.7.8)."""
+MAX_CHAIN_BYTES = 1 << 32
+"""A driver must not make a chain longer than 2^32 bytes (2.7.5.2)."""
+_DESCRIPTOR = struct.Struct("<QIHH")
+_HIGHEST_ADDRESS = 1 << 64
+
+
+class QueueError(Exception):
+    """The driver broke a rule of the specification; the message names it."""
+
+
+class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One queue: addresses as the driver set them, indices modulo 2^16."""
+
+    size: int
+    ready: bool
+    descriptors: int
+    available: int
+    used: int
+    next_available: int
+    next_used: int
+
+
+class Chain:
+    """One request: buffers that the device may read, then buffers that it may write, without empty ones."""
+
+    __slots__ = ("head", "readable", "writable")
+
+    def __init__(self, head: int, readable: list[memoryview], writable: list[memoryview]) -> None:
+        self.head, self.readable, self.writable = head, readable, writable
+
+    @property
+    def readable_bytes(self) -> int:
+        return sum(map(len, self.readable))
+
+    @property
+    def writable_bytes(self) -> int:
+        return sum(map(len, self.writable))
+
+    def take(self, count: int) -> bytes:
+        """Copy and consume the first `count` readable bytes. QueueError if there are fewer."""
+        first = self.readable[0] if self.readable else memoryview(b"")
+        if len(first) == count:
+            del self.readable[0]
+            return bytes(first)
+        head, self.readable = split(self.readable, count)
+        return b"".join(head)
+
+    def fill(self, data: bytes | bytearray | memoryview) -> int:
+        """Copy `data` to the start of the writable buffers, as far as it fits; returns how many bytes."""
+        source, done = memoryview(data), 0
+        for view in self.writable:
+            part = source[done : done + len(view)]
+            view[: len(part)] = part
+            done += len(part)
+            if done == len(source):
+                break
+        return done
+
+
+def split(views: list[memoryview], count: int) -> tuple[list[memoryview], list[memoryview]]:
+    """(the first `count` bytes, the rest) of a list of buffers. QueueError if there are fewer."""
+    front: list[memoryview] = []
+    for index, view in enumerate(views):
+        if count < len(view):
+            if count:
+                front.append(view[:count])
+                return front, [view[count:], *views[index + 1 :]]
+            return front, views[index:]
+        front.append(view)
+        count -= len(view)
+    if count:
+        raise QueueError(f"a buffer is {count} bytes too short")
+    return front, []
+
+
+class Queue:
+    """One virtqueue. `max_size` is a power of two."""
+
+    def __init__(self, index: int, max_size: int) -> None:
+        self.index, self.max_size = index, max_size
+        self.event_index = False
+        """VIRTIO_F_EVENT_IDX was negotiated."""
+        self.indirect = False
+        """VIRTIO_F_INDIRECT_DESC was negotiated."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to what a reset of the device leaves (4.2.2)."""
+        self.size = self.max_size
+        self.ready = False
+        self.descriptors = self.available = self.used = 0
+        self._next_available = self._next_used = self._signalled_used = 0
+        self._event_valid = False
+        self._memory: GuestMemory | None = None
+
+    # -- set-up ------------------------------------------------------------------------------------
+
+    def enable(self, memory: GuestMemory) -> None:
+        """The driver says that the rings are in place. QueueError if they cannot be."""
+        self._open(memory)
+        self._next_available = self._next_used = self._signalled_used = 0
+        self._event_valid = False
+
+    def _open(self, memory: GuestMemory) -> None:
+        if not (0 < self.size <= self.max_size and self.size & (self.size - 1) == 0):
+            raise QueueError(f"queue {self.index}: size {self.size} is no power of two up to {self.max_size}")
+        if self.descriptors & 15 or self.available & 1 or self.used & 3:
+            raise QueueError(f"queue {self.index}: a ring is misaligned")
+        try:
+            self._table = memory.view(self.descriptors, 16 * self.size)
+            self._available_ring = memory.view(self.available, 6 + 2 * self.size).cast("H")
+            self._used_ring = memory.view(self.used, 4 + 8 * self.size).cast("I")
+            self._used_head = memory.view(self.used, 4).cast("H")
+            # avail_event belongs to the ring only with EVENT_IDX, but 2.7.2 gives the ring's size with it
+            # always
+            self._used_event = memory.view(self.used + 4 + 8 * self.size, 2).cast("H")
+        except OutOfRange as error:
+            raise QueueError(f"queue {self.index}: a ring lies outside: {error}") from error
+        self._memory = memory
+        self.ready = True
+
+    # -- the driver's requests ---------------------------------------------------------------------
+
+    def pop(self) -> Chain | None:
+        """The next request, None if there is none. QueueError."""
+        if not self.ready:
+            return None
+        waiting = (self._available_ring[1] - self._next_available) & 0xFFFF
+        if not waiting:
+            return None
+        if waiting > self.size:
+            raise QueueError(f"queue {self.index}: {waiting} requests in a ring of {self.size}")
+        head = self._available_ring[2 + self._next_available % self.size]
+        chain = self._chain(head)
+        self._next_available = (self._next_available + 1) & 0xFFFF
+        return chain
+
+    def _chain(self, head: int) -> Chain:
+        table, length, index, left = self._table, self.size, head, self.size
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        total, indirect = 0, False
+        memory = self._memory
+        assert memory is not None
+        while True:
+            if index >= length:
+                raise QueueError(f"queue {self.index}: descriptor {index} of {length}")
+            if not left:
+                raise QueueError(f"queue {self.index}: a chain longer than the queue, or a loop")
+            left -= 1
+            address, size, flags, following = _DESCRIPTOR.unpack_from(table, 16 * index)
+            try:
+                view = memory.view(address, size)
+            except OutOfRange as error:
+                raise QueueError(f"queue {self.index}: {error}") from error
+            if flags & INDIRECT:
+                if indirect or flags & NEXT or size & 15 or not size or not self.indirect:
+                    raise QueueError(f"queue {self.index}: a bad indirect descriptor")
+                table, length, index, indirect = view, size // 16, 0, True
+                left = self.size
+                continue
+            total += size
+            if total > MAX_CHAIN_BYTES:
+                raise QueueError(f"queue {self.index}: a chain of more than 2^32 bytes")
+            if flags & WRITE:
+                if size:
+                    writable.append(view)
+            elif writable:
+                raise QueueError(f"queue {self.index}: a readable buffer after a writable one")
+            elif size:
+                readable.append(view)
+            if not flags & NEXT:
+                return Chain(head, readable, writable)
+            index = following
+
+    def unpop(self) -> None:
+        """The last request that pop() gave has not been looked at: it will be given again."""
+        self._next_available = (self._next_available - 1) & 0xFFFF
+
+    # -- the device's answers ----------------------------------------------------------------------
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Give a request back, with `written` bytes in its writable buffers."""
+        at = 1 + 2 * (self._next_used % self.size)
+        self._used_ring[at] = chain.head
+        self._used_ring[at + 1] = written & 0xFFFFFFFF
+        # The element is in place before the index moves: x86 keeps stores in order, and so does CPython.
+        self._next_used = (self._next_used + 1) & 0xFFFF
+        self._used_head[1] = self._next_used
+
+    def wants_interrupt(self) -> bool:
+        """Whether the driver asks to be told of what was pushed since the last call (2.7.7, 2.7.10)."""
+        if not self.ready or (self._next_used == self._signalled_used and self._event_valid):
+            return False
+        old, new, valid = self._signalled_used, self._next_used, self._event_valid
+        self._signalled_used, self._event_valid = new, True
+        if self.event_index:
+            event = self._available_ring[2 + self.size]
+            return not valid or (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
+        return not self._available_ring[0] & NO_INTERRUPT
+
+    def suppress_kicks(self) -> None:
+        """While the device works on the queue the driver need not call."""
+        if self.ready and not self.event_index:
+            self._used_head[0] = NO_NOTIFY
+
+    def allow_kicks(self) -> bool:
+        """The device is about to wait; True if more came meanwhile (call pop() again)."""
+        if not self.ready:
+            return False
+        if self.event_index:
+            self._used_event[0] = self._next_available
+        else:
+            self._used_head[0] = 0
+        return self._available_ring[1] != self._next_available
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether pop() would find something."""
+        return self.ready and self._available_ring[1] != self._next_available
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def save(self) -> QueueState:
+        return QueueState(
+            size=self.size,
+            ready=self.ready,
+            descriptors=self.descriptors,
+            available=self.available,
+            used=self.used,
+            next_available=self._next_available,
+            next_used=self._next_used,
+        )
+
+    def check(self, state: QueueState, memory: GuestMemory) -> None:
+        """StateError unless restore() can take `state`."""
+        what = f"queue {self.index}"
+        require(0 <= state.size <= 0xFFFF, f"{what}: size out of range")
+        for address in (state.descriptors, state.available, state.used):
+            require(0 <= address < _HIGHEST_ADDRESS, f"{what}: address out of range")
+        require(0 <= state.next_available <= 0xFFFF, f"{what}: next_available out of range")
+        require(0 <= state.next_used <= 0xFFFF, f"{what}: next_used out of range")
+        try:
+            Queue(self.index, self.max_size).restore(state, memory)
+        except QueueError as error:
+            raise StateError(str(error)) from error
+
+    def restore(self, state: QueueState, memory: GuestMemory) -> None:
+        """Take over a checked state."""
+        self.reset()
+        self.size = state.size
+        self.descriptors, self.available, self.used = state.descriptors, state.available, state.used
+        if state.ready:
+            self._open(memory)
+        self._next_available, self._next_used = state.next_available, state.next_used
+        self._signalled_used = state.next_used

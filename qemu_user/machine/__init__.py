@@ -1,0 +1,1 @@
+"""The machine: its map, its device tree, how it boots, its interrupt wires, its life."""

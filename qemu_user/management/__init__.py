@@ -1,0 +1,1 @@
+"""Running VMs from outside: the registry, the QMP socket, its commands."""
