@@ -127,7 +127,7 @@ def test_pseudo_instructions_and_directives_equal_gnu_as(tmp_path: Path) -> None
         lw a0, 4*3(sp)
     .skip 4
     message: .asciz "hello; \\"# world\\n"
-    .skip 6
+    .skip 7
     function: ret
         .dword message, function - message
         .word 1, 2, 3
