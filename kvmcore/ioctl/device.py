@@ -1,7 +1,7 @@
 """Ioctls of a device handle: one function per row of protocol/abi/ioctls.py, same name in lower case.
 
-Called by kvmcore.ioctl.call on the VM process's I/O thread. The device says what its attributes are; kvm_device_attr.flags
-means nothing to any.
+Called by kvmcore.ioctl.call on the VM process's I/O thread. The device says what its attributes are;
+kvm_device_attr.flags means nothing to any.
 """
 
 from __future__ import annotations

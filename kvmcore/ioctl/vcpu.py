@@ -1,7 +1,7 @@
 """Ioctls of a vCPU handle: one function per row of protocol/abi/ioctls.py, same name in lower case.
 
-Called by kvmcore.ioctl.call as fn(vcpu, argument) with vcpu.mutex held (INTERRUPT alone without it, on the I/O thread);
-see kvmcore/vm/objects.py. Structs come parsed; rows with a variable tail get the pointer.
+Called by kvmcore.ioctl.call as fn(vcpu, argument) with vcpu.mutex held (INTERRUPT alone without it, on the
+I/O thread); see kvmcore/vm/objects.py. Structs come parsed; rows with a variable tail get the pointer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from errno import E2BIG, EINVAL
 from typing import TYPE_CHECKING, Any
 
 from kvmcore.vm import mp_state, statistics
-from kvmcore.vm.hypercalls import SEIP
+from kvmcore.vm.csr_access import SEIP
 from protocol.abi import structs
 from protocol.abi.errors import KvmError
 

@@ -1,7 +1,8 @@
 """Ioctls of a VM handle: one function per row of protocol/abi/ioctls.py, same name in lower case.
 
-Called by kvmcore.ioctl.call on the VM process's I/O thread, as fn(vm, argument); see kvmcore/vm/objects.py. Structs come
-parsed; rows with a variable tail get the pointer. The work is done by kvmcore/vm; here are only the arguments' checks.
+Called by kvmcore.ioctl.call on the VM process's I/O thread, as fn(vm, argument); see kvmcore/vm/objects.py.
+Structs come parsed; rows with a variable tail get the pointer. The work is done by kvmcore/vm; here are
+only the arguments' checks.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def get_stats_fd(vm: Vm, argument: int) -> Handle:
     return statistics.vm_stats_file(vm)
 
 
-# -- memory -------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def set_user_memory_region(vm: Vm, region: Any) -> None:
@@ -96,7 +97,7 @@ def reset_dirty_rings(vm: Vm, argument: int) -> int:
     return vm.memory.dirty.reset_rings()
 
 
-# -- the buses ------------------------------------------------------------------------------------------------------
+# -- the buses -------------------------------------------------------------------------------------
 
 
 def register_coalesced_mmio(vm: Vm, zone: Any) -> None:
@@ -119,7 +120,7 @@ def irqfd(vm: Vm, argument: Any) -> None:
     vm.eventfds.irqfds.assign(argument.fd, argument.gsi, argument.flags, argument.resamplefd)
 
 
-# -- interrupts -----------------------------------------------------------------------------------------------------
+# -- interrupts ------------------------------------------------------------------------------------
 
 
 def irq_line(vm: Vm, argument: Any) -> None:

@@ -1,7 +1,8 @@
-"""The SBI, as Linux's KVM presents it to a guest (KVM_ABI 2.1): the list of extensions, and who answers a call.
+"""The SBI, as Linux's KVM presents it to a guest (KVM_ABI 2.1): the list of extensions, and who answers a
+call.
 
-Called by kvmcore/vm/exits.py for each ecall from S-mode. Everything that is not in the list is absent: it probes 0 and
-answers NOT_SUPPORTED. To add one: a file that ends in its Extension, and a line here.
+Called by kvmcore/vm/exits.py for each ecall from S-mode. Everything that is not in the list is absent: it
+probes 0 and answers NOT_SUPPORTED. To add one: a file that ends in its Extension, and a line here.
 """
 
 from __future__ import annotations

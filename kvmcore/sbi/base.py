@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.abi.structs_riscv import SBI_BASE, SBI_NOT_SUPPORTED
-
 from kvmcore.sbi.extension import After, Caller, Extension, Result
+from protocol.abi.structs_riscv import SBI_BASE, SBI_NOT_SUPPORTED
 
 IMPLEMENTATION_KVM = 3
 _MACHINE_IDS = {4: "mvendorid", 5: "marchid", 6: "mimpid"}

@@ -1,8 +1,8 @@
 """What an SBI extension is, and what it may ask of the VM.
 
-Each file of this folder ends in one `Extension`; __init__.py lists them. Their functions are called on the thread of
-the vCPU that executed ecall, with that vCPU out of the guest. They see the VM through `Caller` only
-(kvmcore/vm/hypercalls.py implements it). A guest's wrong call is an SBI error, never an exception.
+Each file of this folder ends in one `Extension`; __init__.py lists them. Their functions are called on the
+thread of the vCPU that executed ecall, with that vCPU out of the guest. They see the VM through `Caller`
+only (kvmcore/vm/hypercalls.py implements it). A guest's wrong call is an SBI error, never an exception.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Caller(Protocol):
         """fence.i on these harts; returns when it is done there."""
 
     def sfence_vma(self, harts: Sequence[int], start: int, size: int, asid: int | None) -> None:
-        """sfence.vma on these harts for [start, start + size), size U64: all; returns when it is done there."""
+        """sfence.vma on these harts for [start, start + size), size U64: all; returns when it is done
+        there.
+        """
 
     def is_memory(self, gpa: int) -> bool:
         """Whether a memslot covers the address."""

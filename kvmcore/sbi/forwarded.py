@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.abi.structs_riscv import SBI_EXPERIMENTAL, SBI_VENDOR, SbiExt
-
 from kvmcore.sbi.extension import After, Caller, Extension, Result
+from protocol.abi.structs_riscv import SBI_EXPERIMENTAL, SBI_VENDOR, SbiExt
 
 
 def forward(caller: Caller, function: int, args: Sequence[int]) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvmcore.sbi.extension import After, Caller, Extension, Result
 from protocol.abi.structs_riscv import (
     SBI_ALREADY_AVAILABLE,
     SBI_HSM,
@@ -12,8 +13,6 @@ from protocol.abi.structs_riscv import (
     SBI_NOT_SUPPORTED,
     SbiExt,
 )
-
-from kvmcore.sbi.extension import After, Caller, Extension, Result
 
 _START, _STOP, _STATUS, _SUSPEND = range(4)
 SUSPEND_RETENTIVE, SUSPEND_NON_RETENTIVE = 0x00000000, 0x80000000

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.abi.structs_riscv import SBI_INVALID_PARAM, SBI_IPI, SBI_NOT_SUPPORTED, SBI_SUCCESS, SbiExt
-
 from kvmcore.sbi.extension import Caller, Extension, Result, selected
+from protocol.abi.structs_riscv import SBI_INVALID_PARAM, SBI_IPI, SBI_NOT_SUPPORTED, SBI_SUCCESS, SbiExt
 
 
 def call(caller: Caller, function: int, args: Sequence[int]) -> Result:

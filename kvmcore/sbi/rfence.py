@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.abi.structs_riscv import SBI_INVALID_PARAM, SBI_NOT_SUPPORTED, SBI_RFENCE, SBI_SUCCESS, SbiExt
-
 from kvmcore.sbi.extension import U64, Caller, Extension, Result, selected
+from protocol.abi.structs_riscv import SBI_INVALID_PARAM, SBI_NOT_SUPPORTED, SBI_RFENCE, SBI_SUCCESS, SbiExt
 
 _FENCE_I, _SFENCE_VMA, _SFENCE_VMA_ASID = range(3)
 
 
 def call(caller: Caller, function: int, args: Sequence[int]) -> Result:
-    """0 remote fence.i, 1 sfence.vma(start, size), 2 the same for one ASID; start = size = 0 or size -1: all."""
+    """0 remote fence.i, 1 sfence.vma(start, size), 2 the same for one ASID; start = size = 0 or size -1:
+    all.
+    """
     if function not in (_FENCE_I, _SFENCE_VMA, _SFENCE_VMA_ASID):
         return Result(SBI_NOT_SUPPORTED)
     harts, complete = selected(caller, args[0], args[1])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.abi.structs_riscv import SBI_NOT_SUPPORTED, SBI_SRST, SbiExt
-
 from kvmcore.sbi.extension import After, Caller, Extension, Result
+from protocol.abi.structs_riscv import SBI_NOT_SUPPORTED, SBI_SRST, SbiExt
 
 SHUTDOWN, COLD_REBOOT, WARM_REBOOT = range(3)
 

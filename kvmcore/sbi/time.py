@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.abi.structs_riscv import SBI_NOT_SUPPORTED, SBI_TIME, SbiExt
-
 from kvmcore.sbi.extension import Caller, Extension, Result
+from protocol.abi.structs_riscv import SBI_NOT_SUPPORTED, SBI_TIME, SbiExt
 
 
 def call(caller: Caller, function: int, args: Sequence[int]) -> Result:

@@ -43,7 +43,9 @@ class VmCaps:
         """Whether SET_MP_STATE takes INIT_RECEIVED."""
 
     def enable(self, number: int, flags: int, value: int) -> None:
-        """KVM_ENABLE_CAP with args[0] = value. EINVAL: unknown, not settable, flags; EBUSY, E2BIG: see each."""
+        """KVM_ENABLE_CAP with args[0] = value. EINVAL: unknown, not settable, flags; EBUSY, E2BIG: see
+        each.
+        """
         offered = capabilities.value(self._vm.session.compat, number)
         dirty = self._vm.memory.dirty
         if flags:

@@ -33,7 +33,9 @@ _CHUNK = 4096
 
 
 class DirtyBitmap:
-    """One bit per page of a slot, bit i of byte i // 8, at a fixed address that native code writes atomically."""
+    """One bit per page of a slot, bit i of byte i // 8, at a fixed address that native code writes
+    atomically.
+    """
 
     def __init__(self, pages: int, initially_set: bool = False) -> None:
         self.pages = pages
@@ -89,7 +91,9 @@ class DirtyBitmap:
         self._memory[start : start + len(here)] = kept.to_bytes(len(here), "little")
 
     def new_since(self, shadow: bytearray, limit: int) -> list[int]:
-        """At most `limit` pages that are set here and not in `shadow`, lowest first; they are set there then."""
+        """At most `limit` pages that are set here and not in `shadow`, lowest first; they are set there
+        then.
+        """
         pages: list[int] = []
         for start in range(0, self.size, _CHUNK):
             now = self._memory[start : start + _CHUNK]
@@ -121,7 +125,7 @@ class DirtyTracking:
         """The bitmap of a slot that starts logging."""
         return DirtyBitmap(pages, bool(self.manual & INITIALLY_SET) and not self.ring_bytes)
 
-    # -- the log ----------------------------------------------------------------------------------------------
+    # -- the log -----------------------------------------------------------------------------------
 
     def _logging_slot(self, number: int) -> tuple[Slot, DirtyBitmap]:
         if number >= NR_MEMSLOTS:
@@ -184,7 +188,7 @@ class DirtyTracking:
             raise KvmError(EINVAL, reason=f"flags {flags:#x}")
         self.manual = flags
 
-    # -- the rings --------------------------------------------------------------------------------------------
+    # -- the rings ---------------------------------------------------------------------------------
 
     def enable_ring(self, size: int) -> None:
         """KVM_CAP_DIRTY_LOG_RING_ACQ_REL with `size` bytes per vCPU.
@@ -201,7 +205,8 @@ class DirtyTracking:
         self.ring_bytes = size
 
     def reset_rings(self) -> int:
-        """KVM_RESET_DIRTY_RINGS: harvested pages are watched again. Returns how many. EINVAL without rings."""
+        """KVM_RESET_DIRTY_RINGS: harvested pages are watched again. Returns how many. EINVAL without rings.
+        """
         if not self.ring_bytes:
             raise KvmError(EINVAL, reason="no dirty rings")
         memory = self._memory
@@ -243,8 +248,9 @@ class DirtyTracking:
 class DirtyRing:
     """The dirty ring of one vCPU: kvm_dirty_gfn entries in a memfd that the client maps and harvests.
 
-    An entry goes 0 -> DIRTY (we) -> DIRTY|RESET or RESET (client) -> 0 (RESET ioctl). Everything in it is read
-    as hostile: only our own indices say where we are, and a harvested entry's slot and page are our copies.
+    An entry goes 0 -> DIRTY (we) -> DIRTY|RESET or RESET (client) -> 0 (RESET ioctl). Everything in it is
+    read as hostile: only our own indices say where we are, and a harvested entry's slot and page are our
+    copies.
     """
 
     def __init__(self, size: int, name: str) -> None:
@@ -280,7 +286,9 @@ class DirtyRing:
         self._dirty_index += 1
 
     def take_harvested(self) -> list[tuple[int, int]]:
-        """The (slot, page) of entries that the client has marked as harvested, in order; their flags become 0."""
+        """The (slot, page) of entries that the client has marked as harvested, in order; their flags become
+        0.
+        """
         view = self._mapping.view
         done = 0
         while self._reset_index < self._dirty_index:

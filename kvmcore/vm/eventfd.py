@@ -1,9 +1,9 @@
 """What a guest's MMIO store meets before it becomes an exit: ioeventfds and coalesced zones (KVM_ABI 1.9).
 
 `Eventfds` is the VM's MMIO bus and the owner of its irqfds. Called by exits.py for each store without a slot,
-and by kvmcore/ioctl/vm.py. Devices match in the order of Linux's bus: by address, of two at one address the shorter
-first, else as registered. The coalesced ring lies in a page that the client writes too: its indices are checked at
-each use.
+and by kvmcore/ioctl/vm.py. Devices match in the order of Linux's bus: by address, of two at one address the
+shorter first, else as registered. The coalesced ring lies in a page that the client writes too: its indices
+are checked at each use.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import threading
 from errno import EEXIST, EINVAL, ENOENT, ENOSPC
 from typing import TYPE_CHECKING, NamedTuple
 
-from protocol.abi import run_page, structs
-from protocol.abi.errors import KvmError
-
 from kvmcore.vm.irqfd import Irqfds
 from kvmcore.vm.objects import eventfd_of
+from protocol.abi import run_page, structs
+from protocol.abi.errors import KvmError
 
 if TYPE_CHECKING:
     from kvmcore.vm.objects import HostFile
@@ -40,7 +39,8 @@ def eventfd_id(fd: int) -> int:
 
 
 class Ioeventfd(NamedTuple):
-    """A registration: stores of `length` bytes (0: any) of `datamatch` (None: any value) to exactly `addr`."""
+    """A registration: stores of `length` bytes (0: any) of `datamatch` (None: any value) to exactly `addr`.
+    """
 
     bus: str
     addr: int
@@ -69,7 +69,9 @@ class Ioeventfd(NamedTuple):
             return True
         if self.length != length:
             return False
-        return self.datamatch is None or self.datamatch & ((1 << 8 * length) - 1) == int.from_bytes(data, "little")
+        return self.datamatch is None or self.datamatch & ((1 << 8 * length) - 1) == int.from_bytes(
+            data, "little"
+        )
 
 
 class Zone(NamedTuple):
@@ -85,7 +87,9 @@ class Zone(NamedTuple):
 
 
 def _insert(bus: list[Ioeventfd | Zone], new: Ioeventfd | Zone) -> list[Ioeventfd | Zone]:
-    """A copy of `bus` with `new` where Linux puts it: before the first device that begins later or ends later."""
+    """A copy of `bus` with `new` where Linux puts it: before the first device that begins later or ends
+    later.
+    """
     end = new.addr + new.size
     for index, old in enumerate(bus):
         if old.addr > new.addr or (old.addr == new.addr and new.size and old.addr + old.size > end):
@@ -103,10 +107,12 @@ class Eventfds:
         self._events: dict[int, list[Ioeventfd]] = {}
         self._zones = 0
         self._bus: list[Ioeventfd | Zone] = []
-        """Everything, in the order of matching. Replaced, never changed: vCPU threads walk it without a lock."""
+        """Everything, in the order of matching. Replaced, never changed: vCPU threads walk it without a
+        lock.
+        """
         self._reserved = 0
 
-    # -- the guest's side -----------------------------------------------------------------------------------------
+    # -- the guest's side --------------------------------------------------------------------------
 
     def write(self, addr: int, data: bytes) -> bool:
         """A guest's store. True when an ioeventfd or the ring has taken it."""
@@ -144,7 +150,7 @@ class Eventfds:
             run_page.U32.pack_into(ring, 4, (last + 1) % run_page.COALESCED_MAX)
         return True
 
-    # -- ioeventfd ------------------------------------------------------------------------------------------------
+    # -- ioeventfd ---------------------------------------------------------------------------------
 
     def ioeventfd(self, number: int, addr: int, length: int, datamatch: int, flags: int) -> None:
         """KVM_IOEVENTFD. EINVAL, EBADF, EEXIST, ENOSPC; for DEASSIGN ENOENT."""
@@ -184,7 +190,7 @@ class Eventfds:
                     return
         raise KvmError(ENOENT, reason="no such ioeventfd")
 
-    # -- coalesced zones --------------------------------------------------------------------------------------------
+    # -- coalesced zones ---------------------------------------------------------------------------
 
     def register_zone(self, addr: int, size: int, pio: int) -> None:
         """KVM_REGISTER_COALESCED_MMIO. Zones may repeat and be empty. EINVAL: pio not 0 or 1; ENOSPC."""
@@ -219,7 +225,7 @@ class Eventfds:
         if used + devices > MAX_BUS_DEVICES:
             raise KvmError(ENOSPC, reason="the bus is full")
 
-    # -- lifetime -------------------------------------------------------------------------------------------------
+    # -- lifetime ----------------------------------------------------------------------------------
 
     def release_irqfds(self) -> None:
         """The VM handle is closed: irqfds go at once, even when vCPUs keep the VM."""
@@ -234,5 +240,3 @@ class Eventfds:
         for group in events.values():
             for event in group:
                 os.close(event.fd)
-
-

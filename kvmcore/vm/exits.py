@@ -1,8 +1,10 @@
-"""One function per reason why native code was left: answers it here, or fills kvm_run for user space (KVM_ABI 1.5, 1.6).
+"""One function per reason why native code was left: answers it here, or fills kvm_run for user space
+(KVM_ABI 1.5, 1.6).
 
-Called by vcpu.run() on the vCPU's thread. serve() says whether the guest goes on; complete() finishes, at the next
-KVM_RUN, what user space has answered. What is pending is private (vcpu.pending): of the page, only the answer's
-data is read, never what kind of exit it was. Errors leave exit_reason 0 and the guest where it was.
+Called by vcpu.run() on the vCPU's thread. serve() says whether the guest goes on; complete() finishes, at
+the next KVM_RUN, what user space has answered. What is pending is private (vcpu.pending): of the page, only
+the answer's data is read, never what kind of exit it was. Errors leave exit_reason 0 and the guest where it
+was.
 """
 
 from __future__ import annotations
@@ -11,15 +13,14 @@ from collections.abc import Callable
 from errno import EFAULT, EIO, EOPNOTSUPP
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmcore import sbi
+from kvmcore.engine.exits import ExitKind
+from kvmcore.sbi.extension import After, Result
+from kvmcore.vm import csr_access, mp_state
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.exits import Exit, SystemEvent
 from protocol.abi.structs_riscv import SBI_NOT_SUPPORTED
-
-from kvmcore import sbi
-from kvmcore.engine.exits import ExitKind
-from kvmcore.sbi.extension import After, Result
-from kvmcore.vm import mp_state
 
 if TYPE_CHECKING:
     from kvmcore.vm.vcpu import Vcpu
@@ -36,7 +37,7 @@ class Pending(NamedTuple):
     length: int = 0
 
 
-# -- the next KVM_RUN ---------------------------------------------------------------------------------------------
+# -- the next KVM_RUN ------------------------------------------------------------------------------
 
 
 def complete(vcpu: Vcpu) -> None:
@@ -47,7 +48,9 @@ def complete(vcpu: Vcpu) -> None:
     hart, page = vcpu.hart, vcpu.page
     if pending.reason == Exit.MMIO:
         at = run_page.MMIO_DATA
-        hart.complete_mmio(0 if pending.is_write else int.from_bytes(page[at : at + pending.length], "little"))
+        hart.complete_mmio(
+            0 if pending.is_write else int.from_bytes(page[at : at + pending.length], "little")
+        )
     elif pending.reason == Exit.RISCV_SBI:
         error, value = run_page.SBI.unpack_from(page, run_page.UNION)[8:]
         _return_from_sbi(vcpu, error, value)
@@ -69,7 +72,13 @@ def before_entry(vcpu: Vcpu) -> bool:
     return True
 
 
-# -- leaving native code ------------------------------------------------------------------------------------------
+def after_run(vcpu: Vcpu) -> None:
+    """RUN returns: what the guest has dirtied so far is in the ring when the client looks."""
+    if vcpu.dirty_ring is not None:
+        vcpu.vm.memory.dirty.collect(vcpu.dirty_ring)
+
+
+# -- leaving native code ---------------------------------------------------------------------------
 
 
 def serve(vcpu: Vcpu, kind: int) -> bool:
@@ -135,7 +144,7 @@ def _ecall(vcpu: Vcpu) -> bool:
         return _system_event(vcpu, result)
     _return_from_sbi(vcpu, result.error, result.value)
     if result.after is After.SLEEP:
-        vcpu.sleep_now = True
+        vcpu.sleep_now = not csr_access.interrupt_pending(vcpu.hart)
     return True
 
 
@@ -148,9 +157,7 @@ def _return_from_sbi(vcpu: Vcpu, error: int, value: int) -> None:
 
 def _forward_sbi(vcpu: Vcpu) -> bool:
     x = vcpu.hart.state.x
-    run_page.SBI.pack_into(
-        vcpu.page, run_page.UNION, x[_A7], x[_A6], *x[_A0 : _A0 + 6], SBI_NOT_SUPPORTED, 0
-    )
+    run_page.SBI.pack_into(vcpu.page, run_page.UNION, x[_A7], x[_A6], *x[_A0 : _A0 + 6], SBI_NOT_SUPPORTED, 0)
     vcpu.pending = Pending(Exit.RISCV_SBI)
     vcpu.set_exit_reason(Exit.RISCV_SBI)
     return False
@@ -185,7 +192,9 @@ def _breakpoint(vcpu: Vcpu) -> bool:
 
 
 def _error(vcpu: Vcpu) -> bool:
-    """An access that cannot be emulated, or memory that is not there: the ioctl fails, the guest has not moved."""
+    """An access that cannot be emulated, or memory that is not there: the ioctl fails, the guest has not
+    moved.
+    """
     errno = vcpu.hart.state.exit_errno
     slot = vcpu.vm.memory.lookup(vcpu.hart.state.exit_gpa)
     if errno == EOPNOTSUPP and slot is not None and slot.host(vcpu.hart.state.exit_gpa) == 0:
@@ -205,6 +214,7 @@ _SERVERS: dict[int, Callable[[Vcpu], bool]] = {
     ExitKind.CSR: _csr,
     ExitKind.EBREAK: _breakpoint,
     ExitKind.ERROR: _error,
+    ExitKind.DIRTY_BUDGET: _dirty_budget,
 }
 
 

@@ -1,8 +1,8 @@
 """guest_memfd: guest memory that kvmcore owns and the client may map (KVM_ABI 1.13, x86's MMAP|INIT_SHARED).
 
-Made by KVM_CREATE_GUEST_MEMFD, bound to memslots by KVM_SET_USER_MEMORY_REGION2. The file is a sealed memfd, so
-nobody can shrink it under a running guest. It keeps its VM alive while its handle is open; slots keep the memory
-after that. On RISC-V this is a declared extension.
+Made by KVM_CREATE_GUEST_MEMFD, bound to memslots by KVM_SET_USER_MEMORY_REGION2. The file is a sealed
+memfd, so nobody can shrink it under a running guest. It keeps its VM alive while its handle is open; slots
+keep the memory after that. On RISC-V this is a declared extension.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import threading
 from errno import EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
+from kvmcore.vm.objects import GuestMemfdBase
 from protocol.abi import structs
 from protocol.abi.capabilities import GUEST_MEMFD_FLAGS
 from protocol.abi.errors import KvmError
 from protocol.channel.shared_memory import PAGE, Mapping, create_memfd
-
-from kvmcore.vm.objects import GuestMemfdBase
 
 if TYPE_CHECKING:
     from kvmcore.vm.vm import Vm

@@ -1,8 +1,8 @@
 """What the SBI may ask of a VM: kvmcore.sbi.extension.Caller, for one vCPU.
 
-Made and called by exits.py, on the vCPU's own thread. Reaches other vCPUs only by what any thread may do: pending bits,
-flush requests, power. Waiting for another hart's fence cannot deadlock: this hart is out of guest code while it
-waits, and whoever waits for this one sees that.
+Made and called by exits.py, on the vCPU's own thread. Reaches other vCPUs only by what any thread may do:
+pending bits, flush requests, power. Waiting for another hart's fence cannot deadlock: this hart is out of
+guest code while it waits, and whoever waits for this one sees that.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from protocol.abi.structs_riscv import SbiExt
-
 from kvmcore import sbi
+from kvmcore.vm.csr_access import SSIP
 from kvmcore.vm.mp_state import STOPPED
+from protocol.abi.structs_riscv import SbiExt
 
 if TYPE_CHECKING:
     from kvmcore.vm.vcpu import Vcpu
 
-SSIP, STIP, SEIP = 1, 5, 9
-"""Bits of sip."""
 STARTED_STATUS, STOPPED_STATUS, SUSPENDED_STATUS = 0, 1, 4
 _SPEC_2_0, _SPEC_3_0 = 2 << 24, 3 << 24
 _LINUX_6_12_107, _LINUX_7_2_13 = 0x060C6B, 0x07020D
@@ -37,7 +35,7 @@ class Hypercalls:
         self._vm = vcpu.vm
         self.hart_id = vcpu.id
 
-    # -- BASE -----------------------------------------------------------------------------------------------------
+    # -- BASE --------------------------------------------------------------------------------------
 
     @property
     def _as_6_12(self) -> bool:
@@ -66,7 +64,7 @@ class Hypercalls:
         forwarded = (SbiExt.EXPERIMENTAL, SbiExt.VENDOR)
         return extension is not None and extension.switch in forwarded and self.allows(extension)
 
-    # -- harts ----------------------------------------------------------------------------------------------------
+    # -- harts -------------------------------------------------------------------------------------
 
     def harts(self) -> Sequence[int]:
         return list(self._vm.vcpus_by_id)
@@ -112,7 +110,7 @@ class Hypercalls:
         if waited:
             self._vm.stats.remote_tlb_flush += 1
 
-    # -- memory and power -------------------------------------------------------------------------------------------
+    # -- memory and power --------------------------------------------------------------------------
 
     def is_memory(self, gpa: int) -> bool:
         return self._vm.memory.lookup(gpa) is not None
@@ -134,4 +132,3 @@ class Hypercalls:
     def hart_stop(self) -> None:
         with self._vm.power_lock:
             self._vcpu.power_off()
-

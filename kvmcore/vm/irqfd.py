@@ -1,8 +1,8 @@
 """irqfd: an eventfd whose signal is an interrupt of the guest (KVM_ABI 1.9).
 
-The VM process's I/O loop polls the eventfds; a signal goes through the GSI routing to the irqchip. With RESAMPLE the
-line stays up until the guest ends the interrupt; then the resample eventfd is signalled, and its owner raises it
-again if the device still wants. Called by eventfd.py and by irqchip (end of interrupt).
+The VM process's I/O loop polls the eventfds; a signal goes through the GSI routing to the irqchip. With
+RESAMPLE the line stays up until the guest ends the interrupt; then the resample eventfd is signalled, and
+its owner raises it again if the device still wants. Called by eventfd.py and by irqchip (end of interrupt).
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import threading
 from errno import EBUSY, EINVAL
 from typing import TYPE_CHECKING
 
+from kvmcore.vm.objects import eventfd_of
 from protocol.abi import structs
 from protocol.abi.errors import KvmError
-
-from kvmcore.vm.objects import eventfd_of
 
 if TYPE_CHECKING:
     from kvmcore.vm.vm import Vm
@@ -46,9 +45,11 @@ class Irqfds:
         self._irqfds: list[Irqfd] = []
 
     def assign(self, number: int, gsi: int, flags: int, resample_number: int) -> None:
-        """KVM_IRQFD. EINVAL: flags, or not an eventfd; EBADF; EBUSY: this eventfd is an irqfd of the VM already.
+        """KVM_IRQFD. EINVAL: flags, or not an eventfd; EBADF; EBUSY: this eventfd is an irqfd of the VM
+        already.
 
-        The gsi is not checked, and no irqchip is needed: a signal that leads nowhere is dropped, as Linux does here.
+        The gsi is not checked, and no irqchip is needed: a signal that leads nowhere is dropped, as Linux
+        does here.
         """
         from kvmcore.vm.eventfd import eventfd_id
 
@@ -59,7 +60,9 @@ class Irqfds:
         if flags & structs.IRQFD_FLAG_DEASSIGN:
             self._deassign(identity, gsi)
             return
-        resample = eventfd_of(self._vm.session, resample_number) if flags & structs.IRQFD_FLAG_RESAMPLE else None
+        resample = (
+            eventfd_of(self._vm.session, resample_number) if flags & structs.IRQFD_FLAG_RESAMPLE else None
+        )
         with self._lock:
             if any(irqfd.identity == identity for irqfd in self._irqfds):
                 raise KvmError(EBUSY, reason="this eventfd is an irqfd already")

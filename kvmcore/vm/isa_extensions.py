@@ -1,7 +1,7 @@
 """Which ISA extensions a vCPU has, and which of them user space may switch (KVM_ABI 1.11, type ISA_EXT).
 
-The one place that says what kvmcore/isa implements, in KVM's terms. Called by one_reg.py. An extension is listed
-here only if guests may use it in full.
+The one place that says what kvmcore/isa implements, in KVM's terms. Called by one_reg.py. An extension is
+listed here only if guests may use it in full.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ OFFERED: frozenset[IsaExt] = frozenset(
         X.ZCA, X.ZCD, X.ZICCRSE, X.ZAAMO, X.ZALRSC,
     )
 )  # fmt: skip
-"""On in a new vCPU. SVADU: the page walk sets A and D bits itself. SVVPTC: invalid entries are never cached."""
+"""On in a new vCPU. SVADU: the page walk sets A and D bits itself. SVVPTC: invalid entries are never
+cached.
+"""
 
 NEVER: frozenset[IsaExt] = frozenset((X.H,))
 """Known, listed, and off for ever: as on Linux, no nested guests."""

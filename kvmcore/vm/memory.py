@@ -1,9 +1,10 @@
 """The guest's physical memory: memslots, and how they resolve to memory of this process (KVM_ABI 1.7, 1.13).
 
-A slot maps guest-physical pages either to the client's address space (userspace_addr) or to a guest_memfd. Called
-by kvmcore/ioctl/vm.py, by exits.py (was that a hole?) and by the SBI (buffers). Changes reach the engine as a
-new list of SlotView while no hart runs guest code: once an ioctl returns, no vCPU can touch what it removed.
-The dirty log and ring are in dirty.py. Must never hand out host memory that no slot covers.
+A slot maps guest-physical pages either to the client's address space (userspace_addr) or to a guest_memfd.
+Called by kvmcore/ioctl/vm.py, by exits.py (was that a hole?) and by the SBI (buffers). Changes reach the
+engine as a new list of SlotView while no hart runs guest code: once an ioctl returns, no vCPU can touch
+what it removed. The dirty log and ring are in dirty.py. Must never hand out host memory that no slot
+covers.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from contextlib import contextmanager
 from errno import EEXIST, EFAULT, EINVAL, EPERM
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmcore.vm.address_space import TASK_SIZE
+from kvmcore.vm.dirty import DirtyBitmap, DirtyTracking
+from kvmcore.vm.guest_memfd import GuestMemfd
 from protocol.abi import structs
 from protocol.abi.capabilities import NR_MEMSLOTS
 from protocol.abi.errors import KvmError
 from protocol.channel.shared_memory import PAGE, PROT_WRITE
-
-from kvmcore.vm.address_space import TASK_SIZE
-from kvmcore.vm.dirty import DirtyBitmap, DirtyTracking
-from kvmcore.vm.guest_memfd import GuestMemfd
 
 if TYPE_CHECKING:
     from kvmcore.vm.address_space import Segment
@@ -34,7 +34,9 @@ _LOG, _READONLY, _GMEM = structs.MEM_LOG_DIRTY_PAGES, structs.MEM_READONLY, stru
 
 
 class Piece(NamedTuple):
-    """Part of a slot with one backing: [gpa, gpa + size) is host memory at `host`, or nothing when host is 0."""
+    """Part of a slot with one backing: [gpa, gpa + size) is host memory at `host`, or nothing when host is
+    0.
+    """
 
     gpa: int
     size: int
@@ -45,7 +47,14 @@ class Slot:
     """One memslot. Immutable but for `bitmap` and `pieces`; a change makes a new Slot."""
 
     def __init__(
-        self, number: int, flags: int, gpa: int, size: int, hva: int, gmem: GuestMemfd | None, gmem_offset: int
+        self,
+        number: int,
+        flags: int,
+        gpa: int,
+        size: int,
+        hva: int,
+        gmem: GuestMemfd | None,
+        gmem_offset: int,
     ) -> None:
         self.number = number
         self.flags = flags
@@ -93,7 +102,8 @@ class Slot:
         self.pieces = pieces
 
     def host(self, gpa: int) -> int:
-        """Host address of a guest-physical address inside this slot; 0 where the client has nothing mapped."""
+        """Host address of a guest-physical address inside this slot; 0 where the client has nothing mapped.
+        """
         for piece in self.pieces:
             if piece.gpa <= gpa < piece.gpa + piece.size:
                 return piece.host + gpa - piece.gpa if piece.host else 0
@@ -112,7 +122,7 @@ class Memory:
         self._starts: list[int] = []
         vm.session.mm.listeners.append(self._remapped)
 
-    # -- looking ----------------------------------------------------------------------------------------------
+    # -- looking -----------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -138,13 +148,17 @@ class Memory:
             return b"".join(ctypes.string_at(host, length) for host, length, _ in self._walk(gpa, size))
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write guest memory and log it as dirty. EFAULT (nothing written) when any byte is not writable RAM."""
+        """Write guest memory and log it as dirty. EFAULT (nothing written) when any byte is not writable
+        RAM.
+        """
         with self.lock:
             at = 0
             for host, length, slot in list(self._walk(gpa, len(data), writable=True)):
                 ctypes.memmove(host, data[at : at + length], length)
                 if slot.bitmap is not None:
-                    slot.bitmap.set_range((gpa + at - slot.gpa) // PAGE, (gpa + at + length - 1 - slot.gpa) // PAGE)
+                    slot.bitmap.set_range(
+                        (gpa + at - slot.gpa) // PAGE, (gpa + at + length - 1 - slot.gpa) // PAGE
+                    )
                 at += length
 
     def _walk(self, gpa: int, size: int, writable: bool = False) -> Iterator[tuple[int, int, Slot]]:
@@ -158,7 +172,7 @@ class Memory:
             gpa += length
             size -= length
 
-    # -- KVM_SET_USER_MEMORY_REGION(2) --------------------------------------------------------------------------
+    # -- KVM_SET_USER_MEMORY_REGION(2) -------------------------------------------------------------
 
     def set_region(
         self,
@@ -172,7 +186,8 @@ class Memory:
         gmem_number: int = 0,
         gmem_offset: int = 0,
     ) -> None:
-        """Create, change, move or delete a slot (size 0). The order of the checks is Linux's (section 1.7)."""
+        """Create, change, move or delete a slot (size 0). The order of the checks is Linux's (section 1.7).
+        """
         self._check(number, flags, gpa, size, hva, allowed_flags, gmem_offset)
         with self.lock:
             old = self._slots.get(number)
@@ -216,7 +231,9 @@ class Memory:
     def _check_change(
         old: Slot, flags: int, gpa: int, size: int, hva: int, gmem_number: int, gmem_offset: int
     ) -> bool:
-        """Whether `old` may become this. Returns True for a guest_memfd slot (whose LOG_DIRTY flag alone changes)."""
+        """Whether `old` may become this. Returns True for a guest_memfd slot (whose LOG_DIRTY flag alone
+        changes).
+        """
         if flags & _GMEM:
             # Linux: immutable. Ours may have its dirty log switched on and off, which migration needs.
             if (
@@ -270,7 +287,7 @@ class Memory:
         elif old is None and new is not None and new.gmem is not None:
             new.gmem.bind(new.gmem_offset, new.size)
 
-    # -- the engine -------------------------------------------------------------------------------------------
+    # -- the engine --------------------------------------------------------------------------------
 
     @contextmanager
     def quiesced(self) -> Iterator[None]:
@@ -301,7 +318,9 @@ class Memory:
             if slot.bitmap is not None:
                 slot.bitmap.gather()
             for piece in slot.pieces:
-                bitmap = slot.bitmap.part((piece.gpa - slot.gpa) // PAGE, piece.size // PAGE) if slot.bitmap else 0
+                bitmap = (
+                    slot.bitmap.part((piece.gpa - slot.gpa) // PAGE, piece.size // PAGE) if slot.bitmap else 0
+                )
                 views.append(SlotView(piece.gpa, piece.size, piece.host, slot.readonly, bitmap))
         self.vm.machine.set_slots(views)
 

@@ -1,7 +1,8 @@
 """Power states of a vCPU, and what a reset makes of its hart (KVM_ABI 1.12, 2.1 HSM).
 
-Called by kvmcore/ioctl/vcpu.py (GET/SET_MP_STATE), by the SBI through hypercalls.py, and by the vCPU's thread when it
-applies a start that another hart asked for. vm.power_lock decides races between starting and stopping.
+Called by kvmcore/ioctl/vcpu.py (GET/SET_MP_STATE), by the SBI through hypercalls.py, and by the vCPU's
+thread when it applies a start that another hart asked for. vm.power_lock decides races between starting and
+stopping.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ RUNNABLE, INIT_RECEIVED, STOPPED = (
 
 
 def set_mp_state(vcpu: Vcpu, state: int) -> None:
-    """KVM_SET_MP_STATE. INIT_RECEIVED (with its capability) resets the hart and leaves the state. Else EINVAL."""
+    """KVM_SET_MP_STATE. INIT_RECEIVED (with its capability) resets the hart and leaves the state. Else
+    EINVAL.
+    """
     with vcpu.vm.power_lock:
         if state == RUNNABLE:
             vcpu.power_on()
@@ -43,7 +46,9 @@ def reset(vcpu: Vcpu) -> None:
 
 
 def start_at(vcpu: Vcpu, pc: int, opaque: int) -> None:
-    """HSM hart_start's entry state, on the vCPU's own thread: a0 = hart id, a1 = opaque, satp 0, interrupts off."""
+    """HSM hart_start's entry state, on the vCPU's own thread: a0 = hart id, a1 = opaque, satp 0, interrupts
+    off.
+    """
     reset(vcpu)
     state = vcpu.hart.state
     state.pc = pc

@@ -1,8 +1,9 @@
 """A vCPU's registers as KVM_GET/SET_ONE_REG and KVM_GET_REG_LIST know them (KVM_ABI 1.11).
 
-`Registers` hangs on the vCPU. Reading is always allowed; configuration freezes when the vCPU first runs. What a CSR
-cannot hold is stored raw until the vCPU runs, as Linux does, and made legal then. Called by kvmcore/ioctl/vcpu.py with
-the vCPU's mutex held, and by mp_state.reset(). Field layout is the engine's: kvmcore/engine/hart_state.py.
+`Registers` hangs on the vCPU. Reading is always allowed; configuration freezes when the vCPU first runs.
+What a CSR cannot hold is stored raw until the vCPU runs, as Linux does, and made legal then. Called by
+kvmcore/ioctl/vcpu.py with the vCPU's mutex held, and by mp_state.reset(). Field layout is the engine's:
+kvmcore/engine/hart_state.py.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from collections.abc import Callable, Iterator
 from errno import EBUSY, EINVAL, ENOENT
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmcore.engine.hart_state import EXTENSIONS
+from kvmcore.isa.paging import LEVELS
+from kvmcore.vm import csr_access
+from kvmcore.vm import isa_extensions as isa
 from protocol.abi import structs_riscv as ids
 from protocol.abi.errors import KvmError
 from protocol.abi.structs_riscv import IsaExt, SbiExt
-
-from kvmcore.vm import isa_extensions as isa
 
 if TYPE_CHECKING:
     from kvmcore.vm.vcpu import Vcpu
 
 FREQUENCY = 10_000_000
-SATP_MODE_SV48 = 9
+SATP_MODE = max(LEVELS)
+"""The widest address translation that guests may use."""
 _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 _SIP_MASK, _SIP_MASK_6_12 = 0x2222, 0x6222
 _SBI_ON = frozenset(
@@ -30,7 +34,9 @@ _SBI_ON = frozenset(
         SbiExt.EXPERIMENTAL, SbiExt.VENDOR,
     )
 )  # fmt: skip
-"""SBI extensions that are on in a new vCPU. V01 is a switch only: its calls do not exist (as in Debian's kernel)."""
+"""SBI extensions that are on in a new vCPU. V01 is a switch only: its calls do not exist (as in Debian's
+kernel).
+"""
 _SBI_OFFERED = _SBI_ON | {SbiExt.DBCN}
 
 
@@ -58,7 +64,7 @@ class Registers:
         """CSRs written by user space since the vCPU last ran, as written."""
         self.reset()
 
-    # -- for the rest of kvmcore ------------------------------------------------------------------------------------
+    # -- for the rest of kvmcore -------------------------------------------------------------------
 
     def machine_id(self, name: str) -> int:
         """mvendorid, marchid or mimpid."""
@@ -72,16 +78,23 @@ class Registers:
         """The vCPU runs: what was stored raw is what the hart has made of it from now on."""
         self._raw.clear()
 
+    def interrupt_line_changed(self) -> None:
+        """KVM_INTERRUPT: sip is no longer what was last written to it."""
+        self._raw.pop("sip", None)
+
     def reset(self) -> None:
         """The hart's state is a new vCPU's. Configuration stays."""
-        self._raw.clear()
+        self._raw = {"sstatus": 0}  # the hart's own has UXL set, once it has run
         self._vcpu.hart.reset()
         self._apply_isa()
 
     def _apply_isa(self) -> None:
-        self._vcpu.hart.set_extensions(frozenset(extension.name.lower() for extension in self._isa))
+        names = {extension.name.lower() for extension in self._isa}
+        self._vcpu.hart.state.extensions = sum(
+            1 << bit for bit, name in enumerate(EXTENSIONS) if name in names
+        )
 
-    # -- KVM_GET/SET_ONE_REG ----------------------------------------------------------------------------------------
+    # -- KVM_GET/SET_ONE_REG -----------------------------------------------------------------------
 
     def get(self, register: int) -> bytes:
         """The value, as many bytes as the id says. ENOENT: no such register; EINVAL: wrong size in the id."""
@@ -146,7 +159,7 @@ class Registers:
         needs = {"zicbom_block_size": IsaExt.ZICBOM, "zicboz_block_size": IsaExt.ZICBOZ}.get(name)
         return needs is None or needs in self._isa
 
-    # -- configuration ----------------------------------------------------------------------------------------------
+    # -- configuration -----------------------------------------------------------------------------
 
     def _frozen(self) -> bool:
         return self._vcpu.ran_once
@@ -178,19 +191,19 @@ class Registers:
         self._machine_ids[name] = value
 
     def _set_satp_mode(self, value: int) -> None:
-        if value != SATP_MODE_SV48:
+        if value != SATP_MODE:
             raise _refuse("satp_mode is the host's")
 
-    # -- CSRs, timer, floating point ----------------------------------------------------------------------------------
+    # -- CSRs, timer, floating point ---------------------------------------------------------------
 
     def _get_csr(self, name: str) -> int:
         raw = self._raw.get(name)
-        return raw if raw is not None else self._vcpu.hart.read_csr(name)
+        return raw if raw is not None else csr_access.read(self._vcpu.hart, name)
 
     def _set_csr(self, name: str, value: int) -> None:
         if name == "sip":
             value &= _SIP_MASK_6_12 if self._is_6_12 else _SIP_MASK
-        self._vcpu.hart.write_csr(name, value)
+        csr_access.write(self._vcpu.hart, name, value)
         self._raw[name] = value
 
     def _set_frequency(self, value: int) -> None:
@@ -201,7 +214,9 @@ class Registers:
         return self._vcpu.vm.machine.time()
 
     def _set_time(self, value: int) -> None:
-        self._vcpu.vm.set_guest_time(value)
+        vm = self._vcpu.vm
+        with vm.lock:
+            vm.machine.set_time(FREQUENCY, value)
 
     def _get_timer_state(self) -> int:
         return int(self._vcpu.hart.state.stimecmp != _U64)
@@ -217,12 +232,12 @@ class Registers:
         self._vcpu.hart.state.stimecmp = value
 
     def _get_fcsr(self) -> int:
-        return self._vcpu.hart.read_csr("fcsr")
+        return csr_access.read(self._vcpu.hart, "fcsr")
 
     def _set_fcsr(self, value: int) -> None:
-        self._vcpu.hart.write_csr("fcsr", value & 0xFF)
+        csr_access.write(self._vcpu.hart, "fcsr", value)
 
-    # -- ISA_EXT, SBI_EXT ---------------------------------------------------------------------------------------------
+    # -- ISA_EXT, SBI_EXT --------------------------------------------------------------------------
 
     def _extension(self, register: int) -> _Register | None:
         """Registers that stand for extensions: single ones and bitmaps."""
@@ -271,10 +286,14 @@ class Registers:
 
     def _bitmap(self, is_isa: bool, word: int) -> int:
         on = self._isa if is_isa else self._sbi
-        return sum(1 << index % 64 for index in on if index // 64 == word and (not is_isa or self._isa_known(index)))
+        return sum(
+            1 << index % 64 for index in on if index // 64 == word and (not is_isa or self._isa_known(index))
+        )
 
     def _set_bitmap(self, is_isa: bool, word: int, bits: int, on: bool) -> None:
-        """Switch every extension whose bit is set, as far as it lets itself be switched (Linux ignores the rest)."""
+        """Switch every extension whose bit is set, as far as it lets itself be switched (Linux ignores the
+        rest).
+        """
         if not is_isa and self._frozen():
             raise _refuse("the vCPU has run", EBUSY)
         for bit in range(64):
@@ -286,7 +305,7 @@ class Registers:
                     continue
 
 
-# -- the table ------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 _U64_TYPES = frozenset((ids.CONFIG, ids.CORE, ids.CSR, ids.TIMER, ids.ISA_EXT, ids.SBI_EXT, ids.SBI_STATE))
 _NEEDS = {
@@ -351,7 +370,7 @@ def _table() -> Iterator[tuple[int, _Register]]:
         "marchid": _machine_id("marchid"),
         "mimpid": _machine_id("mimpid"),
         "zicboz_block_size": _constant(isa.CBO_BLOCK, Registers._set_block_size),
-        "satp_mode": _constant(SATP_MODE_SV48, Registers._set_satp_mode),
+        "satp_mode": _constant(SATP_MODE, Registers._set_satp_mode),
         "zicbop_block_size": _constant(isa.CBO_BLOCK, Registers._set_block_size),
     }
     for name, register in config.items():

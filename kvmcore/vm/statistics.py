@@ -1,8 +1,8 @@
 """Counters of a VM and of its vCPUs, and the file of KVM_GET_STATS_FD (KVM_ABI 1.12).
 
 The counters are plain attributes that exits.py and the vCPU thread add to. The file is the binary format of
-<linux/kvm.h>: header, id, descriptors, data; each read sees the counters of that moment. Nothing here slows an exit
-down: no locks, no names looked up.
+<linux/kvm.h>: header, id, descriptors, data; each read sees the counters of that moment. Nothing here slows
+an exit down: no locks, no names looked up.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from protocol.abi import structs
-
 from kvmcore.vm.objects import StatsBase
+from protocol.abi import structs
 
 if TYPE_CHECKING:
     from kvmcore.vm.vcpu import Vcpu
@@ -26,7 +25,8 @@ _POW10 = 0x000
 
 
 class Statistic(NamedTuple):
-    """One descriptor: its name (also the attribute's), kvm_stats_desc's flags, exponent and number of u64s."""
+    """One descriptor: its name (also the attribute's), kvm_stats_desc's flags, exponent and number of u64s.
+    """
 
     name: str
     flags: int = _CUMULATIVE | _NO_UNIT | _POW10
@@ -114,7 +114,9 @@ class VcpuStats:
 class StatsFile(StatsBase):
     """What KVM_GET_STATS_FD makes: a read-only file over the counters of a VM or vCPU."""
 
-    def __init__(self, vm: Vm, label: str, statistics: tuple[Statistic, ...], counters: VmStats | VcpuStats) -> None:
+    def __init__(
+        self, vm: Vm, label: str, statistics: tuple[Statistic, ...], counters: VmStats | VcpuStats
+    ) -> None:
         super().__init__(vm)
         self._statistics = statistics
         self._counters = counters

@@ -1,4 +1,5 @@
-"""KVM_CAP_*: their numbers, what each one opens, and the value that CHECK_EXTENSION gives (KVM_ABI section 1.4).
+"""KVM_CAP_*: their numbers, what each one opens, and the value that CHECK_EXTENSION gives (KVM_ABI section
+1.4).
 
 kvmcore's check_extension starts from value() and adjusts what depends on the VM (GPA bits, number of CPUs).
 A capability that is not in VALUES is 0, as is any number that is not a capability: never an error.
@@ -12,7 +13,9 @@ from protocol.abi.compat import Compat
 
 
 class Cap(IntEnum):
-    """Capability numbers of <linux/kvm.h> that mean something on RISC-V, and those whose absence is asked for."""
+    """Capability numbers of <linux/kvm.h> that mean something on RISC-V, and those whose absence is asked
+    for.
+    """
 
     IRQCHIP = 0
     USER_MEMORY = 3
@@ -120,7 +123,8 @@ VALUES: dict[Compat, dict[Cap, int]] = {
 
 
 def value(compat: Compat, number: int) -> int:
-    """CHECK_EXTENSION's answer as far as it is fixed: 0 for whatever is not a capability, and for NR_VCPUS."""
+    """CHECK_EXTENSION's answer as far as it is fixed: 0 for whatever is not a capability, and for NR_VCPUS.
+    """
     try:
         return VALUES[compat].get(Cap(number), 0)
     except ValueError:

@@ -1,7 +1,8 @@
 """KvmError: how a refused ioctl looks on both sides of the protocol.
 
 Raised by kvmcore's ioctl handlers (the dispatcher turns it into the reply's errno) and by the client's typed
-handles. It is an OSError, as a failing ioctl(2) is. It never carries anything of the server but errno and words.
+handles. It is an OSError, as a failing ioctl(2) is. It never carries anything of the server but errno and
+words.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import os
 
 
 class KvmError(OSError):
-    """An ioctl that failed: `errno` as Linux gives it, `ioctl` its name, `reason` what was wrong (may be '')."""
+    """An ioctl that failed: `errno` as Linux gives it, `ioctl` its name, `reason` what was wrong (may be
+    '').
+    """
 
     def __init__(self, errno: int, ioctl: str = "", reason: str = "") -> None:
         super().__init__(errno, os.strerror(errno))

@@ -1,8 +1,9 @@
 """Offsets of a vCPU's shared mapping: kvm_run, the doorbell words, the coalesced ring, the dirty ring.
 
-Used with struct.Struct or memoryview casts on the exit path by both sides; so numbers only, no construct. The mapping
-is GET_VCPU_MMAP_SIZE bytes (8192): page 0 kvm_run and doorbell, page 1 the VM's coalesced-MMIO ring; a dirty
-ring is a mapping of its own. Whatever the client writes here is hostile: kvmcore reads only what section 1.5 allows.
+Used with struct.Struct or memoryview casts on the exit path by both sides; so numbers only, no construct.
+The mapping is GET_VCPU_MMAP_SIZE bytes (8192): page 0 kvm_run and doorbell, page 1 the VM's coalesced-MMIO
+ring; a dirty ring is a mapping of its own. Whatever the client writes here is hostile: kvmcore reads only
+what section 1.5 allows.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 One line per struct says it all; construct does the work. construct is imported on
 first use, so that importing this module costs nothing. Used by the client, by kvmcore's dispatcher and
-handlers, and by the tests that compare every size with the C header. The exit path must not use it: see run_page.
+handlers, and by the tests that compare every size with the C header. The exit path must not use it: see
+run_page.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Field:
 class Layout:
     """A little-endian C struct without implicit padding, written as `name:type` or `name:type[count]` words.
 
-    parse() gives a construct Container (attributes by name); build() takes the members by name, absent ones are
-    zero. `name` is the C struct's name, `size` its sizeof.
+    parse() gives a construct Container (attributes by name); build() takes the members by name, absent ones
+    are zero. `name` is the C struct's name, `size` its sizeof.
     """
 
     def __init__(self, name: str, definition: str) -> None:

@@ -1,7 +1,7 @@
 """RISC-V's own numbers: ONE_REG ids, ISA and SBI extension ids, AIA device attributes (KVM_ABI 1.10, 1.11).
 
-An id is 0x8<<60 | size_log2<<52 | type<<24 | subtype<<16 | index; kvmcore ignores the top nibble, as Linux does. Used
-by kvmcore/vm/one_reg.py and irqchip, by the client and by qemu_user. Numbers only, no rules.
+An id is 0x8<<60 | size_log2<<52 | type<<24 | subtype<<16 | index; kvmcore ignores the top nibble, as Linux
+does. Used by kvmcore/vm/one_reg.py and irqchip, by the client and by qemu_user. Numbers only, no rules.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ def one_reg_size(register: int) -> int:
     return 1 << (register >> 52 & 0xF)
 
 
-CONFIG_NAMES = ("isa", "zicbom_block_size", "mvendorid", "marchid", "mimpid", "zicboz_block_size", "satp_mode",
-                "zicbop_block_size")
-CORE_NAMES = ("pc", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1",
-              "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7",
-              "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11",
-              "t3", "t4", "t5", "t6", "mode")
-CSR_NAMES = ("sstatus", "sie", "stvec", "sscratch", "sepc", "scause", "stval", "sip", "satp", "scounteren", "senvcfg")
+CONFIG_NAMES = (
+    "isa", "zicbom_block_size", "mvendorid", "marchid", "mimpid", "zicboz_block_size", "satp_mode",
+    "zicbop_block_size",
+)  # fmt: skip
+CORE_NAMES = (
+    "pc", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4", "a5", "a6",
+    "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4", "t5", "t6", "mode",
+)  # fmt: skip
+CSR_NAMES = (
+    "sstatus", "sie", "stvec", "sscratch", "sepc", "scause", "stval", "sip", "satp", "scounteren", "senvcfg",
+)  # fmt: skip
 CSR_AIA_NAMES = ("siselect", "iprio1", "iprio2", "sieh", "siph", "iprio1h", "iprio2h")
 TIMER_NAMES = ("frequency", "time", "compare", "state")
 
@@ -60,7 +64,7 @@ class IsaExt(IntEnum):
     D = 2
     F = 3
     H = 4
-    I = 5
+    I = 5  # noqa: E741 - its name in the architecture
     M = 6
     SVPBMT = 7
     SSTC = 8

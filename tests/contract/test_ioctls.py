@@ -1,7 +1,7 @@
 """Every row of the ioctl table, every struct and every kvm_run offset equals the kernel's C headers.
 
-Compiles _Static_asserts with whichever of gcc (host headers, generic parts) and riscv64-linux-gnu-gcc is there. What
-an older header does not know yet is left out by #ifdef, or named in NEWER below for structs.
+Compiles _Static_asserts with whichever of gcc (host headers, generic parts) and riscv64-linux-gnu-gcc is
+there. What an older header does not know yet is left out by #ifdef, or named in NEWER below for structs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ def compile_asserts(compiler: str, lines: list[str], tmp_path: Path) -> None:
 
 
 def equal(expression: str, value: int, guard: str = "") -> str:
-    line = f'_Static_assert((unsigned long long)({expression}) == {value}ull, "{expression} is {value:#x} here");'
+    condition = f"(unsigned long long)({expression}) == {value}ull"
+    line = f'_Static_assert({condition}, "{expression} is {value:#x} here");'
     return f"#ifdef {guard}\n{line}\n#endif" if guard else line
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_request_numbers(compiler: str, tmp_path: Path) -> None:
     rows = [row for row in ioctls.IOCTLS if compiler == CROSS or row.name != "SET_GUEST_DEBUG"]
-    compile_asserts(compiler, [equal(f"KVM_{row.name}", row.number, f"KVM_{row.name}") for row in rows], tmp_path)
+    compile_asserts(
+        compiler, [equal(f"KVM_{row.name}", row.number, f"KVM_{row.name}") for row in rows], tmp_path
+    )
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -55,7 +58,10 @@ def test_struct_sizes_and_offsets(compiler: str, tmp_path: Path) -> None:
         guard = NEWER.get(layout.name, "")
         lines.append(equal(f"sizeof(struct {layout.name})", layout.size, guard))
         for field in layout.fields:
-            if field.name.startswith("pad") or (layout.name, field.name) == ("kvm_coalesced_mmio_zone", "pio"):
+            if field.name.startswith("pad") or (layout.name, field.name) == (
+                "kvm_coalesced_mmio_zone",
+                "pio",
+            ):
                 continue
             member = {"kvm_create_device.flags": "flags"}.get(f"{layout.name}.{field.name}", field.name)
             lines.append(equal(f"offsetof(struct {layout.name}, {member})", field.offset, guard))
@@ -110,7 +116,8 @@ def test_capabilities_exits_and_flags(compiler: str, tmp_path: Path) -> None:
     for name in ("MEM_LOG_DIRTY_PAGES", "MEM_READONLY", "MEM_GUEST_MEMFD", "GUEST_MEMFD_FLAG_MMAP",
                  "IRQFD_FLAG_DEASSIGN", "IRQFD_FLAG_RESAMPLE", "IRQ_ROUTING_IRQCHIP", "IRQ_ROUTING_MSI",
                  "MSI_VALID_DEVID", "CREATE_DEVICE_TEST", "GUESTDBG_ENABLE", "GUESTDBG_SINGLESTEP",
-                 "MP_STATE_RUNNABLE", "MP_STATE_INIT_RECEIVED", "MP_STATE_STOPPED", "API_VERSION"):  # fmt: skip
+                 "MP_STATE_RUNNABLE", "MP_STATE_INIT_RECEIVED", "MP_STATE_STOPPED",
+                 "API_VERSION"):  # fmt: skip
         ours = name.replace("IRQ_ROUTING_", "IRQ_ROUTING_TYPE_")
         lines.append(equal(f"KVM_{name}", getattr(structs, ours), f"KVM_{name}"))
     lines += [

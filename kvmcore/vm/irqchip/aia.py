@@ -1,8 +1,8 @@
 """The in-kernel AIA: the device of type KVM_DEV_TYPE_RISCV_AIA, its attributes, and its MMIO (KVM_ABI 1.10).
 
-One per VM: an APLIC in MSI mode and an IMSIC per vCPU that existed at INIT. A vCPU created after INIT has none: MSIs
-to it vanish. Called by kvmcore/ioctl, by irqfds (I/O thread) and by exits.py (vCPU threads). Configuration is under
-vm.lock; delivery takes no lock but the APLIC's.
+One per VM: an APLIC in MSI mode and an IMSIC per vCPU that existed at INIT. A vCPU created after INIT has
+none: MSIs to it vanish. Called by kvmcore/ioctl, by irqfds (I/O thread) and by exits.py (vCPU threads).
+Configuration is under vm.lock; delivery takes no lock but the APLIC's.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from contextlib import suppress
 from errno import EBUSY, EEXIST, EINVAL, ENODEV, ENXIO
 from typing import TYPE_CHECKING
 
-from protocol.abi import structs_riscv
-from protocol.abi.errors import KvmError
-from protocol.abi.structs_riscv import AiaConfig, AiaGroup
-
 from kvmcore.vm.irqchip.aplic import Aplic
 from kvmcore.vm.irqchip.imsic import Imsic
 from kvmcore.vm.irqchip.routing import Table, default_table, parse_table
 from kvmcore.vm.objects import Device
+from protocol.abi import structs_riscv
+from protocol.abi.errors import KvmError
+from protocol.abi.structs_riscv import AiaConfig, AiaGroup
 
 if TYPE_CHECKING:
     from kvmcore.vm.vcpu import Vcpu
@@ -82,7 +81,7 @@ class Aia(Device):
             self._routes: Table = {}
             vm.irqchip = self
 
-    # -- attributes -----------------------------------------------------------------------------------------------
+    # -- attributes --------------------------------------------------------------------------------
 
     def set_attr(self, group: int, attr: int, pointer: int) -> None:
         """KVM_SET_DEVICE_ATTR."""
@@ -193,7 +192,7 @@ class Aia(Device):
             raise KvmError(ENODEV, reason=f"no IMSIC at vCPU {attr >> 12} (yet)")
         return imsic
 
-    # -- INIT -----------------------------------------------------------------------------------------------------
+    # -- INIT --------------------------------------------------------------------------------------
 
     def _initialize(self) -> None:
         if self.initialized:
@@ -234,7 +233,7 @@ class Aia(Device):
         group = address >> config[AiaConfig.GROUP_SHIFT] & (1 << config[AiaConfig.GROUP_BITS]) - 1
         return group << config[AiaConfig.HART_BITS] | hart
 
-    # -- interrupts -----------------------------------------------------------------------------------------------
+    # -- interrupts --------------------------------------------------------------------------------
 
     def _send(self, hart_index: int, guest_index: int, identity: int) -> None:
         """The APLIC's MSI. One that matches no interrupt file, or no identity, vanishes."""
@@ -244,7 +243,8 @@ class Aia(Device):
 
     def _retriggered(self, source: int) -> bool:
         gsis = [gsi for gsi, routes in self._routes.items() if any(route.pin == source for route in routes)]
-        return any([self.vm.eventfds.irqfds.end_of_interrupt(gsi) for gsi in gsis])
+        ended = [self.vm.eventfds.irqfds.end_of_interrupt(gsi) for gsi in gsis]
+        return any(ended)
 
     def set_line(self, source: int, level: bool) -> None:
         """KVM_IRQ_LINE. EBUSY before INIT; ENODEV: no such source."""
@@ -253,7 +253,9 @@ class Aia(Device):
         self._the_aplic().set_line(source, level)
 
     def signal_msi(self, address: int, data: int) -> None:
-        """KVM_SIGNAL_MSI. EBUSY before INIT; ENODEV, EINVAL as Imsic.inject(); no interrupt file there: nothing."""
+        """KVM_SIGNAL_MSI. EBUSY before INIT; ENODEV, EINVAL as Imsic.inject(); no interrupt file there:
+        nothing.
+        """
         if not self.initialized:
             raise KvmError(EBUSY, reason="not initialized")
         guests = (1 << self._config[AiaConfig.GUEST_BITS]) - 1
@@ -285,7 +287,7 @@ class Aia(Device):
         """KVM_SET_GSI_ROUTING: replace the table, or raise EINVAL and leave it."""
         self._routes = parse_table(entries)
 
-    # -- MMIO -----------------------------------------------------------------------------------------------------
+    # -- MMIO --------------------------------------------------------------------------------------
 
     def read(self, gpa: int, size: int) -> bytes | None:
         """A guest's load. None when nothing of ours answers there."""
@@ -317,4 +319,3 @@ class Aia(Device):
         except KvmError:
             return False
         return True
-

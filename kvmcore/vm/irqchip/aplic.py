@@ -1,8 +1,8 @@
-"""The APLIC in MSI delivery mode: wired sources become MSIs to the harts' IMSICs (AIA specification chapter 4).
+"""The APLIC in MSI delivery mode: wired sources become MSIs to the harts' IMSICs (AIA chapter 4).
 
-Driven by the guest's loads and stores (aia.py), by lines (KVM_IRQ_LINE, irqfd) and by the AIA device's attributes,
-which are its registers. One supervisor domain; no delegation, no direct mode. Behaviour follows Linux's in-kernel
-model. Thread-safe: vCPU threads and the I/O thread call in.
+Driven by the guest's loads and stores (aia.py), by lines (KVM_IRQ_LINE, irqfd) and by the AIA device's
+attributes, which are its registers. One supervisor domain; no delegation, no direct mode. Behaviour
+follows Linux's in-kernel model. Thread-safe: vCPU threads and the I/O thread call in.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Aplic:
     """Registers and lines of the domain. `sources` wired sources, numbered from 1."""
 
     def __init__(self, sources: int, send: SendMsi, retriggered: Callable[[int], bool]) -> None:
-        """`retriggered(source)`: the guest ended a level interrupt by setipnum; True if its line is to fall."""
+        """`retriggered(source)`: the guest ended a level interrupt by setipnum; True if its line is to
+        fall.
+        """
         self.sources = sources
         self._send = send
         self._retriggered = retriggered
@@ -66,7 +68,7 @@ class Aplic:
         self._enabled = False
         self._genmsi = 0
 
-    # -- lines ----------------------------------------------------------------------------------------------------
+    # -- lines -------------------------------------------------------------------------------------
 
     def set_line(self, source: int, level: bool) -> None:
         """The wire of a source has this level. ENODEV: no such source."""
@@ -90,7 +92,7 @@ class Aplic:
             irq.pending = False
             self._send(irq.target >> 18 & 0x3FFF, irq.target >> 12 & 0x3F, irq.target & 0x7FF)
 
-    # -- registers ------------------------------------------------------------------------------------------------
+    # -- registers ---------------------------------------------------------------------------------
 
     def read(self, offset: int) -> int:
         """A register's 32 bits. EOPNOTSUPP: unaligned; ENODEV: no register there."""
@@ -144,7 +146,9 @@ class Aplic:
             self._deliver_all()
 
     def _set_pending_by_number(self, source: int) -> None:
-        """setipnum: how a driver ends a level-sensitive interrupt in MSI mode (AIA 4.9.2), and software raises one."""
+        """setipnum: how a driver ends a level-sensitive interrupt in MSI mode (AIA 4.9.2), and software
+        raises one.
+        """
         if 0 < source <= self.sources and self._irqs[source].is_level and self._retriggered(source):
             self._irqs[source].input = self._irqs[source].mode == LEVEL_LOW
         self._set(SETIP, source)
@@ -191,6 +195,4 @@ class Aplic:
         raise KvmError(ENODEV, reason=f"no APLIC register at {offset:#x}")
 
 
-_SINGLE = frozenset(
-    (DOMAINCFG, SETIPNUM, CLRIPNUM, SETIENUM, CLRIENUM, SETIPNUM_LE, SETIPNUM_BE, GENMSI)
-)
+_SINGLE = frozenset((DOMAINCFG, SETIPNUM, CLRIPNUM, SETIENUM, CLRIENUM, SETIPNUM_LE, SETIPNUM_BE, GENMSI))

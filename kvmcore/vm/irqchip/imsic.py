@@ -1,8 +1,8 @@
 """The IMSIC of one vCPU: where MSIs arrive (AIA specification chapter 3).
 
-Its state lives in the engine's hart (the guest reads and claims it through CSRs, natively); this is the side of
-the senders and of the AIA device's attributes. Called by aia.py. A change is seen by the hart at its next safe
-point at the latest, and ends a WFI.
+Its state lives in the engine's hart (the guest reads and claims it through CSRs, natively); this is the
+side of the senders and of the AIA device's attributes. Called by aia.py. A change is seen by the hart at
+its next safe point at the latest, and ends a WFI.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 EIDELIVERY, EITHRESHOLD, EIP0, EIE0 = 0x70, 0x72, 0x80, 0xC0
 SETEIPNUM_LE, SETEIPNUM_BE = 0, 4
-_WORDS = 32
-"""64-bit words of eip and eie: identities 0..2047."""
+_SCALARS = ("eidelivery", "eithreshold")
 
 
 class Imsic:
@@ -31,7 +30,9 @@ class Imsic:
         vcpu.hart.enable_imsic(identities)
 
     def inject(self, guest_index: int, offset: int, identity: int) -> None:
-        """An MSI: `identity` written at `offset` of the page. ENODEV: not an MSI register; EINVAL: no such identity."""
+        """An MSI: `identity` written at `offset` of the page. ENODEV: not an MSI register; EINVAL: no such
+        identity.
+        """
         if guest_index or not identity or offset not in (SETEIPNUM_LE, SETEIPNUM_BE):
             raise KvmError(ENODEV, reason="no such interrupt file")
         if offset == SETEIPNUM_BE:
@@ -60,10 +61,23 @@ class Imsic:
     def read(self, select: int) -> int:
         """A register by its iselect value, 64 bits."""
         name, index = self._locate(select)
-        return self.vcpu.hart.read_imsic(name, index)
+        value = getattr(self.vcpu.hart.state, name)
+        return int(value) if name in _SCALARS else int(value[index])
 
     def write(self, select: int, value: int) -> None:
         """Set a register (state restore). Bits that it does not have are ignored."""
         name, index = self._locate(select)
-        self.vcpu.hart.write_imsic(name, index, value)
+        state = self.vcpu.hart.state
+        with self.vcpu.vm.machine.quiesce():
+            if name == "eidelivery":
+                state.eidelivery = value & 1
+            elif name == "eithreshold":
+                state.eithreshold = min(value, self.identities)
+            else:
+                getattr(state, name)[index] = value & self._existing(index)
+        self.vcpu.hart.set_pending(0)  # look at the interrupts anew
         self.vcpu.wake()
+
+    def _existing(self, word: int) -> int:
+        """The bits of a word of eip or eie that stand for identities; 0 is none."""
+        return ((1 << self.identities + 1) - 2) >> 64 * word & (1 << 64) - 1

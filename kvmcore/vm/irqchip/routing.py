@@ -1,7 +1,7 @@
 """GSI routing: which pin of the APLIC, or which MSI, an irqfd's number means (KVM_ABI 1.9).
 
-The table is replaced as a whole by KVM_SET_GSI_ROUTING. Called by aia.py; parses bytes of the caller, so it trusts
-none of them.
+The table is replaced as a whole by KVM_SET_GSI_ROUTING. Called by aia.py; parses bytes of the caller, so it
+trusts none of them.
 """
 
 from __future__ import annotations

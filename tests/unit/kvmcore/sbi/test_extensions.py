@@ -92,7 +92,14 @@ def test_unknown_functions_are_not_supported(extension: Extension) -> None:
 
 
 def test_base() -> None:
-    assert [call("BASE", function).value for function in (0, 1, 2, 4, 5, 6)] == [2 << 24, 3, 0x60C6B, 11, 12, 13]
+    assert [call("BASE", function).value for function in (0, 1, 2, 4, 5, 6)] == [
+        2 << 24,
+        3,
+        0x60C6B,
+        11,
+        12,
+        13,
+    ]
     assert call("BASE", 3, EIDS["HSM"]).value == 1
     assert call("BASE", 3, 0x504D55).value == 0
     assert call("BASE", 3, 0x09000001).after is After.FORWARD

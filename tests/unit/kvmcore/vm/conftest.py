@@ -1,4 +1,6 @@
-"""A Vm on a real session and a real I/O loop, without an engine: what memslots, buses and the AIA's parts need."""
+"""A Vm on a real session and a real I/O loop, without an engine: what memslots, buses and the AIA's parts
+need.
+"""
 
 from __future__ import annotations
 

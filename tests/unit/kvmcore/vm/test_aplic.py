@@ -1,4 +1,6 @@
-"""The APLIC in MSI mode: registers, lines, level and edge sources, retriggering (AIA specification chapter 4)."""
+"""The APLIC in MSI mode: registers, lines, level and edge sources, retriggering (AIA specification chapter
+4).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_domaincfg():
     assert board.aplic.read(0) == 0x80000104
 
 
-@pytest.mark.parametrize(("offset", "errno"), [(2, EOPNOTSUPP), (0x3FFC, ENODEV), (0x4000, ENODEV), (0x1C10, ENODEV)])
+@pytest.mark.parametrize(
+    ("offset", "errno"), [(2, EOPNOTSUPP), (0x3FFC, ENODEV), (0x4000, ENODEV), (0x1C10, ENODEV)]
+)
 def test_places_without_a_register(offset, errno):
     for access in (lambda a: a.read(offset), lambda a: a.write(offset, 1)):
         with pytest.raises(KvmError) as refused:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import struct
 from errno import E2BIG, EFAULT, EINVAL, ENOENT, ENXIO
 
+import pytest
+
 from kvmcore.vm.dirty import DirtyBitmap, DirtyRing
+from protocol.abi.errors import KvmError
 from protocol.channel.shared_memory import PAGE, Mapping
 
 POINTEE = 0x7001_0000  # where conftest puts pointees
@@ -20,8 +23,8 @@ def log(kernel, slot=0, pages=128):
 
 def clear(kernel, first, pages, bits, slot=0):
     return kernel.errno(
-        kernel.vm, "CLEAR_DIRTY_LOG", bits.to_bytes(16, "little"), slot=slot, num_pages=pages, first_page=first,
-        dirty_bitmap=POINTEE,
+        kernel.vm, "CLEAR_DIRTY_LOG", bits.to_bytes(16, "little"),
+        slot=slot, num_pages=pages, first_page=first, dirty_bitmap=POINTEE,
     )  # fmt: skip
 
 
@@ -116,7 +119,14 @@ def test_new_since_is_limited_and_complete():
 
 
 def test_ring_sizes(kernel):
-    for size, errno in ((100, EINVAL), (0, EINVAL), (512, EINVAL), (1 << 30, E2BIG), (4096, 0), (4096, EINVAL)):
+    for size, errno in (
+        (100, EINVAL),
+        (0, EINVAL),
+        (512, EINVAL),
+        (1 << 30, E2BIG),
+        (4096, 0),
+        (4096, EINVAL),
+    ):
         assert enable(kernel, 223, size) == errno
     logging_slot(kernel)
     assert kernel.errno(kernel.vm, "GET_DIRTY_LOG", bytes(16), slot=0, dirty_bitmap=POINTEE) == ENXIO
@@ -125,11 +135,7 @@ def test_ring_sizes(kernel):
 
 
 def test_reset_without_rings(kernel):
-    from pytest import raises
-
-    from protocol.abi.errors import KvmError
-
-    with raises(KvmError) as refused:
+    with pytest.raises(KvmError) as refused:
         kernel.call(kernel.vm, "RESET_DIRTY_RINGS")
     assert refused.value.errno == EINVAL
 

@@ -113,7 +113,9 @@ def test_guest_memfd(kernel):
 
 
 @pytest.mark.parametrize(
-    ("size", "flags"), [(0, 0), (1, 0), (1 << 63, 0), (PAGE, 4)], ids=["empty", "unaligned", "negative", "flags"]
+    ("size", "flags"),
+    [(0, 0), (1, 0), (1 << 63, 0), (PAGE, 4)],
+    ids=["empty", "unaligned", "negative", "flags"],
 )
 def test_guest_memfd_checks(kernel, size, flags):
     assert kernel.errno(kernel.vm, "CREATE_GUEST_MEMFD", size=size, flags=flags) == EINVAL
