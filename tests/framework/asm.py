@@ -6,7 +6,8 @@ in the test process. One section, no linker, no relaxation: every instruction is
 
 Directives: .byte .half .word .dword .ascii .asciz .zero .skip .align .balign .org .equ .set .macro .endm
 .rept .endr .if .else .endif .globl .text .option (the last three are ignored). Labels: name: and the numeric
-1: with 1f / 1b. Comments: # and // to the end of the line; statements may share a line with ';'.
+1: with 1f / 1b. Comments: # and // to the end of the line; statements may share a line with ';'. In
+a .rept body \\+ is the number of the round, from 0.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ class Assembler:
             name, *parameters = arguments.replace(",", " ").split()
             self.macros[name] = (parameters, body)
         elif word == ".rept":
-            for _ in range(self.value(arguments)):
-                self._lines(body)
+            for number in range(self.value(arguments)):
+                self._lines([text.replace("\\+", str(number)) for text in body])
         else:
             depth, split = 0, len(body)
             for index, text in enumerate(body):
