@@ -1,1 +1,1 @@
-"""Running guest code natively: the image of threaded handlers, its loader, and the Machine and Hart that use it."""
+"""Running guest code natively: the interpreter image, its loader, and the machines and harts that use it."""

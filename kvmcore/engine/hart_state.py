@@ -29,6 +29,14 @@ def _f(name: str, bits: int, doc: str, count: int = 0, shared: bool = False) -> 
 
 X0_SINK = 32
 """Index in x[] of the slot that takes what instructions write to x0."""
+DATA_TLB_ENTRIES = 256
+"""Entries of 32 bytes: tag for loads, tag for stores, host minus guest address, unused."""
+FETCH_TLB_ENTRIES = 256
+"""Entries of 16 bytes: tag, and what turns pc * 4 into a record's address."""
+TLB_BLOCKS = 3
+FETCH_TLB_OFFSET = DATA_TLB_ENTRIES * 32
+TLB_BLOCK = FETCH_TLB_OFFSET + FETCH_TLB_ENTRIES * 16
+"""Bytes of one block: data entries, then fetch entries. One each for U, S, and S with SUM."""
 IMSIC_WORDS = 32
 """64-bit words of eip and eie: identities 0 to 2047."""
 
@@ -101,15 +109,16 @@ FIELDS: tuple[Field, ...] = (
     _f("walk_pte", 64, "result of a page walk: the leaf entry"),
     _f("walk_level", 64, "result of a page walk: its level, 0 for 4 KiB"),
     _f("machine", 64, "address of the MachineState"),
-    _f("tlb", 64, "the TLB block of the current mode"),
-    _f("fetch_tlb", 64, "the fetch TLB of the current mode"),
-    _f("bank", 64, "the TLB bank of the current satp"),
-    _f("banks", 64, "address of the first TLB bank"),
-    _f("scratch", 64, "address of the records for instructions that straddle two pages"),
+    _f("tlb", 64, "address of the TLB block in use: U, S, or S with SUM"),
+    _f("context_satp", 64, "satp that the TLBs belong to"),
+    _f("context_mxr", 8, "sstatus.MXR that the TLBs belong to"),
     _f("host_mxcsr", 32, "the host's MXCSR while in native code"),
-    _f("guest_mxcsr", 32, "rounding mode as MXCSR has it, flags 0"),
-    _f("code_epoch", 64, "machine's code epoch when this hart last flushed its fetch TLBs"),
-    _f("slot_cache", 64, "index of the slot found last"),
+    _f("mxcsr", 32, "scratch for the guest's MXCSR"),
+    _f("code_epoch", 64, "the machine's epoch at this hart's last fence.i"),
+    _f("large_low", 64, "lowest address of a superpage in the TLBs: lower half, upper half", 2),
+    _f("large_high", 64, "highest such address", 2),
+    _f("straddle", 64, "the record of an instruction on two pages, at [2] the page-end record", 4),
+    _f("tlb_blocks", 64, "the TLBs (see TLB_BLOCK)", TLB_BLOCKS * TLB_BLOCK // 8),
     # -- counters -----------------------------------------------------------------------------------------------------
     _f("count_fill", 64, "data TLB misses"),
     _f("count_fetch_fill", 64, "fetch TLB misses"),

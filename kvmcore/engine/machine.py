@@ -1,25 +1,39 @@
-"""The engine's half of a VM and of its vCPUs: what kvmcore/vm uses to run guest code.
+"""Machines and harts: what the native code of one VM works on, and how Python drives it.
 
-`Machine` owns what harts share (slots, code pages, time), `Hart` one hart's state and its way into native code.
-hart.run() is called by the vCPU's own thread; kick(), set_pending(), clear_pending(), inject_msi() and the flush
-requests by any thread; everything else only while that hart is outside run().
+A `Machine` owns what its harts share (memory slots, decoded pages, time); a `Hart` owns one hart's state and runs it.
+Called by kvmcore/vm: run() on the vCPU's thread, the rest from any thread. The GIL is free while guest code runs.
+Must never know of ioctls or kvm_run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
+from kvmcore.engine import hart_state, machine_state
+from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.hart_state import HartState
+from kvmcore.engine.host_clock import HostClock
 from kvmcore.engine.loader import Image
 
+STIP = 1 << 5
+U64 = (1 << 64) - 1
+#: Bytes of decoded pages that one machine may hold.
+POOL_BYTES = 24 << 20
+#: Ticks of the time CSR in a second.
+FREQUENCY = 10_000_000
 
-class SlotView(NamedTuple):
-    """Guest memory as native code sees it: `size` bytes at guest-physical `gpa`, at host address `hva`.
 
-    hva 0: there is nothing behind it; any access leaves with ERROR(EFAULT). dirty_bitmap: host address of a bitmap,
-    one bit per page, or 0 when writes are not logged.
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """Guest memory [gpa, gpa + size) at host address hva; hva 0: nothing is mapped there (EFAULT).
+
+    dirty_bitmap: host address of a bitmap, one bit per 4 KiB, or 0 when writes are not logged.
     """
 
     gpa: int
@@ -32,118 +46,287 @@ class SlotView(NamedTuple):
 class Machine:
     """What the harts of one VM share."""
 
-    def __init__(self, image: Image, max_harts: int = 1024) -> None:
-        raise NotImplementedError
+    def __init__(self, image: Image, max_harts: int = 1024, pool_bytes: int = POOL_BYTES) -> None:
+        self.image = image
+        self.harts: list[Hart] = []
+        self._max_harts = max_harts
+        self._gate = threading.RLock()
+        self._open = threading.Event()
+        self._open.set()
+        self._block = mmap.mmap(-1, _pages(ctypes.sizeof(machine_state.MachineState)))
+        self.state = machine_state.MachineState.from_buffer(self._block)
+        self.pool_bytes = pool_bytes
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+        self._pool = mmap.mmap(-1, pool_bytes, flags=flags)
+        self.state.pool = _address(self._pool)
+        self.state.pool_size = pool_bytes
+        self._slots = (machine_state.Slot * 0)()
+        self.flushes_of_pool = 0
+        self.clock = HostClock.shared(image)
+        self.set_time(0)
 
-    def set_slots(self, slots: Sequence[SlotView]) -> None:
-        """Replace guest memory. Sorted or not, but without overlap. With all harts stopped: inside quiesce()."""
-        raise NotImplementedError
+    @property
+    def address(self) -> int:
+        """Host address of the machine's block."""
+        return ctypes.addressof(self.state)
 
-    def set_time(self, delta: int) -> None:
-        """Guest time is the host's 10 MHz count plus `delta` (modulo 2**64)."""
-        raise NotImplementedError
+    def close(self) -> None:
+        """Free everything; no hart runs any more. The object must not be used afterwards."""
+        self.harts.clear()
 
-    def time(self) -> int:
-        """The guest's time CSR now."""
-        raise NotImplementedError
+    # -- memory ----------------------------------------------------------------------------------------------------
+    def set_slots(self, views: Sequence[SlotView]) -> None:
+        """Replace the memory map; harts must be stopped (`quiesce`). All translations and decoded pages go."""
+        ordered = sorted(views, key=lambda view: view.gpa)
+        slots = (machine_state.Slot * len(ordered))()
+        for slot, view in zip(slots, ordered, strict=True):
+            slot.start, slot.end = view.gpa, view.gpa + view.size
+            slot.delta = (view.hva - view.gpa) & U64
+            slot.flags = machine_state.SLOT_READONLY if view.readonly else 0
+            if not view.hva:
+                slot.flags |= machine_state.SLOT_ABSENT
+            slot.dirty = view.dirty_bitmap
+        self.state.slots, self.state.slot_count = ctypes.addressof(slots), len(slots)
+        self._slots = slots
+        self._forget_decoded()
+        for hart in self.harts:
+            hart.flush_tlb()
+
+    def _forget_decoded(self) -> None:
+        """Drop all decoded pages; no hart is in native code."""
+        ctypes.memset(ctypes.addressof(self.state.buckets), 0, ctypes.sizeof(self.state.buckets))
+        if self.state.pool_used:
+            self._pool.madvise(mmap.MADV_DONTNEED)
+        self.state.pool_used = 0
+        self.state.retired = 0
+        for hart in self.harts:
+            hart.state.attention |= hart_state.ATTENTION_FLUSH_ICACHE
+
+    def reclaim_decoded(self) -> None:
+        """Called by a hart that found the pool full."""
+        with self.quiesce():
+            if self.state.pool_used + machine_state.PAGE_STRIDE > self.pool_bytes:
+                self.flushes_of_pool += 1
+                self._forget_decoded()
 
     @contextmanager
     def quiesce(self) -> Iterator[None]:
-        """Inside, no hart of the machine is in native code; those that are about to enter wait. Nests."""
-        raise NotImplementedError
-        yield
+        """While in here no hart executes guest code and none starts to. Not to be entered from inside run()."""
+        with self._gate:
+            nested = self.state.stop
+            self._open.clear()
+            self.state.stop = nested + 1
+            waiting = [hart for hart in self.harts if hart.state.running]
+            for hart in waiting:
+                hart.signal(hart_state.ATTENTION_STOP)
+            pause = 0.0
+            while any(hart.state.running for hart in waiting):
+                time.sleep(pause)
+                pause = 0.00005
+            try:
+                yield
+            finally:
+                self.state.stop = nested
+                if not nested:
+                    self._open.set()
 
-    def close(self) -> None:
-        """Free everything. No hart may run any more."""
-        raise NotImplementedError
+    def wait_open(self) -> None:
+        """Block while the machine is quiesced."""
+        self._open.wait()
+
+    # -- time ------------------------------------------------------------------------------------------------------
+    def set_time(self, delta: int) -> None:
+        """Guest time is the host's count at FREQUENCY plus `delta` (modulo 2**64)."""
+        self.state.time_mult = self.clock.multiplier(FREQUENCY)
+        self.state.time_base = delta & U64
+
+    def time(self) -> int:
+        """What the time CSR reads now."""
+        return (((self.image.ticks() * self.state.time_mult) >> 52) + self.state.time_base) & U64
+
+    def ns_until(self, when: int) -> int:
+        """Nanoseconds until the time CSR reads `when`; 0 if it has."""
+        left = when - self.time()
+        return max(0, left * 1_000_000_000 // FREQUENCY)
 
 
 class Hart:
-    """One hart. `state` is its architectural state: valid, and writable, while the hart is outside run()."""
-
-    state: HartState
+    """One hart. `state` is its block; its fields may be changed while the hart is not in run()."""
 
     def __init__(self, machine: Machine, index: int, hartid: int) -> None:
-        raise NotImplementedError
+        self.machine, self.index, self.hartid = machine, index, hartid
+        self._block = mmap.mmap(-1, _pages(hart_state.SIZE))
+        self.state = HartState.from_buffer(self._block)
+        self._address = ctypes.addressof(self.state)
+        self._run: Callable[[int], int] = machine.image.run
+        self._complete: Callable[[int], None] | None = None
+        self.emulated = 0
+        with machine.quiesce():
+            machine.harts.append(self)
+            machine.state.harts = len(machine.harts)
+        self.state.extensions = (1 << len(hart_state.EXTENSIONS)) - 1
+        self.reset()
 
+    def reset(self) -> None:
+        """All architectural state as KVM gives it to a new vCPU: zeros, S-mode, timer off."""
+        keep = (self.state.extensions, self.state.icount, self.state.imsic_present, self.state.imsic_identities)
+        ctypes.memset(self._address, 0, hart_state.offset("tlb_blocks"))
+        state = self.state
+        state.extensions, state.icount, state.imsic_present, state.imsic_identities = keep
+        state.mode, state.stimecmp, state.hartid = 1, U64, self.hartid
+        state.machine = self.machine.address
+        state.dirty_budget = 1 << 62
+        state.tlb = self._address + hart_state.offset("tlb_blocks")
+        state.context_satp = U64  # no satp: the first entry flushes
+
+    # -- running -------------------------------------------------------------------------------------------------
     def run(self) -> int:
-        """Run guest code until an exit; returns its ExitKind. The GIL is released meanwhile."""
-        raise NotImplementedError
+        """Execute guest code until something is for Python; ExitKind. pc is as ExitKind says."""
+        while True:
+            kind = int(self._run(self._address))
+            if kind == ExitKind.STOPPED:
+                self.machine.wait_open()
+            elif kind == ExitKind.KICK:
+                if self._served():
+                    return kind
+            elif kind == ExitKind.EMULATE:
+                self.emulate()
+            elif kind == ExitKind.POOL_FULL:
+                self.machine.reclaim_decoded()
+            else:
+                return kind
+
+    def _served(self) -> bool:
+        """Out because of `attention`: whether the caller has to know."""
+        state = self.state
+        kicked = bool(state.attention & hart_state.ATTENTION_KICK)
+        both = hart_state.ATTENTION_KICK | hart_state.ATTENTION_STOP
+        self.machine.image.atomic_and(self._address + _ATTENTION, ~both & U64)
+        return kicked
+
+    def emulate(self) -> None:
+        """One instruction by the reference."""
+        from kvmcore.engine.reference import step  # only where it is needed: most guests never do
+
+        self.emulated += 1
+        step(self)
+
+    def signal(self, flags: int) -> None:
+        """Set ATTENTION_* flags; a running hart sees them at its next taken branch at the latest."""
+        self.machine.image.signal(self._address, flags)
+
+    def kick(self) -> None:
+        """Make run() return KICK: the one that runs now, or else the next one."""
+        self.signal(hart_state.ATTENTION_KICK)
 
     @property
     def running(self) -> bool:
-        """Inside native code. May be called by any thread."""
-        raise NotImplementedError
+        """Whether the hart is inside native code."""
+        return bool(self.state.running)
 
-    @property
-    def flush_pending(self) -> bool:
-        """A flush that was requested is not done yet. It is done before the hart runs guest code again."""
-        raise NotImplementedError
+    def advance(self, length: int) -> None:
+        """Go behind an instruction that Python has done; it counts as retired."""
+        self.state.pc = (self.state.pc + length) & U64
+        self.state.icount += 1
 
-    def kick(self) -> None:
-        """Any thread: make run() return KICK, now or the next time it is called (once)."""
-        raise NotImplementedError
+    # -- completion ----------------------------------------------------------------------------------------------
+    def complete_mmio(self, data: int) -> None:
+        """Finish the load or store that left with MMIO_READ (`data`: what the device gave) or MMIO_WRITE."""
+        from kvmcore.engine.completion import complete_mmio
 
+        complete_mmio(self, data)
+
+    def complete_csr(self, value: int) -> None:
+        """Finish a CSR access that left with CSR: `value` goes to rd."""
+        from kvmcore.engine.completion import complete_csr
+
+        complete_csr(self, value)
+
+    # -- interrupts ------------------------------------------------------------------------------------------------
     def set_pending(self, bit: int) -> None:
-        """Any thread: set a bit of sip (1 SSIP, 9 SEIP). Seen by a running hart; a sleeping one must be woken."""
-        raise NotImplementedError
+        """Set a bit of sip (1 SSIP, 9 SEIP), from any thread; a running hart looks at it soon."""
+        self.machine.image.atomic_or(self._address + _SIP, 1 << bit)
+        self.signal(hart_state.ATTENTION_INTERRUPT)
 
     def clear_pending(self, bit: int) -> None:
-        """Any thread: clear a bit of sip."""
-        raise NotImplementedError
+        """Clear a bit of sip, from any thread."""
+        self.machine.image.atomic_and(self._address + _SIP, ~(1 << bit) & U64)
+
+    def deadline_ns(self) -> int | None:
+        """Nanoseconds until the timer interrupt; None: it is off or not enabled."""
+        state = self.state
+        if state.stimecmp == U64 or not state.sie & STIP:
+            return None
+        return self.machine.ns_until(state.stimecmp)
+
+    # -- IMSIC -----------------------------------------------------------------------------------------------------
+    def enable_imsic(self, identities: int) -> None:
+        """The hart has an IMSIC with identities 1 to `identities`."""
+        self.state.imsic_identities = identities
+        self.state.imsic_present = 1
 
     def inject_msi(self, identity: int) -> None:
-        """Any thread: set a bit of eip. Identities the hart has not are ignored."""
-        raise NotImplementedError
-
-    def enable_imsic(self, identities: int) -> None:
-        """Give the hart an IMSIC with identities 1 to `identities` (63 to 2047)."""
-        raise NotImplementedError
+        """Make an identity pending, from any thread."""
+        word = self._address + _EIP + 8 * (identity >> 6)
+        self.machine.image.atomic_or(word, 1 << (identity & 63))
+        self.signal(hart_state.ATTENTION_INTERRUPT)
 
     def read_imsic(self, name: str, index: int = 0) -> int:
         """eidelivery, eithreshold, eip[index] or eie[index]."""
-        raise NotImplementedError
+        field = getattr(self.state, name)
+        return int(field[index] if name in ("eip", "eie") else field)
 
     def write_imsic(self, name: str, index: int, value: int) -> None:
-        """Set one of them; bits that do not exist stay 0."""
-        raise NotImplementedError
+        """Set one of them; bits of identities that do not exist stay 0."""
+        identities = self.state.imsic_identities
+        if name in ("eip", "eie"):
+            below = max(0, min(64, identities + 1 - 64 * index))
+            getattr(self.state, name)[index] = value & ((1 << below) - 1) & ~(index == 0)
+        else:
+            setattr(self.state, name, value & (1 if name == "eidelivery" else identities))
+        self.signal(hart_state.ATTENTION_INTERRUPT)
 
-    def flush_tlb(self, va: int | None = None, asid: int | None = None) -> None:
-        """Any thread: request sfence.vma; done at the hart's next safe point (flush_pending until then)."""
-        raise NotImplementedError
-
-    def flush_icache(self) -> None:
-        """Any thread: request fence.i; done at the hart's next safe point."""
-        raise NotImplementedError
-
-    def complete_mmio(self, data: int) -> None:
-        """Finish MMIO_READ (data, not extended) or MMIO_WRITE: rd is written, pc advances."""
-        raise NotImplementedError
-
-    def complete_csr(self, value: int) -> None:
-        """Finish CSR: rd gets `value`, the old content; pc advances."""
-        raise NotImplementedError
-
-    def advance(self, length: int) -> None:
-        """pc += length, one instruction retired."""
-        raise NotImplementedError
-
-    def deadline_ns(self) -> int | None:
-        """Nanoseconds until the timer interrupt becomes pending (0: it is, or another enabled one is); None: never."""
-        raise NotImplementedError
-
+    # -- CSRs by name ----------------------------------------------------------------------------------------------
     def read_csr(self, name: str) -> int:
-        """A supervisor CSR by name ("sstatus", "sip", "fcsr", "siselect"), as the guest in S-mode would read it."""
-        raise NotImplementedError
+        """A supervisor CSR, as the guest in S-mode would read it."""
+        from kvmcore.engine.reference import read_csr
+
+        return read_csr(self, name)
 
     def write_csr(self, name: str, value: int) -> None:
         """Write one; what it cannot hold is dropped, as the guest's write would be."""
-        raise NotImplementedError
+        from kvmcore.engine.reference import write_csr
+
+        write_csr(self, name, value)
 
     def set_extensions(self, names: frozenset[str]) -> None:
         """Which extensions instructions of this hart may use (names in lower case)."""
-        raise NotImplementedError
+        self.state.extensions = sum(1 << i for i, name in enumerate(hart_state.EXTENSIONS) if name in names)
 
-    def reset(self) -> None:
-        """A new hart's state: everything 0, S-mode, no timer. Identity, extensions and the IMSIC stay."""
-        raise NotImplementedError
+    # -- forgetting --------------------------------------------------------------------------------------------------
+    def flush_tlb(self, va: int | None = None, asid: int | None = None) -> None:
+        """Forget translations before the next instruction that a look at `attention` allows."""
+        self.signal(hart_state.ATTENTION_FLUSH_TLB)
+
+    def flush_icache(self) -> None:
+        """fence.i on this hart, as flush_tlb."""
+        self.signal(hart_state.ATTENTION_FLUSH_ICACHE)
+
+    @property
+    def flush_pending(self) -> bool:
+        """Whether a requested flush has not been done yet."""
+        flushes = hart_state.ATTENTION_FLUSH_TLB | hart_state.ATTENTION_FLUSH_ICACHE
+        return bool(self.state.attention & flushes)
+
+
+_SIP = hart_state.offset("sip")
+_EIP = hart_state.offset("eip")
+_ATTENTION = hart_state.offset("attention")
+
+
+def _pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _address(block: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))

@@ -1,0 +1,129 @@
+"""Builds the engine's image: `python -m kvmcore.engine.build [FILE]`, started by loader.py when there is none.
+
+Traces all semantics and routines, compiles them with LLVM, links and writes the image atomically. The only process of
+tier 1 that loads LLVM; it ends when the file is there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+from kvmcore.engine import image
+from kvmcore.engine.interpreter import emit
+from kvmcore.engine.link import link
+from kvmcore.ir.llvm_text import Emitter
+
+#: What Python calls. Saves the host's MXCSR; a machine that is stopped lets nobody in.
+_ENTRY = """
+define i64 @run(i64 %s) #1 {{
+  %sp = inttoptr i64 %s to ptr
+  %inp = getelementptr i8, ptr %sp, i64 {running}
+  %old = atomicrmw xchg ptr %inp, i32 1 seq_cst
+  %mp = getelementptr i8, ptr %sp, i64 {machine}
+  %m = load ptr, ptr %mp
+  %stop = load atomic i64, ptr %m seq_cst, align 8
+  %stopped = icmp ne i64 %stop, 0
+  %kp = getelementptr i8, ptr %sp, i64 {exit_kind}
+  br i1 %stopped, label %out, label %in
+in:
+  %hp = getelementptr i8, ptr %sp, i64 {host_mxcsr}
+  call void @llvm.x86.sse.stmxcsr(ptr %hp)
+  %icp = getelementptr i8, ptr %sp, i64 {icount}
+  %ic = load i64, ptr %icp
+  %tp = getelementptr i8, ptr %sp, i64 {tlb}
+  %t = load i64, ptr %tp
+  %base = ptrtoint ptr @decode to i64
+  call preserve_nonecc void @enter(i64 %s, i64 poison, i64 poison, i64 %base, i64 %ic, i64 %t, i64 poison, i64 poison)
+  call void @llvm.x86.sse.ldmxcsr(ptr %hp)
+  store atomic i32 0, ptr %inp release, align 4
+  %k = load i32, ptr %kp
+  %k64 = zext i32 %k to i64
+  ret i64 %k64
+out:
+  store atomic i32 0, ptr %inp release, align 4
+  ret i64 11
+}}
+define i64 @atomic_or64(i64 %p, i64 %v) #1 {{
+  %pp = inttoptr i64 %p to ptr
+  %r = atomicrmw or ptr %pp, i64 %v seq_cst
+  ret i64 %r
+}}
+define i64 @atomic_and64(i64 %p, i64 %v) #1 {{
+  %pp = inttoptr i64 %p to ptr
+  %r = atomicrmw and ptr %pp, i64 %v seq_cst
+  ret i64 %r
+}}
+define i64 @signal(i64 %s, i64 %flags) #1 {{
+  %sp = inttoptr i64 %s to ptr
+  %ap = getelementptr i8, ptr %sp, i64 {attention}
+  %f = trunc i64 %flags to i32
+  %r = atomicrmw or ptr %ap, i32 %f seq_cst
+  %lp = getelementptr i8, ptr %sp, i64 {limit}
+  store atomic i64 0, ptr %lp seq_cst, align 8
+  ret i64 0
+}}
+define i64 @ticks() #1 {{
+  %r = call i64 @llvm.readcyclecounter()
+  ret i64 %r
+}}
+"""
+
+
+def build() -> bytes:
+    """The content of the image file for this host."""
+    from kvmcore.engine.hart_state import FIELDS, offset
+
+    emitter = Emitter()
+    emit(emitter)
+    emitter.declare("declare void @llvm.x86.sse.stmxcsr(ptr)")
+    emitter.declare("declare void @llvm.x86.sse.ldmxcsr(ptr)")
+    emitter.declare("declare i64 @llvm.readcyclecounter()")
+    emitter.raw(_ENTRY.format(**{field.name: offset(field.name) for field in FIELDS}))
+    code, functions = compile_text(emitter.module())
+    decode = functions["decode"]
+    return image.pack(code, {name: offset - decode for name, offset in functions.items()} | {"_decode_at": decode})
+
+
+def compile_text(text: str) -> tuple[bytes, dict[str, int]]:
+    """LLVM IR text to a linked blob and its functions."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=2,
+        reloc="pic",
+        codemodel="small",
+    )
+    module = llvm.parse_assembly(text)
+    module.triple = llvm.get_default_triple()
+    module.data_layout = str(machine.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=1)
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return link(machine.emit_object(module))
+
+
+def main() -> int:
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else image.path()
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    content = build()
+    fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=".engine-")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Finds, builds if need be, and maps the engine's image. Loaded into every VM process: never imports LLVM."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kvmcore.engine import image
+
+
+class EngineError(Exception):
+    """There is no usable engine image and none can be built; the message says why."""
+
+
+def ensure_image() -> Path:
+    """The path of this version's image; built in a process of its own (some seconds, once) when it is not there."""
+    path = image.path()
+    if _usable(path):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(path.parent / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several first starts at once: one builds
+            if _usable(path):
+                return path
+            result = subprocess.run(
+                [sys.executable, "-m", "kvmcore.engine.build", str(path)],
+                capture_output=True, text=True, check=False,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+            )  # fmt: skip
+    except OSError as error:
+        raise EngineError(f"cannot write the engine image {path}: {error.strerror}") from error
+    if result.returncode != 0 or not _usable(path):
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise EngineError(f"cannot build the engine image {path}: {last}")
+    return path
+
+
+def _usable(path: Path) -> bool:
+    try:
+        image.unpack(path.read_bytes())
+    except (OSError, image.ImageError, ValueError):
+        return False
+    return True
+
+
+class Image:
+    """A mapped image. `address(name)` is a function's host address; the named methods call it without the GIL."""
+
+    def __init__(self, path: Path) -> None:
+        data = path.read_bytes()
+        try:
+            offset, size, self._functions = image.unpack(data)
+        except (image.ImageError, ValueError) as error:
+            raise EngineError(f"engine image {path}: {error}") from error
+        # A private anonymous mapping of the verified bytes: later changes of the file cannot reach it.
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map[:] = data[offset:]
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        libc = ctypes.CDLL(None, use_errno=True)
+        length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        if libc.mprotect(ctypes.c_void_p(self._base), ctypes.c_size_t(length), mmap.PROT_READ | mmap.PROT_EXEC):
+            raise EngineError(f"cannot map the engine image executable: {os.strerror(ctypes.get_errno())}")
+        word = ctypes.c_uint64
+        self.run = ctypes.CFUNCTYPE(word, word)(self.address("run"))
+        self.atomic_or = ctypes.CFUNCTYPE(word, word, word)(self.address("atomic_or64"))
+        self.atomic_and = ctypes.CFUNCTYPE(word, word, word)(self.address("atomic_and64"))
+        self.signal = ctypes.CFUNCTYPE(word, word, word)(self.address("signal"))
+        self.ticks = ctypes.CFUNCTYPE(word)(self.address("ticks"))
+
+    def address(self, name: str) -> int:
+        """Host address of a function of the image."""
+        return self._base + self._functions["_decode_at"] + self._functions[name]
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Image:
+        """Map the image at `path`, or this version's, which is built if need be. EngineError."""
+        return cls(path if path is not None else ensure_image())

@@ -1,0 +1,61 @@
+"""The layout of what the harts of one machine share: memory slots, decoded pages, time.
+
+Native code and Python read it; Python writes it only while no hart is in native code (Machine.quiesce), except
+for `stop`. One table, as hart_state.py's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_U64 = ctypes.c_uint64
+
+
+class Slot(ctypes.Structure):
+    """Guest-physical memory [start, end); host address = guest address + delta. Sorted, disjoint."""
+
+    _fields_ = [("start", _U64), ("end", _U64), ("delta", _U64), ("flags", _U64), ("dirty", _U64), ("spare", _U64)]
+
+
+SLOT_READONLY = 1
+#: No host memory behind it: any access is KVM_RUN's EFAULT.
+SLOT_ABSENT = 2
+
+#: Buckets of the table that finds the decoded page of a guest-physical page.
+PAGE_BUCKETS = 4096
+
+
+class MachineState(ctypes.Structure):
+    """Fields by name; `slots` and `pool` are addresses."""
+
+    _fields_ = [
+        ("stop", _U64),  # harts must not enter native code
+        ("slots", _U64),
+        ("slot_count", _U64),
+        ("pool", _U64),  # decoded pages, PAGE_STRIDE bytes each
+        ("pool_used", _U64),
+        ("pool_size", _U64),
+        ("lock", _U64),  # of the tables of decoded pages
+        ("epoch", _U64),  # counts fence.i of all harts
+        ("time_mult", _U64),  # guest ticks per host tick, times 2**64 / 2**12
+        ("time_base", _U64),  # guest time at host tick 0
+        ("harts", _U64),
+        ("retired", _U64),  # decoded pages whose bytes changed
+        ("buckets", _U64 * PAGE_BUCKETS),  # address of the first decoded page, or 0
+    ]
+
+
+OFFSET = {name: getattr(MachineState, name).offset for name, *_ in MachineState._fields_}
+SLOT_SIZE = ctypes.sizeof(Slot)
+SLOT_OFFSET = {name: getattr(Slot, name).offset for name, *_ in Slot._fields_}
+
+# A decoded page: header, the guest page's bytes as they were decoded, records, the page-end record.
+PAGE_GPA = 0
+PAGE_HOST = 8
+PAGE_NEXT = 16
+PAGE_CHECKED = 24
+PAGE_HEADER = 64
+PAGE_COPY = PAGE_HEADER
+PAGE_RECORDS = PAGE_HEADER + 4096 + 64
+RECORD = 8
+PAGE_STRIDE = PAGE_RECORDS + 2048 * RECORD + 64

@@ -1,0 +1,302 @@
+"""Emission: a decision tree of recorded operations becomes the text of one LLVM function.
+
+Called by the engine's builder (and the translator); the text is parsed elsewhere, so nothing here needs LLVM.
+Memory is addressed by 64-bit Values, as in machine code; every access says whether it may be moved ("plain")
+or happens exactly where it stands ("volatile"), or is atomic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmcore.ir.trace import Block, Op
+from kvmcore.ir.value import Value
+
+#: The parameters that every handler has, in order. They live in machine registers for as long as guest code runs.
+HANDLER_PARAMETERS = ("s", "ip", "ab", "base", "ic", "tlb", "a0", "a1")
+_HANDLER_TYPES = ", ".join(f"i64 %{name}" for name in HANDLER_PARAMETERS)
+
+_COMPARE = {"eq": "eq", "ne": "ne", "ult": "ult", "ule": "ule", "slt": "slt", "sle": "sle"}
+_BINARY = {"add", "sub", "mul", "and", "or", "xor", "shl", "lshr", "ashr", "udiv", "urem", "sdiv", "srem"}
+_INTRINSICS = {"ctlz": True, "cttz": True, "ctpop": False, "bswap": False}
+
+
+def literal(value: Value) -> str:
+    """The operand as LLVM writes it, without its type."""
+    return str(value.signed) if value.const is not None and value.width > 1 else (
+        ("true" if value.const else "false") if value.const is not None else f"%{value.name}"
+    )
+
+
+def typed(value: Value) -> str:
+    """Type and operand."""
+    return f"i{value.width} {literal(value)}"
+
+
+class Emitter:
+    """Collects functions of one module. Declarations of what they use are added by `module()`."""
+
+    def __init__(self) -> None:
+        self._functions: list[str] = []
+        self._declarations: set[str] = set()
+
+    def handler(self, name: str, root: Block, section_order: bool = True) -> None:
+        """A function that is entered and left by tail calls."""
+        self._functions.append(
+            f"define hidden preserve_nonecc void @{name}({_HANDLER_TYPES}) #0 {{\n{self._body(root)}}}\n"
+        )
+
+    def function(self, name: str, parameters: int, root: Block, linkage: str = "hidden", cc: str = "fastcc ") -> None:
+        """An ordinary function of 64-bit parameters p0.. returning two 64-bit words."""
+        types = ", ".join(f"i64 %p{i}" for i in range(parameters))
+        self._functions.append(f"define {linkage} {cc}{{i64, i64}} @{name}({types}) #1 {{\n{self._body(root)}}}\n")
+
+    def raw(self, text: str) -> None:
+        """A function written as text."""
+        self._functions.append(text)
+
+    def declare(self, declaration: str) -> None:
+        self._declarations.add(declaration)
+
+    def module(self) -> str:
+        attributes = (
+            'attributes #0 = { nounwind noimplicitfloat strictfp "no-jump-tables"="true" }\n'
+            'attributes #1 = { nounwind noimplicitfloat strictfp noinline "no-jump-tables"="true" }\n'
+        )
+        return "\n".join([*sorted(self._declarations), *self._functions, attributes])
+
+    # -- bodies ------------------------------------------------------------------------------------------------
+    def _body(self, root: Block) -> str:
+        lines: list[str] = []
+        waiting = [root]
+        while waiting:
+            block = waiting.pop()
+            lines.append(f"b{block.number}:")
+            for op in block.ops:
+                lines.extend(f"  {line}" for line in self._op(op))
+            if block.condition is not None:
+                assert block.if_true is not None and block.if_false is not None
+                weights = ""
+                lines.append(
+                    f"  br i1 {literal(block.condition)}, label %b{block.if_true.number},"
+                    f" label %b{block.if_false.number}{weights}"
+                )
+                waiting += [block.if_false, block.if_true]
+            elif not block.ops or block.ops[-1].opcode not in _ENDS:
+                raise ValueError("a path without an end")
+        return "\n".join(lines) + "\n"
+
+    def _op(self, op: Op) -> list[str]:
+        name = op.result.name if op.result is not None else ""
+        code, args = op.opcode, op.args
+        if code in _BINARY:
+            return [f"%{name} = {code} {typed(args[0])}, {literal(args[1])}"]
+        if code in _COMPARE:
+            return [f"%{name} = icmp {_COMPARE[code]} {typed(args[0])}, {literal(args[1])}"]
+        if code in ("zext", "sext", "trunc"):
+            assert op.result is not None
+            return [f"%{name} = {code} {typed(args[0])} to i{op.result.width}"]
+        if code == "select":
+            return [f"%{name} = select {typed(args[0])}, {typed(args[1])}, {typed(args[2])}"]
+        if code in _INTRINSICS:
+            width, flag = args[0].width, _INTRINSICS[code]
+            self.declare(f"declare i{width} @llvm.{code}.i{width}(i{width}{', i1' if flag else ''})")
+            extra = ", i1 false" if flag else ""
+            return [f"%{name} = call i{width} @llvm.{code}.i{width}({typed(args[0])}{extra})"]
+        return _EFFECTS[code](self, op, name)
+
+
+def _pointer(name: str, address: Value) -> tuple[str, str]:
+    pointer = f"{name}_p"
+    return f"%{pointer} = inttoptr {typed(address)} to ptr", f"ptr %{pointer}"
+
+
+_unnamed = 0
+
+
+def _fresh() -> str:
+    global _unnamed
+    _unnamed += 1
+    return f"t{_unnamed}"
+
+
+def _param(emitter: Emitter, op: Op, name: str) -> list[str]:
+    return [f"%{name} = add i64 %{op.attrs[0]}, 0"]
+
+
+def _load(emitter: Emitter, op: Op, name: str) -> list[str]:
+    """attrs: kind (plain, volatile, atomic), alignment."""
+    assert op.result is not None
+    kind, align = op.attrs
+    cast, pointer = _pointer(name, op.args[0])
+    width = op.result.width
+    mode = {"plain": "load", "volatile": "load volatile", "atomic": "load atomic"}[str(kind)]
+    order = " seq_cst" if kind == "atomic" else ""
+    return [cast, f"%{name} = {mode} i{width}, {pointer}{order}, align {align}"]
+
+
+def _store(emitter: Emitter, op: Op, name: str) -> list[str]:
+    kind, align = op.attrs
+    cast, pointer = _pointer(_fresh(), op.args[0])
+    mode = {"plain": "store", "volatile": "store volatile", "atomic": "store atomic"}[str(kind)]
+    order = " seq_cst" if kind == "atomic" else ""
+    return [cast, f"{mode} {typed(op.args[1])}, {pointer}{order}, align {align}"]
+
+
+def _atomicrmw(emitter: Emitter, op: Op, name: str) -> list[str]:
+    cast, pointer = _pointer(name, op.args[0])
+    return [cast, f"%{name} = atomicrmw {op.attrs[0]} {pointer}, {typed(op.args[1])} seq_cst"]
+
+
+def _cmpxchg(emitter: Emitter, op: Op, name: str) -> list[str]:
+    """args: address, expected, new; result: 1 bit, exchanged."""
+    cast, pointer = _pointer(name, op.args[0])
+    old, new = op.args[1], op.args[2]
+    return [
+        cast,
+        f"%{name}_x = cmpxchg {pointer}, {typed(old)}, {typed(new)} seq_cst seq_cst",
+        f"%{name} = extractvalue {{i{old.width}, i1}} %{name}_x, 1",
+    ]
+
+
+def _fence(emitter: Emitter, op: Op, name: str) -> list[str]:
+    return [f"fence {op.attrs[0]}"]
+
+
+def _ticks(emitter: Emitter, op: Op, name: str) -> list[str]:
+    emitter.declare("declare i64 @llvm.readcyclecounter()")
+    return [f"%{name} = call i64 @llvm.readcyclecounter()"]
+
+
+def _address_of(emitter: Emitter, op: Op, name: str) -> list[str]:
+    return [f"%{name} = ptrtoint ptr @{op.attrs[0]} to i64"]
+
+
+def _call(emitter: Emitter, op: Op, name: str) -> list[str]:
+    """attrs: function. Result: its first word; "second" reads the other one."""
+    args = ", ".join(typed(arg) for arg in op.args)
+    return [
+        f"%{name}_r = call fastcc {{i64, i64}} @{op.attrs[0]}({args})",
+        f"%{name} = extractvalue {{i64, i64}} %{name}_r, 0",
+    ]
+
+
+def _second(emitter: Emitter, op: Op, name: str) -> list[str]:
+    return [f"%{name} = extractvalue {{i64, i64}} %{op.args[0].name}_r, 1"]
+
+
+def _return(emitter: Emitter, op: Op, name: str) -> list[str]:
+    first = f"%{_fresh()}"
+    second = f"%{_fresh()}"
+    return [
+        f"{first} = insertvalue {{i64, i64}} poison, {typed(op.args[0])}, 0",
+        f"{second} = insertvalue {{i64, i64}} {first}, {typed(op.args[1])}, 1",
+        f"ret {{i64, i64}} {second}",
+    ]
+
+
+def _tail(emitter: Emitter, op: Op, name: str) -> list[str]:
+    """args: the handler parameters, as many as matter; attrs: a handler's name, or none: args[-1] is its address."""
+    args = list(op.args)
+    lines = []
+    if op.attrs:
+        target = f"@{op.attrs[0]}"
+    else:
+        pointer = _fresh()
+        lines.append(f"%{pointer} = inttoptr {typed(args.pop())} to ptr")
+        target = f"%{pointer}"
+    words = [typed(arg) for arg in args] + ["i64 poison"] * (len(HANDLER_PARAMETERS) - len(args))
+    return [*lines, f"musttail call preserve_nonecc void {target}({', '.join(words)})", "ret void"]
+
+
+def _leave(emitter: Emitter, op: Op, name: str) -> list[str]:
+    return ["ret void"]
+
+
+def _mxcsr_read(emitter: Emitter, op: Op, name: str) -> list[str]:
+    emitter.declare("declare void @llvm.x86.sse.stmxcsr(ptr)")
+    cast, pointer = _pointer(name, op.args[0])
+    return [cast, f"call void @llvm.x86.sse.stmxcsr({pointer})", f"%{name} = load volatile i32, {pointer}, align 4"]
+
+
+def _mxcsr_write(emitter: Emitter, op: Op, name: str) -> list[str]:
+    """args: scratch address, 32-bit content."""
+    emitter.declare("declare void @llvm.x86.sse.ldmxcsr(ptr)")
+    cast, pointer = _pointer(_fresh(), op.args[0])
+    return [cast, f"store volatile {typed(op.args[1])}, {pointer}, align 4", f"call void @llvm.x86.sse.ldmxcsr({pointer})"]
+
+
+_FLOAT = {32: "float", 64: "double"}
+_STRICT = 'metadata !"fpexcept.strict"'
+_ROUNDED = 'metadata !"round.dynamic", ' + _STRICT
+
+
+def _fp(emitter: Emitter, op: Op, name: str) -> list[str]:
+    """attrs: operation, format width [, integer width]; operands and results are bit patterns."""
+    operation, width, *rest = op.attrs
+    ft = _FLOAT[int(str(width))]
+    suffix = f"f{width}"
+    lines, operands = [], []
+    to_int = operation in ("fptosi", "fptoui")
+    from_int = operation in ("sitofp", "uitofp")
+    for index, arg in enumerate(op.args):
+        if from_int:
+            operands.append(typed(arg))
+            continue
+        source = _FLOAT[arg.width]
+        lines.append(f"%{name}_{index} = bitcast {typed(arg)} to {source}")
+        operands.append(f"{source} %{name}_{index}")
+    strict = f"@llvm.experimental.constrained.{operation}"
+    if operation in ("oeq", "olt", "ole", "quiet_olt"):
+        call = "fcmp" if operation in ("oeq", "quiet_olt") else "fcmps"
+        predicate = str(operation).removeprefix("quiet_")
+        emitter.declare(f"declare i1 @llvm.experimental.constrained.{call}.{suffix}({ft}, {ft}, metadata, metadata)")
+        lines.append(
+            f"%{name} = call i1 @llvm.experimental.constrained.{call}.{suffix}"
+            f'({", ".join(operands)}, metadata !"{predicate}", {_STRICT}) #0'
+        )
+        return lines
+    if to_int:
+        iw = rest[0]
+        emitter.declare(f"declare i{iw} {strict}.i{iw}.{suffix}({ft}, metadata)")
+        return [*lines, f"%{name} = call i{iw} {strict}.i{iw}.{suffix}({operands[0]}, {_STRICT}) #0"]
+    if from_int:
+        iw = rest[0]
+        emitter.declare(f"declare {ft} {strict}.{suffix}.i{iw}(i{iw}, metadata, metadata)")
+        lines.append(f"%{name}_f = call {ft} {strict}.{suffix}.i{iw}({operands[0]}, {_ROUNDED}) #0")
+    elif operation == "fpext":
+        emitter.declare("declare double @llvm.experimental.constrained.fpext.f64.f32(float, metadata)")
+        lines.append(f"%{name}_f = call double {strict}.f64.f32({operands[0]}, {_STRICT}) #0")
+        ft, width = "double", 64
+    elif operation == "fptrunc":
+        emitter.declare("declare float @llvm.experimental.constrained.fptrunc.f32.f64(double, metadata, metadata)")
+        lines.append(f"%{name}_f = call float {strict}.f32.f64({operands[0]}, {_ROUNDED}) #0")
+        ft, width = "float", 32
+    else:
+        kinds = ", ".join([ft] * len(operands))
+        metadata = ", metadata, metadata" if operation not in ("rint_quiet",) else ", metadata"
+        emitter.declare(f"declare {ft} {strict}.{suffix}({kinds}{metadata})")
+        lines.append(f"%{name}_f = call {ft} {strict}.{suffix}({', '.join(operands)}, {_ROUNDED}) #0")
+    lines.append(f"%{name} = bitcast {ft} %{name}_f to i{width}")
+    return lines
+
+
+_EFFECTS: dict[str, Callable[[Emitter, Op, str], list[str]]] = {
+    "param": _param,
+    "load": _load,
+    "store": _store,
+    "atomicrmw": _atomicrmw,
+    "cmpxchg": _cmpxchg,
+    "fence": _fence,
+    "ticks": _ticks,
+    "address": _address_of,
+    "call": _call,
+    "second": _second,
+    "return": _return,
+    "tail": _tail,
+    "leave": _leave,
+    "mxcsr_read": _mxcsr_read,
+    "mxcsr_write": _mxcsr_write,
+    "fp": _fp,
+}
+_ENDS = frozenset({"return", "tail", "leave"})

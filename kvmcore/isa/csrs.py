@@ -1,0 +1,203 @@
+"""The CSRs that a guest in S or U mode sees: one entry each, with its reading and its writing.
+
+Called by zicsr.py for every CSR instruction and by the engines for CSRs by name. Privilege and read-only numbers are
+checked here from the number's bits (Privileged ISA, 2.1). A CSR without an entry is an illegal instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvmcore.ir.value import Value, select, u64
+from kvmcore.isa import imsic, traps
+from kvmcore.isa.hart import Hart
+from kvmcore.isa.paging import LEVELS
+from kvmcore.isa.traps import illegal_instruction
+
+Read = Callable[[Hart], Value]
+Write = Callable[[Hart, Value], None]
+
+SIE_MASK = 1 << traps.SSI | 1 << traps.STI | 1 << traps.SEI
+SSTATUS_UXL = 2 << 32
+SD = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Csr:
+    """One CSR. context: writing it changes how addresses are translated; interrupts: which are taken."""
+
+    number: int
+    name: str
+    read: Read
+    write: Write | None = None
+    context: bool = False
+    interrupts: bool = False
+    check: Callable[[Hart], None] | None = None
+    claim: Read | None = None
+    """Reading as part of a write, where that differs."""
+
+
+def _field(name: str) -> Read:
+    return lambda h: h.get(name)
+
+
+def _masked(name: str, mask: int = (1 << 64) - 1) -> Write:
+    return lambda h, value: h.set(name, value & mask)
+
+
+# -- sstatus (12.1.1) --------------------------------------------------------------------------------------------
+
+
+def read_sstatus(h: Hart) -> Value:
+    fs = h.get("fs").zext(64)
+    value = (
+        (h.get("sstatus_sie").zext(64) << 1)
+        | (h.get("sstatus_spie").zext(64) << 5)
+        | (h.get("sstatus_spp").zext(64) << 8)
+        | (fs << 13)
+        | (h.get("sum").zext(64) << 18)
+        | (h.get("mxr").zext(64) << 19)
+        | SSTATUS_UXL
+    )
+    return value | select(fs == 3, u64(SD), u64(0))
+
+
+def write_sstatus(h: Hart, value: Value) -> None:
+    for name, bit, mask in (
+        ("sstatus_sie", 1, 1), ("sstatus_spie", 5, 1), ("sstatus_spp", 8, 1),
+        ("fs", 13, 3), ("sum", 18, 1), ("mxr", 19, 1),
+    ):  # fmt: skip
+        h.set(name, ((value >> bit) & mask).trunc(8))
+
+
+# -- interrupts ----------------------------------------------------------------------------------------------------
+
+
+def write_sip(h: Hart, value: Value) -> None:
+    """Only SSIP is writable (12.1.3); KVM_INTERRUPT and IPIs change sip from other threads."""
+    if (value & (1 << traps.SSI)) != 0:
+        h.atomic_or("sip", 1 << traps.SSI)
+    else:
+        h.atomic_and("sip", ~(1 << traps.SSI))
+
+
+def write_satp(h: Hart, value: Value) -> None:
+    """12.1.11: a write with an unsupported MODE has no effect."""
+    mode = value >> 60
+    supported = mode == 0
+    for number in LEVELS:
+        supported = supported | (mode == number)
+    h.set("satp", select(supported, value, h.get("satp")))
+
+
+def write_stvec(h: Hart, value: Value) -> None:
+    """12.1.2: MODE is 0 or 1."""
+    h.set("stvec", value & ~2)
+
+
+def write_senvcfg(h: Hart, value: Value) -> None:
+    """12.1.10: FIOM, CBIE (2 is reserved), CBCFE, CBZE."""
+    cbie = (value >> 4) & 3
+    h.set("senvcfg", (value & 0xC1) | (select(cbie == 2, u64(0), cbie) << 4))
+
+
+# -- floating point (Unprivileged ISA, 20.2) ---------------------------------------------------------------------------
+
+
+def _fp_on(h: Hart) -> None:
+    if h.get("fs") == 0:
+        raise illegal_instruction()
+
+
+def _write_frm(h: Hart, value: Value) -> None:
+    h.set("fs", 3)
+    h.set("frm", (value & 7).trunc(8))
+
+
+def _write_fflags(h: Hart, value: Value) -> None:
+    h.set("fs", 3)
+    h.set("fflags", (value & 31).trunc(8))
+
+
+def _write_fcsr(h: Hart, value: Value) -> None:
+    _write_frm(h, value >> 5)
+    _write_fflags(h, value)
+
+
+def _read_fcsr(h: Hart) -> Value:
+    return h.get("fflags").zext(64) | (h.get("frm").zext(64) << 5)
+
+
+# -- counters ------------------------------------------------------------------------------------------------------------
+
+
+def _counter(index: int) -> Callable[[Hart], None]:
+    def check(h: Hart) -> None:
+        """12.1.5: scounteren guards U-mode."""
+        if (h.get("mode") == 0) & ((h.get("scounteren") >> index).trunc(1) == 0):
+            raise illegal_instruction()
+
+    return check
+
+
+def _instret(h: Hart) -> Value:
+    return h.instret() + h.get("instret_base")
+
+
+# -- AIA -------------------------------------------------------------------------------------------------------------------
+
+
+def _has_imsic(h: Hart) -> None:
+    """Without an IMSIC these leave to kvmcore, as KVM forwards them."""
+    if h.get("imsic_present") == 0:
+        raise illegal_instruction()
+
+
+def _selected(h: Hart) -> None:
+    _has_imsic(h)
+    if ~imsic.valid(h.get("siselect"), h.get("imsic_identities")):
+        raise illegal_instruction()
+
+
+def _read_stopei(h: Hart) -> Value:
+    identity = h.routine(imsic.top)
+    return identity | (identity << 16)
+
+
+def _read_stopi(h: Hart) -> Value:
+    """AIA 5.4.3: the interrupt of highest priority that is pending and enabled, with priority 1."""
+    due = traps.pending(h) & h.get("sie")
+    top = select((due & (1 << traps.STI)) != 0, u64(traps.STI << 16 | 1), u64(0))
+    top = select((due & (1 << traps.SSI)) != 0, u64(traps.SSI << 16 | 1), top)
+    return select((due & (1 << traps.SEI)) != 0, u64(traps.SEI << 16 | 1), top)
+
+
+CSRS: tuple[Csr, ...] = (
+    Csr(0x001, "fflags", lambda h: h.get("fflags").zext(64), _write_fflags, check=_fp_on),
+    Csr(0x002, "frm", lambda h: h.get("frm").zext(64), _write_frm, check=_fp_on),
+    Csr(0x003, "fcsr", _read_fcsr, _write_fcsr, check=_fp_on),
+    Csr(0x100, "sstatus", read_sstatus, write_sstatus, context=True, interrupts=True),
+    Csr(0x104, "sie", _field("sie"), _masked("sie", SIE_MASK), interrupts=True),
+    Csr(0x105, "stvec", _field("stvec"), write_stvec),
+    Csr(0x106, "scounteren", _field("scounteren"), _masked("scounteren", 0xFFFFFFFF)),
+    Csr(0x10A, "senvcfg", _field("senvcfg"), write_senvcfg),
+    Csr(0x140, "sscratch", _field("sscratch"), _masked("sscratch")),
+    Csr(0x141, "sepc", _field("sepc"), _masked("sepc", ~1)),
+    Csr(0x142, "scause", _field("scause"), _masked("scause")),
+    Csr(0x143, "stval", _field("stval"), _masked("stval")),
+    Csr(0x144, "sip", traps.pending, write_sip, interrupts=True),
+    Csr(0x14D, "stimecmp", _field("stimecmp"), _masked("stimecmp"), interrupts=True),
+    Csr(0x150, "siselect", _field("siselect"), _masked("siselect", 0xFFF), check=_has_imsic),
+    Csr(0x151, "sireg", imsic.read, imsic.write, interrupts=True, check=_selected),
+    Csr(0x15C, "stopei", _read_stopei, lambda h, v: None, interrupts=True, check=_has_imsic, claim=imsic.claim),
+    Csr(0x180, "satp", _field("satp"), write_satp, context=True),
+    Csr(0xDB0, "stopi", _read_stopi, check=_has_imsic),
+    Csr(0xC00, "cycle", _instret, check=_counter(0)),
+    Csr(0xC01, "time", lambda h: h.time(), check=_counter(1)),
+    Csr(0xC02, "instret", _instret, check=_counter(2)),
+    *(Csr(0xC00 + n, f"hpmcounter{n}", lambda h: u64(0), check=_counter(n)) for n in range(3, 32)),
+)
+
+BY_NUMBER = {csr.number: csr for csr in CSRS}
+BY_NAME = {csr.name: csr for csr in CSRS}
