@@ -1,4 +1,6 @@
-"""The contract of qemu_user/devices/device.py, over every device: a new one gets these tests by its line in the list."""
+"""The contract of qemu_user/devices/device.py, over every device: a new one gets these tests by its line
+in the list.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,14 @@ def test_every_device_is_built_here() -> None:
 def _exercise(device: Device, seed: int, rounds: int = 4000) -> None:
     """Random accesses, most of them to registers that exist, and for virtio a device brought up first."""
     choice = random.Random(seed)
-    spots = [*range(0, 0x200, 4), *range(0x1000, 0x1010, 4), *range(0x2000, 0x2100, 4), 0x200000, 0x200004, 0x201004]
+    spots = [
+        *range(0, 0x200, 4),
+        *range(0x1000, 0x1010, 4),
+        *range(0x2000, 0x2100, 4),
+        0x200000,
+        0x200004,
+        0x201004,
+    ]
     for _ in range(rounds):
         size = choice.choice((1, 2, 4, 4, 4, 8))
         offset = choice.choice(spots) if choice.random() < 0.9 else choice.randrange(device.region_size)
@@ -42,7 +51,9 @@ def _exercise(device: Device, seed: int, rounds: int = 4000) -> None:
             value = device.read(offset, size)
             assert 0 <= value < 1 << 8 * size
         else:
-            value = choice.choice((0, 1, 2, 7, 0xFF, 0x80000000, choice.getrandbits(64), choice.getrandbits(10)))
+            value = choice.choice(
+                (0, 1, 2, 7, 0xFF, 0x80000000, choice.getrandbits(64), choice.getrandbits(10))
+            )
             device.write(offset, size, value)
 
 

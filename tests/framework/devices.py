@@ -1,4 +1,6 @@
-"""Every device of the machine, built and wired as in the machine but to wires that remember: for the contract tests."""
+"""Every device of the machine, built and wired as in the machine but to wires that remember: for the
+contract tests.
+"""
 
 from __future__ import annotations
 

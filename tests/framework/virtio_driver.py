@@ -1,7 +1,8 @@
-"""A driver of virtio-mmio devices, written from the specification's driver side: what the device tests talk through.
+"""A driver of virtio-mmio devices, written from the specification's driver side: what the device tests talk
+through.
 
-Works on a VirtioMmio object and real memory (a memfd mapping), as a guest would: registers by read/write, rings by bytes.
-`raw` access to the rings is open, so that tests can also be a bad driver.
+Works on a VirtioMmio object and real memory (a memfd mapping), as a guest would: registers by read/write,
+rings by bytes. `raw` access to the rings is open, so that tests can also be a bad driver.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class VirtioMmio(Device):
         if offset == INTERRUPT_STATUS and size == 4:
             return self._interrupt_status  # without the lock: a vCPU's interrupt must not wait for a disk
         if self.virtio is None:
-            return {MAGIC_VALUE: MAGIC, VERSION: 2, VENDOR_ID: VENDOR}.get(offset, 0)
+            return {MAGIC_VALUE: MAGIC, VERSION: 2, VENDOR_ID: VENDOR}.get(offset, 0) if size == 4 else 0
         with self.lock:
             if offset >= CONFIG:
                 config = self.virtio.config()[offset - CONFIG : offset - CONFIG + size]
