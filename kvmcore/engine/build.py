@@ -14,6 +14,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 
 from kvmcore.engine import image
+from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.interpreter import emit
 from kvmcore.engine.link import link
 from kvmcore.ir.llvm_text import Emitter
@@ -46,7 +47,7 @@ in:
   ret i64 %k64
 out:
   store atomic i32 0, ptr %inp release, align 4
-  ret i64 11
+  ret i64 {stopped}
 }}
 define i64 @atomic_or64(i64 %p, i64 %v) #1 {{
   %pp = inttoptr i64 %p to ptr
@@ -83,7 +84,7 @@ def build() -> bytes:
     emitter.declare("declare void @llvm.x86.sse.stmxcsr(ptr)")
     emitter.declare("declare void @llvm.x86.sse.ldmxcsr(ptr)")
     emitter.declare("declare i64 @llvm.readcyclecounter()")
-    emitter.raw(_ENTRY.format(**{field.name: offset(field.name) for field in FIELDS}))
+    emitter.raw(_ENTRY.format(stopped=int(ExitKind.STOPPED), **{field.name: offset(field.name) for field in FIELDS}))
     code, functions = compile_text(emitter.module())
     decode = functions["decode"]
     return image.pack(code, {name: offset - decode for name, offset in functions.items()} | {"_decode_at": decode})

@@ -35,3 +35,5 @@ class ExitKind(IntEnum):
     """dirty_budget ran out: the store that would dirty one page more has not happened."""
     POOL_FULL = 11
     """The pool of code pages is full. Handled inside Hart.run()."""
+    STOPPED = 12
+    """The machine is quiesced: not entered. Handled inside Hart.run()."""

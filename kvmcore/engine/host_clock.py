@@ -11,7 +11,7 @@ import time
 from typing import ClassVar, Protocol
 
 
-
+class _Counter(Protocol):
     def ticks(self) -> int: ...
 
 
@@ -21,13 +21,13 @@ class HostClock:
     _shared: ClassVar[HostClock | None] = None
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, counter: object) -> None:
-        self._ticks = counter.ticks  # type: ignore[attr-defined]
+    def __init__(self, counter: _Counter) -> None:
+        self._ticks = counter.ticks
         self._start = self._sample()
         self._hz: float | None = None
 
     @classmethod
-    def shared(cls, counter: object) -> HostClock:
+    def shared(cls, counter: _Counter) -> HostClock:
         """The process's clock; the zygote makes it early, so that a VM need not wait for the measurement."""
         with cls._lock:
             if cls._shared is None:

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EOPNOTSUPP
 
 from kvmcore.engine import hart_state, machine_state
+from kvmcore.engine.completion import destination, is_plain, plain_access
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.hart_state import HartState
 from kvmcore.engine.host_clock import HostClock
@@ -25,6 +27,7 @@ STIP = 1 << 5
 U64 = (1 << 64) - 1
 #: Bytes of decoded pages that one machine may hold.
 POOL_BYTES = 24 << 20
+_MAP_NORESERVE = 0x4000
 #: Ticks of the time CSR in a second.
 FREQUENCY = 10_000_000
 
@@ -56,7 +59,7 @@ class Machine:
         self._block = mmap.mmap(-1, _pages(ctypes.sizeof(machine_state.MachineState)))
         self.state = machine_state.MachineState.from_buffer(self._block)
         self.pool_bytes = pool_bytes
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._pool = mmap.mmap(-1, pool_bytes, flags=flags)
         self.state.pool = _address(self._pool)
         self.state.pool_size = pool_bytes
@@ -193,6 +196,11 @@ class Hart:
                 self.emulate()
             elif kind == ExitKind.POOL_FULL:
                 self.machine.reclaim_decoded()
+            elif kind in (ExitKind.MMIO_READ, ExitKind.MMIO_WRITE) and not is_plain(self.state.exit_insn):
+                # As KVM: devices are read and written by integer loads and stores only.
+                self.state.exit_errno = EOPNOTSUPP
+                self.state.exit_kind = ExitKind.ERROR
+                return int(ExitKind.ERROR)
             else:
                 return kind
 
@@ -232,15 +240,15 @@ class Hart:
     # -- completion ----------------------------------------------------------------------------------------------
     def complete_mmio(self, data: int) -> None:
         """Finish the load or store that left with MMIO_READ (`data`: what the device gave) or MMIO_WRITE."""
-        from kvmcore.engine.completion import complete_mmio
-
-        complete_mmio(self, data)
+        access = plain_access(self.state.exit_insn)
+        if access.rd is not None:
+            self.state.x[access.rd] = access.extend(data)
+        self.advance(access.length)
 
     def complete_csr(self, value: int) -> None:
         """Finish a CSR access that left with CSR: `value` goes to rd."""
-        from kvmcore.engine.completion import complete_csr
-
-        complete_csr(self, value)
+        self.state.x[destination(self.state.exit_insn)] = value & U64
+        self.advance(4)
 
     # -- interrupts ------------------------------------------------------------------------------------------------
     def set_pending(self, bit: int) -> None:

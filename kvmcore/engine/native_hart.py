@@ -259,7 +259,7 @@ class HandlerHart(Code):
         """A function said TRAPPED or EXITED."""
         if status == TRAPPED:
             self.tail("take_trap", self.pc)
-        self.tail("leave", self.pc)
+        self.tail("leave_access", self.pc)
 
     # -- virtual memory ------------------------------------------------------------------------------------------
     def _host(self, address: Value, size: int, write: bool) -> Value:

@@ -526,7 +526,7 @@ def serve(h: HandlerHart) -> None:
     """(a0 pc): somebody set `attention`."""
     pc = param("a0")
     attention = h.get("attention")
-    if (attention & hart_state.ATTENTION_KICK) != 0:
+    if (attention & (hart_state.ATTENTION_KICK | hart_state.ATTENTION_STOP)) != 0:
         h.set("exit_kind", int(ExitKind.KICK))
         h.tail("leave", pc)
     h.atomic_and("attention", ~hart_state.ATTENTION_INTERRUPT)
@@ -582,6 +582,15 @@ def _imsic_top(h: FunctionHart) -> None:
     returns(imsic.top(h))
 
 
+def leave_access(h: HandlerHart) -> None:
+    """(a0 pc): an access left; Python completes it and needs the instruction."""
+    kind = h.get("exit_kind")
+    bits, _ = call("instruction_bits", h.s, param("a0"))
+    h.set("exit_kind", kind)
+    h.set("exit_insn", bits.trunc(32))
+    h.tail("leave", param("a0"))
+
+
 FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "top": (1, _imsic_top),
     "find_slot": (4, find_slot),
@@ -627,4 +636,5 @@ HANDLERS: dict[str, tuple[Callable[[HandlerHart], None], bool]] = {
     "trap_instruction": (trap_instruction, True),
     "enter": (enter, True),
     "leave": (leave, True),
+    "leave_access": (leave_access, True),
 }
