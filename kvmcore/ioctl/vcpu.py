@@ -10,7 +10,7 @@ from errno import E2BIG, EINVAL
 from typing import TYPE_CHECKING, Any
 
 from kvmcore.vm import mp_state, statistics
-from kvmcore.vm.csr_access import SEIP
+from kvmcore.vm.csr_access import SEI
 from protocol.abi import structs
 from protocol.abi.errors import KvmError
 
@@ -32,10 +32,10 @@ def run(vcpu: Vcpu, argument: int) -> int:
 def interrupt(vcpu: Vcpu, argument: Any) -> None:
     """0xffffffff raises the supervisor external interrupt, any other value lowers it. Asynchronous."""
     if argument.irq == structs.INTERRUPT_SET:
-        vcpu.hart.set_pending(SEIP)
+        vcpu.hart.set_pending(SEI)
         vcpu.wake()
     else:
-        vcpu.hart.clear_pending(SEIP)
+        vcpu.hart.clear_pending(SEI)
     vcpu.registers.interrupt_line_changed()
 
 

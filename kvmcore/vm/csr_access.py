@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from kvmcore.engine.machine import Hart
 
 U64 = (1 << 64) - 1
-SSIP, STIP, SEIP = 1 << 1, 1 << 5, 1 << 9
+SSI, STI, SEI = 1, 5, 9
+"""Interrupts: bit numbers of sip and sie."""
+SSIP, STIP, SEIP = 1 << SSI, 1 << STI, 1 << SEI
 _SSTATUS = (
     ("sstatus_sie", 1, 1),
     ("sstatus_spie", 5, 1),
@@ -30,12 +32,12 @@ _UXL_64 = 2 << 32
 _SD = 1 << 63
 _FS_DIRTY = 3
 _SATP_BARE = 0
+_CBIE_RESERVED = 2
 _WRITABLE = {
     "sie": SSIP | STIP | SEIP,
     "stvec": U64 & ~2,
     "sepc": U64 & ~1,
     "scounteren": (1 << 32) - 1,
-    "senvcfg": 0xF1,
     "siselect": 0xFFF,
 }
 """Bits that a CSR holds; those that are not here hold all."""
@@ -70,6 +72,8 @@ def write(hart: Hart, name: str, value: int) -> None:
         if value >> 60 == _SATP_BARE or value >> 60 in LEVELS:
             state.satp = value
             hart.flush_tlb()
+    elif name == "senvcfg":
+        state.senvcfg = value & (0xF1 if value >> 4 & 3 != _CBIE_RESERVED else 0xC1)
     else:
         setattr(state, name, value & _WRITABLE.get(name, U64))
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvmcore import sbi
-from kvmcore.vm.csr_access import SSIP
+from kvmcore.vm.csr_access import SSI
 from kvmcore.vm.mp_state import STOPPED
 from protocol.abi.structs_riscv import SbiExt
 
@@ -74,7 +74,7 @@ class Hypercalls:
 
     def send_ipi(self, hart: int) -> None:
         target = self._vm.vcpus_by_id[hart]
-        target.hart.set_pending(SSIP)
+        target.hart.set_pending(SSI)
         target.wake()
 
     def fence_i(self, harts: Sequence[int]) -> None:

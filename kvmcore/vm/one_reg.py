@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from errno import EBUSY, EINVAL, ENOENT
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmcore.engine.hart_state import EXTENSIONS
 from kvmcore.isa.paging import LEVELS
 from kvmcore.vm import csr_access
 from kvmcore.vm import isa_extensions as isa
@@ -89,10 +88,7 @@ class Registers:
         self._apply_isa()
 
     def _apply_isa(self) -> None:
-        names = {extension.name.lower() for extension in self._isa}
-        self._vcpu.hart.state.extensions = sum(
-            1 << bit for bit, name in enumerate(EXTENSIONS) if name in names
-        )
+        self._vcpu.hart.set_extensions(frozenset(extension.name.lower() for extension in self._isa))
 
     # -- KVM_GET/SET_ONE_REG -----------------------------------------------------------------------
 
@@ -214,9 +210,10 @@ class Registers:
         return self._vcpu.vm.machine.time()
 
     def _set_time(self, value: int) -> None:
-        vm = self._vcpu.vm
-        with vm.lock:
-            vm.machine.set_time(FREQUENCY, value)
+        machine = self._vcpu.vm.machine
+        with self._vcpu.vm.lock:
+            host_time = machine.time() - int(machine.state.time_base)
+            machine.set_time(value - host_time)
 
     def _get_timer_state(self) -> int:
         return int(self._vcpu.hart.state.stimecmp != _U64)

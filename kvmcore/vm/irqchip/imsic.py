@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 EIDELIVERY, EITHRESHOLD, EIP0, EIE0 = 0x70, 0x72, 0x80, 0xC0
 SETEIPNUM_LE, SETEIPNUM_BE = 0, 4
-_SCALARS = ("eidelivery", "eithreshold")
 
 
 class Imsic:
@@ -61,23 +60,11 @@ class Imsic:
     def read(self, select: int) -> int:
         """A register by its iselect value, 64 bits."""
         name, index = self._locate(select)
-        value = getattr(self.vcpu.hart.state, name)
-        return int(value) if name in _SCALARS else int(value[index])
+        return self.vcpu.hart.read_imsic(name, index)
 
     def write(self, select: int, value: int) -> None:
         """Set a register (state restore). Bits that it does not have are ignored."""
         name, index = self._locate(select)
-        state = self.vcpu.hart.state
         with self.vcpu.vm.machine.quiesce():
-            if name == "eidelivery":
-                state.eidelivery = value & 1
-            elif name == "eithreshold":
-                state.eithreshold = min(value, self.identities)
-            else:
-                getattr(state, name)[index] = value & self._existing(index)
-        self.vcpu.hart.set_pending(0)  # look at the interrupts anew
+            self.vcpu.hart.write_imsic(name, index, value)
         self.vcpu.wake()
-
-    def _existing(self, word: int) -> int:
-        """The bits of a word of eip or eie that stand for identities; 0 is none."""
-        return ((1 << self.identities + 1) - 2) >> 64 * word & (1 << 64) - 1
