@@ -105,6 +105,9 @@ FIELDS: tuple[Field, ...] = (
     # -- native code's own ----------------------------------------------------------------------------------------------
     _f("trap_cause", 64, "exception raised by a helper: cause"),
     _f("trap_value", 64, "and its stval"),
+    _f("status", 64, "what the last helper returned: OK, TRAP, EXIT"),
+    _f("slow_value", 64, "and its result"),
+    _f("interrupt_hint", 8, "0: no enabled interrupt is pending, whatever sstatus.SIE says", shared=True),
     _f("walk_pa", 64, "result of a page walk: physical address of the page"),
     _f("walk_pte", 64, "result of a page walk: the leaf entry"),
     _f("walk_level", 64, "result of a page walk: its level, 0 for 4 KiB"),

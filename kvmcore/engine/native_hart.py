@@ -193,7 +193,7 @@ class HandlerHart(Code):
 
     @property
     def pc(self) -> Value:
-        return param(self._at) if self._at else (self.ip - self.ab) >> 2
+        return param(self._at) if self._at else (self.ip - self.ab).sar(2)  # canonical: the top bits agree
 
     def instret(self) -> Value:
         return self.ic
