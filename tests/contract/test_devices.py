@@ -85,7 +85,7 @@ def test_save_bytes_restore_save_is_the_identity(name: str, seed: int, bench: Be
     assert encode_state(other.save()) == data
 
 
-@pytest.mark.parametrize("seed", (1, 2))
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_reset_is_as_fresh(name: str, seed: int, bench: Bench) -> None:
     fresh = encode_state(BUILDERS[name](bench).save()) if name != "virtio-blk" else None
@@ -119,6 +119,15 @@ def _mutations(plain: Any, choice: random.Random) -> Any:
     return choice.choice(bad)
 
 
+def _restores(device: Device, data: bytes) -> bool:
+    """Whether the device takes these bytes for its state; nothing but StateError may refuse them."""
+    try:
+        device.restore(decode_state(type(device).State, data))
+    except StateError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_hostile_states_are_refused_or_harmless(name: str, bench: Bench) -> None:
     device = _prepare(name, bench, 1)
@@ -128,11 +137,8 @@ def test_hostile_states_are_refused_or_harmless(name: str, bench: Bench) -> None
     for _ in range(300):
         data = msgspec.msgpack.encode(_mutations(plain, choice))
         before = encode_state(device.save())
-        try:
-            device.restore(decode_state(type(device).State, data))
-        except StateError as error:
+        if not _restores(device, data):
             refused += 1
-            assert str(error)
             assert encode_state(device.save()) == before, "a refused state changed the device"
         _exercise(device, 3, 20)
     assert refused > 50
@@ -147,14 +153,7 @@ def test_hostile_bytes_are_refused(name: str, bench: Bench) -> None:
         broken = bytearray(data[: choice.randrange(len(data) + 1)])
         if broken and choice.random() < 0.7:
             broken[choice.randrange(len(broken))] = choice.randrange(256)
-        try:
-            state = decode_state(type(device).State, bytes(broken))
-        except StateError:
-            continue
-        try:
-            device.restore(state)
-        except StateError:
-            pass
+        _restores(device, bytes(broken))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,232 @@
+"""MachineConfig: one validated tree that says everything about a VM, and does nothing.
+
+Made by qemu_options.py or by the command line directly, read by machine/machine.py. validate() checks what
+the types cannot: ranges, references between parts, files that must exist. Must never open a device or start
+anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Literal
+
+import msgspec
+
+from qemu_user.config.errors import ConfigError
+
+MIB = 1 << 20
+MIN_MEMORY = 16 * MIB
+MAX_MEMORY = 1 << 40
+MAX_CPUS = 128
+"""NR_CPUS of Debian's kernel, and enough for the map of the IMSIC."""
+VIRTIO_SLOTS = 8
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
+_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the tree's parts."""
+
+
+class Boot(Part, frozen=True, kw_only=True):
+    """What runs first. Without `kernel` there is nothing to run."""
+
+    kernel: str = ""
+    """A flat Image, an ELF, or U-Boot's u-boot.bin."""
+    initrd: str = ""
+    initrd_extra: bytes = b""
+    """A cpio archive put behind the initrd (or standing alone)."""
+    append: str = ""
+    dtb: str = ""
+    """A device tree to use instead of ours."""
+
+
+class Drive(Part, frozen=True, kw_only=True):
+    """A raw disk image as a virtio block device."""
+
+    id: str = ""
+    file: str
+    readonly: bool = False
+    discard: bool = False
+    serial: str = ""
+    slot: int | None = None
+    """virtio-mmio slot (bus=virtio-mmio-bus.N); None: the next free one."""
+
+
+class Net(Part, frozen=True, kw_only=True):
+    """A virtio network device and what it is plugged into."""
+
+    id: str = "net0"
+    kind: Literal["user", "tap", "stream", "none"] = "user"
+    mac: str = ""
+    forwards: tuple[str, ...] = ()
+    """user: QEMU's hostfwd rules."""
+    ifname: str = "tap0"
+    path: str = ""
+    """stream: the Unix socket."""
+    server: bool = False
+    reconnect: float = 0
+    slot: int | None = None
+
+
+class Chardev(Part, frozen=True, kw_only=True):
+    """Where the bytes of a serial port or console port go. `hub`: a console shared with those who attach."""
+
+    id: str
+    kind: Literal["stdio", "pty", "socket", "file", "null", "fd", "hub"]
+    path: str = ""
+    server: bool = False
+    wait: bool = False
+    append: bool = False
+    input: int = -1
+    output: int = -1
+    """fd: descriptors of this process, left open at the end."""
+    stdio: bool = False
+    """hub: our own terminal takes part."""
+    escape: bool = True
+    """stdio, or a hub with stdio on a terminal: Ctrl-A x leaves."""
+    quit_on_hangup: bool = False
+    """fd: the VM ends (status 141) when nobody reads the output any more."""
+
+
+class ConsolePort(Part, frozen=True, kw_only=True):
+    """A virtio console port beside the console: a named byte channel."""
+
+    id: int
+    name: str
+    chardev: str
+
+
+class Qmp(Part, frozen=True, kw_only=True):
+    """An additional QMP socket (every VM with a name in the registry has control.sock)."""
+
+    path: str
+    wait: bool = False
+
+
+class MachineConfig(Part, frozen=True, kw_only=True):
+    """A VM."""
+
+    name: str = "vm"
+    aia: Literal["none", "aplic-imsic"] = "aplic-imsic"
+    memory: int = 512 * MIB
+    cpus: int = 1
+    accel: Literal["kvmcore", "reference"] = "kvmcore"
+    boot: Boot = Boot()
+    drives: tuple[Drive, ...] = ()
+    nets: tuple[Net, ...] = ()
+    chardevs: tuple[Chardev, ...] = (Chardev(id="console", kind="hub", stdio=True),)
+    serial: str = "console"
+    """chardev of the UART; "" for none connected."""
+    console: str = "console"
+    """chardev of hvc0; "" for no console port 0."""
+    ports: tuple[ConsolePort, ...] = ()
+    rng: bool = True
+    no_reboot: bool = False
+    no_shutdown: bool = False
+    paused: bool = False
+    """-S: do not start the vCPUs before `cont`."""
+    qmp: tuple[Qmp, ...] = ()
+    rtc_offset: int = 0
+    """Seconds that the guest's clock is ahead of the host's."""
+
+    def validate(self) -> MachineConfig:
+        """self; ConfigError if it cannot be built."""
+        _check_basics(self)
+        _check_boot(self.boot, self.memory)
+        _check_devices(self)
+        _check_chardevs(self)
+        return self
+
+    def chardev(self, name: str) -> Chardev:
+        """The chardev of that id."""
+        return next(chardev for chardev in self.chardevs if chardev.id == name)
+
+
+def _demand(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+def _check_basics(config: MachineConfig) -> None:
+    _demand(
+        _NAME.match(config.name) is not None,
+        f"name {config.name!r}: 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit",
+    )
+    _demand(
+        MIN_MEMORY <= config.memory <= MAX_MEMORY,
+        f"memory of {config.memory / MIB:g} MiB: between {MIN_MEMORY // MIB} MiB and {MAX_MEMORY // MIB} MiB",
+    )
+    _demand(config.memory % (2 * MIB) == 0, f"memory of {config.memory} bytes: must be a multiple of 2 MiB")
+    _demand(1 <= config.cpus <= MAX_CPUS, f"{config.cpus} CPUs: between 1 and {MAX_CPUS}")
+
+
+def _check_boot(boot: Boot, memory: int) -> None:
+    for what, path in (("kernel", boot.kernel), ("initrd", boot.initrd), ("dtb", boot.dtb)):
+        if not path:
+            continue
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise ConfigError(f"{what} {path}: {error.strerror}") from error
+        _demand(os.path.isfile(path), f"{what} {path}: is not a file")
+        _demand(size > 0, f"{what} {path}: is empty")
+        _demand(
+            size < memory, f"{what} {path}: {size >> 20} MiB do not fit {memory >> 20} MiB of memory (-m)"
+        )
+    _demand(bool(boot.kernel), "nothing to boot: give a kernel, an ELF or U-Boot with -kernel FILE")
+    _demand(len(boot.append.encode()) < 2048, "append: a kernel command line has at most 2047 bytes")
+    _demand("\0" not in boot.append, "append: a NUL in the kernel command line")
+
+
+def _check_devices(config: MachineConfig) -> None:
+    has_console = bool(config.console or config.ports)
+    count = len(config.drives) + len(config.nets) + int(config.rng) + int(has_console)
+    _demand(
+        count <= VIRTIO_SLOTS,
+        f"{count} virtio devices (disks, networks, entropy, console): the machine has {VIRTIO_SLOTS} slots",
+    )
+    plugged: list[Drive | Net] = [*config.drives, *config.nets]
+    slots = [part.slot for part in plugged if part.slot is not None]
+    _demand(
+        all(0 <= slot < VIRTIO_SLOTS for slot in slots),
+        f"bus=virtio-mmio-bus.N: N is 0 to {VIRTIO_SLOTS - 1}",
+    )
+    _demand(len(slots) == len(set(slots)), "two devices on one virtio-mmio bus")
+    for net in config.nets:
+        _demand(
+            not net.mac or _MAC.match(net.mac) is not None, f"mac={net.mac}: expected six pairs of hex digits"
+        )
+        _demand(
+            not net.mac or not int(net.mac[:2], 16) & 1,
+            f"mac={net.mac}: is a multicast address (first byte odd)",
+        )
+        _demand(net.kind != "stream" or bool(net.path), f"netdev {net.id}: stream needs addr.path=SOCKET")
+    for drive in config.drives:
+        _demand(bool(drive.file), "drive: needs file=IMAGE")
+        _demand(len(drive.serial.encode()) <= 20, f"serial={drive.serial}: at most 20 bytes")
+
+
+def _check_chardevs(config: MachineConfig) -> None:
+    ids = [chardev.id for chardev in config.chardevs]
+    _demand(len(ids) == len(set(ids)), f"two chardevs of one id among {', '.join(ids)}")
+    uses = [
+        name for name in (config.serial, config.console, *(port.chardev for port in config.ports)) if name
+    ]
+    for name in uses:
+        _demand(name in ids, f"chardev {name}: there is none of that id")
+        shared = uses.count(name) > 1 and config.chardev(name).kind != "hub"
+        _demand(not shared, f"chardev {name}: two devices cannot share it (mux=on makes it a hub)")
+    stdio = [chardev for chardev in config.chardevs if chardev.kind == "stdio" or chardev.stdio]
+    _demand(len(stdio) <= 1, "two character devices on stdio (mux=on on one of them makes it shared)")
+    for chardev in config.chardevs:
+        _demand(
+            chardev.kind not in ("socket", "file") or bool(chardev.path),
+            f"chardev {chardev.id}: needs path=PATH",
+        )
+    numbers = [port.id for port in config.ports]
+    _demand(all(0 < number < 16 for number in numbers), "console ports have ids 1 to 15")
+    _demand(len(numbers) == len(set(numbers)), "two console ports of one id")
+    for port in config.ports:
+        _demand(0 < len(port.name.encode()) < 64, f"console port {port.id}: needs a name of at most 63 bytes")

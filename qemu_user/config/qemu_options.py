@@ -1,0 +1,456 @@
+"""QEMU's command-line options into a MachineConfig: one table, OPTIONS, from which parser and help are made.
+
+Used by `python -m qemu_user` and by `softkvm run`, which adds its own. Every option works with one dash and
+two. What QEMU has and this machine has not is refused by name; what makes no difference here is accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from qemu_user.config.errors import ConfigError
+from qemu_user.config.keyvals import KeyValues, parse_size
+from qemu_user.config.machine_config import Boot, Chardev, ConsolePort, Drive, MachineConfig, Net, Qmp
+
+
+class Option(NamedTuple):
+    """A row: names without dashes, the value's name in help ("" for a switch), help, what it does to the
+    builder.
+    """
+
+    names: tuple[str, ...]
+    metavar: str
+    help: str
+    apply: Callable[[Builder, str], None]
+
+
+class Builder:
+    """What the options said so far; finish() joins drives, netdevs and chardevs with the devices that name
+    them.
+    """
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+        self.boot: dict[str, Any] = {}
+        self.drives: dict[str, Drive] = {}
+        self.unplugged: set[str] = set()
+        self.nets: dict[str, Net] = {}
+        self.plugged_nets: list[str] = []
+        self.chardevs: dict[str, Chardev] = {}
+        self.serials: list[str] = []
+        self.ports: list[ConsolePort] = []
+        self.qmp: list[Qmp] = []
+        self.nographic = False
+        self.endpoint = ""
+
+    # -- machine -----------------------------------------------------------------------------------
+
+    def machine(self, text: str) -> None:
+        values = KeyValues("-machine", text, "type")
+        values.take_choice("type", ("virt",), "virt")
+        self.fields["aia"] = values.take_choice("aia", ("none", "aplic-imsic"), "aplic-imsic")
+        if accel := values.take("accel"):
+            self.accel(accel)
+        values.ignore("usb", "graphics", "acpi", "dumpdtb")
+        values.done()
+
+    def memory(self, text: str) -> None:
+        values = KeyValues("-m", text, "size")
+        self.fields["memory"] = parse_size("-m", values.take("size"))
+        values.done()
+
+    def smp(self, text: str) -> None:
+        values = KeyValues("-smp", text, "cpus")
+        number = values.take_number("cpus")
+        values.ignore("sockets", "cores", "threads", "clusters", "dies", "maxcpus")
+        values.done()
+        self.fields["cpus"] = number if number is not None else 1
+
+    def accel(self, text: str) -> None:
+        values = KeyValues("-accel", text, "name")
+        name = values.take_choice("name", ("kvmcore", "kvm", "reference"), "kvmcore")
+        self.fields["accel"] = "kvmcore" if name == "kvm" else name
+        self.endpoint = values.take("endpoint", values.take("socket", self.endpoint))
+        values.done()
+
+    def cpu(self, text: str) -> None:
+        if KeyValues("-cpu", text, "model").take("model") not in ("host", "max", "rv64", "any"):
+            raise ConfigError(f"-cpu {text}: the vCPU is kvmcore's; say host or leave it out")
+
+    def name(self, text: str) -> None:
+        values = KeyValues("-name", text, "guest")
+        self.fields["name"] = values.take("guest")
+        values.ignore("process", "debug-threads")
+        values.done()
+
+    def bios(self, text: str) -> None:
+        if text not in ("none", "default"):
+            raise ConfigError(
+                f"-bios {text}: there is no M-mode here, the VMM answers SBI; use -kernel for U-Boot"
+            )
+
+    def rtc(self, text: str) -> None:
+        values = KeyValues("-rtc", text, "base")
+        values.take_choice("base", ("utc", "localtime"), "utc")
+        values.ignore("clock", "driftfix")
+        values.done()
+
+    # -- disks -------------------------------------------------------------------------------------
+
+    def drive(self, text: str) -> None:
+        values = KeyValues("-drive", text, "file")
+        interface = values.take_choice("if", ("virtio", "none"), "virtio")
+        values.take_choice("format", ("raw",), "raw")
+        values.ignore("media", "cache", "aio", "index", "detect-zeroes", "werror", "rerror", "copy-on-read")
+        name = values.take("id") or f"drive{len(self.drives)}"
+        if name in self.drives:
+            raise ConfigError(f"-drive {text}: there is a drive {name} already")
+        self.drives[name] = Drive(
+            id=name,
+            file=values.take("file"),
+            readonly=values.take_switch("readonly", False),
+            discard=values.take_choice("discard", ("unmap", "on", "ignore", "off"), "ignore")
+            in ("unmap", "on"),
+            serial=values.take("serial"),
+        )
+        values.done()
+        if interface == "none":
+            self.unplugged.add(name)
+
+    # -- networks ----------------------------------------------------------------------------------
+
+    def netdev(self, text: str) -> None:
+        values = KeyValues("-netdev", text, "type")
+        self._net(values, "netdev")
+
+    def nic(self, text: str) -> None:
+        values = KeyValues("-nic", text, "type")
+        if values.values.get("type") == ["none"]:
+            self.fields["no_net"] = True
+            return
+        values.take_choice("model", ("virtio-net-device", "virtio", ""), "")
+        mac = values.take("mac")
+        name = self._net(values, "nic")
+        self._plug(name, mac, None)
+
+    def _net(self, values: KeyValues, what: str) -> str:
+        kind = values.take_choice("type", ("user", "passt", "tap", "stream"))
+        name = values.take("id") or f"{what}{len(self.nets)}"
+        if name in self.nets:
+            raise ConfigError(f"-{values.option.strip('-')} {values.text}: there is a netdev {name} already")
+        fields: dict[str, Any] = {"id": name, "kind": "user" if kind == "passt" else kind}
+        if kind in ("user", "passt"):
+            fields["forwards"] = tuple(values.take_all("hostfwd"))
+        elif kind == "tap":
+            fields["ifname"] = values.take("ifname", "tap0")
+            values.ignore("script", "downscript", "vhost")
+        else:
+            if values.take("addr.type", "unix") != "unix":
+                raise ConfigError(f"-netdev {values.text}: addr.type: only unix")
+            fields["path"] = values.take("addr.path")
+            fields["server"] = values.take_switch("server", False)
+            fields["reconnect"] = values.take_number("reconnect", 0)
+        values.done()
+        self.nets[name] = Net(**fields)
+        return name
+
+    def _plug(self, name: str, mac: str, slot: int | None) -> None:
+        self.nets[name] = msgspec.structs.replace(self.nets[name], mac=mac, slot=slot)
+        self.plugged_nets.append(name)
+
+    # -- characters --------------------------------------------------------------------------------
+
+    def chardev(self, text: str) -> None:
+        values = KeyValues("-chardev", text, "backend")
+        kind = values.take_choice("backend", ("stdio", "pty", "socket", "file", "null"))
+        name = values.take("id")
+        if not name or name in self.chardevs:
+            raise ConfigError(f"-chardev {text}: needs an id of its own")
+        mux = values.take_switch("mux", False)
+        values.ignore("signal", "logfile", "logappend")
+        self.chardevs[name] = self._chardev(values, name, kind, mux)
+
+    def _chardev(self, values: KeyValues, name: str, kind: str, mux: bool) -> Chardev:
+        fields: dict[str, Any] = {"id": name, "kind": kind}
+        if kind in ("socket", "file"):
+            fields["path"] = values.take("path")
+        if kind == "file":
+            fields["append"] = values.take_switch("append", False)
+        if kind == "socket":
+            fields["server"] = values.take_switch("server", False)
+            fields["wait"] = values.take_switch("wait", fields["server"])
+            values.ignore("reconnect", "delay")
+        values.done()
+        if mux:
+            if kind != "stdio":
+                raise ConfigError(f"chardev {name}: mux=on goes with stdio only")
+            return Chardev(id=name, kind="hub", stdio=True)
+        return Chardev(**fields)
+
+    def serial(self, text: str) -> None:
+        head, colon, rest = text.partition(":")
+        name = f"serial{len(self.serials)}"
+        if head == "chardev" and colon:
+            self.serials.append(rest)
+            return
+        if head == "none":
+            self.serials.append("")
+            return
+        if text in ("mon:stdio", "stdio"):
+            self.chardevs[name] = Chardev(id=name, kind="hub", stdio=True)
+        elif head == "unix" and colon:
+            self.chardevs[name] = self._chardev(KeyValues("-serial", rest, "path"), name, "socket", False)
+        elif head == "file" and colon:
+            self.chardevs[name] = Chardev(id=name, kind="file", path=rest)
+        elif text in ("pty", "null"):
+            self.chardevs[name] = Chardev(id=name, kind="pty" if text == "pty" else "null")
+        else:
+            raise ConfigError(
+                f"-serial {text}: one of stdio, pty, null, none, file:PATH, unix:PATH[,server=on] or chardev:ID"
+            )
+        self.serials.append(name)
+
+    def qmp_socket(self, text: str) -> None:
+        head, _, rest = text.partition(":")
+        if head != "unix" or not rest:
+            raise ConfigError(f"-qmp {text}: expected unix:PATH,server=on,wait=off")
+        values = KeyValues("-qmp", rest, "path")
+        if not values.take_switch("server", True):
+            raise ConfigError(f"-qmp {text}: this side is the server (server=on)")
+        self.qmp.append(Qmp(path=values.take("path"), wait=values.take_switch("wait", True)))
+        values.done()
+
+    # -- devices -----------------------------------------------------------------------------------
+
+    def device(self, text: str) -> None:
+        values = KeyValues("-device", text, "driver")
+        driver = values.take("driver")
+        handler = {
+            "virtio-blk-device": self._blk_device,
+            "virtio-net-device": self._net_device,
+            "virtio-rng-device": self._rng_device,
+            "virtio-serial-device": self._serial_device,
+            "virtconsole": self._console_device,
+            "virtserialport": self._port_device,
+        }.get(driver)
+        if handler is None:
+            pci = "; there is no PCI, the -device variants end in -device" if driver.endswith("-pci") else ""
+            raise ConfigError(
+                f"-device {driver}: no such device here (virtio-blk-device, virtio-net-device, "
+                f"virtio-rng-device, virtio-serial-device, virtconsole, virtserialport){pci}"
+            )
+        values.ignore("id")
+        handler(values)
+        values.done()
+
+    def _slot(self, values: KeyValues) -> int | None:
+        bus = values.take("bus")
+        if not bus:
+            return None
+        prefix, _, number = bus.rpartition(".")
+        if prefix != "virtio-mmio-bus" or not number.isdigit():
+            raise ConfigError(f"-device {values.text}: bus={bus}: expected virtio-mmio-bus.0 to .7")
+        return int(number)
+
+    def _blk_device(self, values: KeyValues) -> None:
+        name = values.take("drive")
+        if name not in self.unplugged:
+            raise ConfigError(
+                f"-device {values.text}: drive={name}: no -drive with if=none,id={name} before it"
+            )
+        self.unplugged.discard(name)
+        serial = values.take("serial") or self.drives[name].serial
+        values.ignore("bootindex", "write-cache", "num-queues", "queue-size")
+        # plugged drives come in the order of their devices
+        drive = msgspec.structs.replace(self.drives.pop(name), slot=self._slot(values), serial=serial)
+        self.drives[name] = drive
+
+    def _net_device(self, values: KeyValues) -> None:
+        name = values.take("netdev")
+        if name not in self.nets or name in self.plugged_nets:
+            raise ConfigError(f"-device {values.text}: netdev={name}: no free -netdev of that id before it")
+        values.ignore("bootindex", "mrg_rxbuf")
+        self._plug(name, values.take("mac"), self._slot(values))
+
+    def _rng_device(self, values: KeyValues) -> None:
+        values.ignore("rng", "bus", "max-bytes", "period")
+        self.fields["rng"] = True
+
+    def _serial_device(self, values: KeyValues) -> None:
+        values.ignore("bus", "max_ports")
+
+    def _console_device(self, values: KeyValues) -> None:
+        if self.fields.get("console"):
+            raise ConfigError(
+                "-device virtconsole: there is one console (hvc0); use virtserialport for more ports"
+            )
+        self.fields["console"] = values.take("chardev")
+        values.ignore("name", "nr", "bus")
+
+    def _port_device(self, values: KeyValues) -> None:
+        number = values.take_number("nr", len(self.ports) + 1)
+        self.ports.append(
+            ConsolePort(id=number or 0, name=values.take("name"), chardev=values.take("chardev"))
+        )
+        values.ignore("bus")
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def finish(self) -> MachineConfig:
+        """The validated configuration. ConfigError."""
+        no_net = self.fields.pop("no_net", False)
+        if unused := sorted(self.unplugged):
+            raise ConfigError(
+                f"-drive if=none,id={unused[0]}: no -device virtio-blk-device,drive={unused[0]} uses it"
+            )
+        nets = [self.nets[name] for name in self.plugged_nets]
+        nets += [net for name, net in self.nets.items() if name not in self.plugged_nets]
+        if len(self.serials) > 1:
+            raise ConfigError("-serial: this machine has one serial port")
+        if not self.serials:
+            self.serial(
+                "stdio" if not any(c.stdio or c.kind == "stdio" for c in self.chardevs.values()) else "none"
+            )
+        self.fields.setdefault("console", "")
+        return MachineConfig(
+            **self.fields,
+            boot=Boot(**self.boot),
+            drives=tuple(self.drives.values()),
+            nets=() if no_net else tuple(nets),
+            chardevs=tuple(self.chardevs.values()),
+            serial=self.serials[0],
+            ports=tuple(self.ports),
+            qmp=tuple(self.qmp),
+        ).validate()
+
+
+def _boot(field: str) -> Callable[[Builder, str], None]:
+    return lambda builder, text: builder.boot.__setitem__(field, text)
+
+
+def _flag(field: str) -> Callable[[Builder, str], None]:
+    return lambda builder, text: builder.fields.__setitem__(field, True)
+
+
+def _nothing(builder: Builder, text: str) -> None:
+    pass
+
+
+def _rng(builder: Builder, text: str) -> None:
+    if text not in ("on", "off"):
+        raise ConfigError(f"-rng {text}: on or off")
+    builder.fields["rng"] = text == "on"
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        ("M", "machine"),
+        "virt[,aia=..]",
+        "the machine; aia=aplic-imsic (default) or none (PLIC)",
+        Builder.machine,
+    ),
+    Option(("m",), "SIZE", "memory, 512M, 2G (default 512M)", Builder.memory),
+    Option(("smp",), "N", "number of CPUs", Builder.smp),
+    Option(("kernel",), "FILE", "what to boot: a flat Image, an ELF, or U-Boot", _boot("kernel")),
+    Option(("initrd",), "FILE", "initial RAM disk", _boot("initrd")),
+    Option(("append",), "WORDS", "kernel command line", _boot("append")),
+    Option(("dtb",), "FILE", "device tree instead of the machine's own", _boot("dtb")),
+    Option(
+        ("drive",),
+        "file=F[,..]",
+        "disk: format=raw, readonly=on, discard=unmap, if=virtio|none, id=",
+        Builder.drive,
+    ),
+    Option(
+        ("netdev",),
+        "KIND,id=..",
+        "network: user[,hostfwd=tcp::2222-:22], tap,ifname=, stream,addr.path=",
+        Builder.netdev,
+    ),
+    Option(("nic",), "KIND|none", "network with its device in one", Builder.nic),
+    Option(
+        ("device",),
+        "NAME[,..]",
+        "virtio-{blk,net,rng,serial}-device, virtconsole, virtserialport",
+        Builder.device,
+    ),
+    Option(("chardev",), "KIND,id=..", "stdio, pty, socket, file, null", Builder.chardev),
+    Option(
+        ("serial",),
+        "WHERE",
+        "the UART: stdio, pty, null, none, file:PATH, unix:PATH,server=on, chardev:ID",
+        Builder.serial,
+    ),
+    Option(("nographic",), "", "no graphics (there are none)", _nothing),
+    Option(("display",), "none", "no graphics", _nothing),
+    Option(("monitor",), "none", "accepted; management is QMP", _nothing),
+    Option(("qmp",), "unix:PATH,..", "one more QMP socket", Builder.qmp_socket),
+    Option(("name",), "NAME", "the VM's name", Builder.name),
+    Option(
+        ("accel",),
+        "kvmcore|reference",
+        "how vCPUs run; endpoint=ipc://.. to choose the daemon",
+        Builder.accel,
+    ),
+    Option(("cpu",), "host", "accepted", Builder.cpu),
+    Option(("bios",), "none", "accepted", Builder.bios),
+    Option(("rtc",), "base=utc", "accepted", Builder.rtc),
+    Option(("object",), "..", "accepted", _nothing),
+    Option(("global",), "..", "accepted", _nothing),
+    Option(("rng",), "on|off", "the entropy device (default on)", _rng),
+    Option(("no-reboot",), "", "a reset of the guest ends the VM", _flag("no_reboot")),
+    Option(("no-shutdown",), "", "a shutdown of the guest stops it only", _flag("no_shutdown")),
+    Option(("S",), "", "wait for `cont` before the first instruction", _flag("paused")),
+)
+
+
+class _Collect(argparse.Action):
+    """Keeps the options in the order of the command line, for the builder."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        collected = list(getattr(namespace, self.dest, None) or [])
+        collected.append((self.const, values if isinstance(values, str) else ""))
+        setattr(namespace, self.dest, collected)
+
+
+def add_arguments(parser: Any, leave_out: frozenset[str] = frozenset()) -> None:
+    """Give an argparse parser (or group) these options, but those whose first name is in `leave_out`."""
+    for option in OPTIONS:
+        if option.names[0] in leave_out:
+            continue
+        flags = [dash + name for name in option.names for dash in ("-", "--")]
+        value: dict[str, Any] = (
+            {"metavar": option.metavar.replace("%", "%%")} if option.metavar else {"nargs": 0}
+        )
+        parser.add_argument(
+            *flags, dest="qemu_options", action=_Collect, const=option, help=option.help, **value
+        )
+
+
+def collect(namespace: argparse.Namespace) -> Builder:
+    """The options of a parsed command line, applied; the caller may change the builder before finish()."""
+    builder = Builder()
+    for option, text in getattr(namespace, "qemu_options", None) or []:
+        option.apply(builder, text)
+    return builder
+
+
+def from_namespace(namespace: argparse.Namespace) -> MachineConfig:
+    """collect() and finish()."""
+    return collect(namespace).finish()
+
+
+def parse(argv: list[str]) -> tuple[MachineConfig, str]:
+    """(configuration, kvmcore endpoint or "") of a QEMU command line. ConfigError; argparse exits 2 on
+    unknown options.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m qemu_user", allow_abbrev=False, description="Run one VM on a kvmcore daemon."
+    )
+    add_arguments(parser)
+    builder = collect(parser.parse_args(argv))
+    return builder.finish(), builder.endpoint
