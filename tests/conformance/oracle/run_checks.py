@@ -21,7 +21,7 @@ from protocol.abi.structs_riscv import (
 )  # fmt: skip
 
 from . import guest
-from .port import RAM, Guest, Port
+from .port import HUNG_AFTER, RAM, Guest, Port
 
 DEVICE = 0x10000000
 DBCN, BASE_EXTENSION = 0x4442434E, 0x10
@@ -84,7 +84,7 @@ def mmio(port: Port, say) -> None:
         say("vcpu ioctl after close(vm)", cpu.mp_state_result())
 
 
-def call_sbi(g: Guest, eid: int, fid: int = 0, *args: int, kick: float | None = KICK_AFTER) -> str:
+def call_sbi(g: Guest, eid: int, fid: int = 0, *args: int, kick: float = KICK_AFTER) -> str:
     """ecall with a7, a6, a0.. set; for those that the kernel answers, kicked out of the loop behind it."""
     for index in range(6):
         g.cpu.set_x(f"a{index}", args[index] if index < len(args) else 0)
@@ -100,7 +100,7 @@ def sbi(port: Port, say) -> None:
     with Guest(port) as g:
         cpu = g.cpu
         say("enable DBCN", cpu.set(one_reg(SBI_EXT, 9), 1))
-        line = call_sbi(g, DBCN, kick=None)
+        line = call_sbi(g, DBCN, kick=HUNG_AFTER)
         say("RUN ecall DBCN enabled", f"{line} |pc=+{cpu.pc() - guest.BASE:x} a0={cpu.x('a0'):x}")
         g.answer_sbi(-7, 42)
         g.immediate_exit = True
@@ -108,16 +108,16 @@ def sbi(port: Port, say) -> None:
         g.immediate_exit = False
         say("RUN complete SBI", f"{line} |a0={cpu.signed('a0')} a1={cpu.signed('a1')}")
         say("RUN ecall vendor ext 0x0A000001", call_sbi(g, 0x0A000001))
-        say("RUN ecall vendor ext 0x09000001", call_sbi(g, 0x09000001, kick=None))
+        say("RUN ecall vendor ext 0x09000001", call_sbi(g, 0x09000001, kick=HUNG_AFTER))
         g.finish()
-        say("RUN ecall experimental 0x08000001", call_sbi(g, 0x08000001, kick=None))
+        say("RUN ecall experimental 0x08000001", call_sbi(g, 0x08000001, kick=HUNG_AFTER))
         g.finish()
         say("RUN ecall legacy putchar", call_sbi(g, 1))
-        line = call_sbi(g, SBI_SRST, 0, 0, 1, kick=None)
+        line = call_sbi(g, SBI_SRST, 0, 0, 1, kick=HUNG_AFTER)
         say("RUN ecall SRST shutdown reason 1", f"{line} |mp after SRST={cpu.mp_state()}")
         say("RUN RUN after SRST", g.run(kick=KICK_AFTER))
         cpu.set_mp_state(0)
-        say("RUN ecall SRST cold reboot", call_sbi(g, SBI_SRST, 0, 1, 0, kick=None))
+        say("RUN ecall SRST cold reboot", call_sbi(g, SBI_SRST, 0, 1, 0, kick=HUNG_AFTER))
         cpu.set_mp_state(0)
         for fid in (0, 1, 2, 4):
             line = call_sbi(g, BASE_EXTENSION, fid)
