@@ -1,8 +1,8 @@
-"""A test case of bare guest code, and what is left when it ends: the common currency of the differential tests.
+"""A test case of bare guest code, and what is left when it ends: the currency of the differential tests.
 
 Every runner (qemu_peer.py, engine_peer.py) takes a Case and gives an Outcome. A case owns the guest's whole
-memory: WINDOW_SIZE bytes at WINDOW. It starts in S or U mode with the registers given and ends by an ecall from
-S-mode with a7 = END; any other SBI call is answered -2 (not supported), as an unknown extension is.
+memory: WINDOW_SIZE bytes at WINDOW. It starts in S or U mode with the registers given and ends by an ecall
+from S-mode with a7 = END; any other SBI call is answered -2 (not supported), as an unknown extension is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runs cases on Debian's qemu-system-riscv64, many per QEMU process.
 
-QEMU's RAM is a shared file that this process maps too. A small M-mode shim (qemu_shim.S) polls a mailbox in it,
-copies each case into the window, runs it in S or U mode and writes its registers and memory back. So a batch
-costs about 0.2 ms a case, and one QEMU serves a whole test run. Used by the differential tests only.
+QEMU's RAM is a shared file that this process maps too. A small M-mode shim (qemu_shim.S) polls a mailbox in
+it, copies each case into the window, runs it in S or U mode and writes its registers and memory back. So a
+batch costs about 0.2 ms a case, and one QEMU serves a whole test run. Used by the differential tests only.
 """
 
 from __future__ import annotations

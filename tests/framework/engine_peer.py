@@ -1,0 +1,106 @@
+"""Runs cases in process on our engine: tier 1 (native) or the reference, through kvmcore.engine's Machine
+and Hart.
+
+The window is an anonymous mapping that the machine has as its only memory slot. SBI calls come back as
+exits and are answered here as the QEMU peer's shim answers them. Used by the differential tests only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.loader import Image
+from kvmcore.engine.machine import Hart, Machine, SlotView
+from tests.framework.cases import CSR_NAMES, END, WINDOW, WINDOW_SIZE, Case, Outcome
+
+_U64 = (1 << 64) - 1
+_DIRECT = ("sie", "stvec", "scounteren", "senvcfg", "sscratch", "sepc", "scause", "stval", "stimecmp", "satp")
+_SSTATUS = (("sstatus_sie", 1, 1), ("sstatus_spie", 5, 1), ("sstatus_spp", 8, 1)) + (
+    ("fs", 13, 3),
+    ("sum", 18, 1),
+    ("mxr", 19, 1),
+)
+
+
+@cache
+def native_image() -> Image:
+    """The engine's image, built if need be."""
+    return Image.load()
+
+
+class EnginePeer:
+    """One machine with one hart. run() may be called any number of times."""
+
+    def __init__(self, limit: float = 0.2, step: Callable[[Hart], None] | None = None) -> None:
+        """`limit`: seconds for a case. `step`: one instruction by the reference; None runs native code."""
+        self._limit = limit
+        self._step = step
+        self._memory = mmap.mmap(-1, WINDOW_SIZE)
+        self._machine = Machine(native_image(), max_harts=1)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._machine.set_slots([SlotView(WINDOW, WINDOW_SIZE, address)])
+        self.hart = Hart(self._machine, 0, 0)
+
+    def run(self, cases: Sequence[Case]) -> list[Outcome]:
+        """What is left of each case."""
+        return [self._run(case) for case in cases]
+
+    def _run(self, case: Case) -> Outcome:
+        hart, state = self.hart, self.hart.state
+        self._memory[:] = case.image.ljust(WINDOW_SIZE, b"\0")
+        hart.reset()
+        hart.flush_tlb()
+        hart.flush_icache()
+        state.pc, state.mode = case.pc, int(not case.user)
+        state.x[:] = [*case.x, 0]
+        state.f[:] = case.f
+        for name in _DIRECT:
+            setattr(state, name, case.csrs[name])
+        for name, shift, mask in _SSTATUS:
+            setattr(state, name, case.csrs["sstatus"] >> shift & mask)
+        state.sip = case.csrs["sip"] & 1 << 1
+        state.fflags, state.frm = case.csrs["fcsr"] & 31, case.csrs["fcsr"] >> 5 & 7
+        status = self._until_end()
+        return self._outcome(status)
+
+    def _until_end(self) -> str:
+        hart, state = self.hart, self.hart.state
+        timer: threading.Timer | None = None
+        if self._step is None:
+            timer = threading.Timer(self._limit, hart.kick)
+            timer.start()
+        try:
+            steps = 0
+            while True:
+                if self._step is None:
+                    kind = ExitKind(hart.run())
+                else:
+                    kind = ExitKind(self._step(hart) or ExitKind.NONE)
+                    steps += 1
+                if kind == ExitKind.ECALL:
+                    if state.x[17] == END:
+                        return "done"
+                    state.x[10], state.x[11] = _U64 - 1, 0
+                    hart.advance(4)
+                elif kind == ExitKind.KICK or steps > 200_000:
+                    return "timeout"
+                elif kind != ExitKind.NONE:
+                    return f"exit {kind.name} at {state.pc:#x}, gpa {state.exit_gpa:#x}"
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _outcome(self, status: str) -> Outcome:
+        state = self.hart.state
+        csrs = {name: int(getattr(state, name)) for name in _DIRECT}
+        sstatus = 2 << 32 | sum(getattr(state, name) << shift for name, shift, _ in _SSTATUS)
+        csrs["sstatus"] = sstatus | (1 << 63 if state.fs == 3 else 0)
+        csrs["sip"] = state.sip | (1 << 5 if self._machine.time() >= state.stimecmp else 0)
+        csrs["fcsr"] = state.fflags | state.frm << 5
+        ordered = {name: csrs[name] for name in CSR_NAMES}
+        return Outcome(status, state.pc, list(state.x)[:32], list(state.f), ordered, self._memory[:])
