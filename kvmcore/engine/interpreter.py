@@ -54,16 +54,16 @@ class Handler:
 
 
 def handlers() -> dict[tuple[str, int, int], Handler]:
-    """All handlers, by (name of the function, length, number of the CSR or -1)."""
+    """All handlers, by (name of the function, length, value of the operand it is specialized for or -1)."""
     found: dict[tuple[str, int, int], Handler] = {}
     for row in INSTRUCTIONS:
-        name = f"{row.function.__module__.rpartition('.')[2]}.{row.function.__name__}"
-        for csr in _csrs(row):
-            key = (name, row.length, csr)
+        operand, values = _special(row)
+        for value in values:
+            key = (_function(row), row.length, value)
             if key not in found:
-                found[key] = Handler(f"{name}.{row.length}" + (f".{csr:03x}" if csr >= 0 else ""))
-                if csr >= 0:
-                    found[key].constants["csr"] = const(64, csr)
+                found[key] = Handler(f"{_function(row)}.{row.length}" + (f".{operand}{value:x}" if operand else ""))
+                if operand:
+                    found[key].constants[operand] = const(64 if operand == "csr" else 8, value)
             found[key].rows.append(row)
     for handler in found.values():
         _place(handler)
@@ -71,13 +71,24 @@ def handlers() -> dict[tuple[str, int, int], Handler]:
     return found
 
 
-def _csrs(row: Insn) -> Sequence[int]:
-    """CSR numbers that an instruction has handlers for; [-1] for one that names no CSR."""
-    if not any(operand.name == "csr" for operand in row.operands):
-        return [-1]
+def _function(row: Insn) -> str:
+    return f"{row.function.__module__.rpartition('.')[2]}.{row.function.__name__}"
+
+
+#: Rounding modes with handlers of their own: dynamic, to nearest, towards zero. The reference does the others.
+ROUNDINGS = (7, 0, 1)
+
+
+def _special(row: Insn) -> tuple[str, Sequence[int]]:
+    """The operand whose every value has a handler of its own, and the values; ("", [-1]) if there is none."""
+    names = [operand.name for operand in row.operands]
+    if "rm" in names:
+        return "rm", ROUNDINGS
+    if "csr" not in names:
+        return "", [-1]
     replaces = row.name.startswith("csrrw")
     numbers = [csr.number for csr in CSRS if csr.write is not None or not replaces]
-    return [*numbers, SEED] if row.name == "csrrw" else numbers
+    return "csr", [*numbers, SEED] if row.name == "csrrw" else numbers
 
 
 def _small(operand: Operand) -> bool:
@@ -155,6 +166,7 @@ def emit(emitter: Emitter) -> list[str]:
         _emit_handler(emitter, name, function, at="a0" if at_a0 else "")
         names.append(name)
     _emit_handler(emitter, "illegal", _illegal)
+    _emit_handler(emitter, "emulate", _emulate)
     for handler in handlers().values():
         for variant, near in _variants(handler):
             for memory in _memories(handler):
@@ -246,6 +258,10 @@ def _emit_function(
     emitter.function(name, parameters, tracer.root)
 
 
+def _emulate(h: HandlerHart) -> None:
+    h.exit("EMULATE")
+
+
 def _illegal(h: HandlerHart) -> None:
     raise illegal_instruction()
 
@@ -308,13 +324,15 @@ def _choose(found: dict[tuple[str, int, int], Handler], rows: list[Insn], raw: V
                 excluded = excluded | (raw & mask == match)
             if excluded:
                 continue
-            name = f"{row.function.__module__.rpartition('.')[2]}.{row.function.__name__}"
-            for csr in _csrs(row):
-                if csr >= 0 and raw >> 20 == csr:
-                    returns(pack_operands(row, found[name, row.length, csr], raw) | handler_offset(found[name, row.length, csr].name))
-            if (name, row.length, -1) not in found:
-                continue
-            handler = found[name, row.length, -1]
+            operand, values = _special(row)
+            if operand:
+                field = next(o for o in row.operands if o.name == operand).extract(raw)
+                for value in values:
+                    if field == value:
+                        handler = found[_function(row), row.length, value]
+                        returns(pack_operands(row, handler, raw) | handler_offset(handler.name))
+                returns(handler_offset("emulate" if operand == "rm" else "illegal"))
+            handler = found[_function(row), row.length, -1]
             operands = pack_operands(row, handler, raw)
             if handler.branches:
                 imm = next(o for o in row.operands if o.name == "imm").extract(raw)

@@ -193,7 +193,9 @@ class Hart:
                 if self._served():
                     return kind
             elif kind == ExitKind.EMULATE:
-                self.emulate()
+                kind = self.emulate()
+                if kind != ExitKind.NONE:
+                    return kind
             elif kind == ExitKind.POOL_FULL:
                 self.machine.reclaim_decoded()
             elif kind in (ExitKind.MMIO_READ, ExitKind.MMIO_WRITE) and not is_plain(self.state.exit_insn):
@@ -212,12 +214,12 @@ class Hart:
         self.machine.image.atomic_and(self._address + _ATTENTION, ~both & U64)
         return kicked
 
-    def emulate(self) -> None:
-        """One instruction by the reference."""
+    def emulate(self) -> int:
+        """One instruction by the reference; the ExitKind if it left."""
         from kvmcore.engine.reference import step  # only where it is needed: most guests never do
 
         self.emulated += 1
-        step(self)
+        return step(self)
 
     def signal(self, flags: int) -> None:
         """Set ATTENTION_* flags; a running hart sees them at its next taken branch at the latest."""

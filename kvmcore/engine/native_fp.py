@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvmcore.engine import hart_state
 from kvmcore.ir import value as value_module
-from kvmcore.ir.value import Value, as_value, const, select
+from kvmcore.ir.value import Value, const, select
 
 if TYPE_CHECKING:
     from kvmcore.engine.native_hart import Code, HandlerHart
@@ -21,7 +21,7 @@ _MASKED = 0x1F80  # all exceptions masked, nothing flushed
 _FLAG_BITS = 0x3F
 #: MXCSR.RC of frm, two bits each: RNE 0, RTZ 3, RDN 1, RUP 2, others 0.
 _ROUNDING = 0b00_00_00_00_10_01_11_00
-RMM = 4
+RTZ, RMM, DYNAMIC = 1, 4, 7
 NV, DZ, OF, UF, NX = 16, 8, 4, 2, 1
 
 
@@ -81,26 +81,109 @@ class FloatingPoint:
     def _load8(self, name: str) -> Value:
         return _effect("load", (self._code.address(name),), 8, ("plain", 1))
 
-    # -- operations --------------------------------------------------------------------------------------------
+    # -- operations ------------------------------------------------------------------------------------------------
     def operation(self, h: HandlerHart, name: str, args: tuple[Value, ...], rm: Value | int | None) -> Value:
-        """One operation of softfloat.py ("f32.add"); rounding by rm, or dynamic."""
+        """One operation of softfloat.py ("f32.add"), rounded by rm, which is known, or by frm where rm is 7."""
         kind, _, operation = name.partition(".")
         width = {"f32": 32, "f64": 64}[kind]
-        if rm is not None:
-            self._check_rounding(h, operation, as_value(rm, 8))
-        return OPERATIONS[operation](self, width, args)
-
-    def _check_rounding(self, h: HandlerHart, operation: str, rm: Value) -> None:
-        """Go on only where the host's mode is the wanted one; the reference does the rest."""
-        if rm == 7:
-            if h.get("frm") >= RMM:
+        truncates = operation.startswith("to_") and operation[3] in "iu" and rm is not None and int(rm) == RTZ
+        if rm is not None and not truncates:
+            if int(rm) == DYNAMIC:
+                if h.get("frm") >= RMM:
+                    h.exit("EMULATE")
+            elif h.get("frm") != int(rm):
                 h.exit("EMULATE")
-        elif rm != h.get("frm") or rm >= RMM:
-            h.exit("EMULATE")
+        if operation.startswith("to_") and operation[3] in "iu":
+            return self._to_integer(width, args[0], int(operation[4:]), operation[3] == "i", truncates)
+        if operation.startswith("from_"):
+            return self._from_integer(width, args[0], operation[5] == "i")
+        if operation in ("min", "max"):
+            return self._least(width, args[0], args[1], operation)
+        if operation in _COMPARISONS:
+            return self._host(_COMPARISONS[operation], width, args, 1)
+        if operation == "fma":
+            self._invalid_product(width, *args)
+        host, result = _ARITHMETIC[operation]
+        return _canonical(self._host(host, width, args, result or width))
 
-    def host(self, operation: str, width: int, args: tuple[Value, ...], result: int, *rest: int) -> Value:
+    def _host(self, operation: str, width: int, args: tuple[Value, ...], result: int, *rest: int) -> Value:
         return _effect("fp", args, result, (operation, width, *rest))
 
+    def _invalid_product(self, width: int, a: Value, b: Value, c: Value) -> None:
+        """20.6: infinity times zero raises NV even when a quiet NaN is added; SSE does not."""
+        if _magnitude(c) > _INFINITY[width]:
+            zero_a, zero_b = _magnitude(a) == 0, _magnitude(b) == 0
+            inf_a, inf_b = _magnitude(a) == _INFINITY[width], _magnitude(b) == _INFINITY[width]
+            if (inf_a & zero_b) | (zero_a & inf_b):
+                self.raise_flags(NV)
 
-OPERATIONS: dict[str, object] = {}  # type: ignore[assignment]
-_ = select
+    def _least(self, width: int, a: Value, b: Value, operation: str) -> Value:
+        """20.6: minimumNumber and maximumNumber; the quiet comparison raises NV for signaling NaNs."""
+        less = self._host("quiet_olt", width, (a, b), 1)
+        equal = self._host("oeq", width, (a, b), 1)
+        chosen = select(less, a, b) if operation == "min" else select(less, b, a)
+        zeros = (a | b) if operation == "min" else (a & b)
+        chosen = select(equal, zeros, chosen)
+        nan_a, nan_b = _magnitude(a) > _INFINITY[width], _magnitude(b) > _INFINITY[width]
+        chosen = select(nan_a, b, select(nan_b, a, chosen))
+        return select(nan_a & nan_b, const(width, _NAN[width]), chosen)
+
+    def _to_integer(self, width: int, a: Value, bits: int, signed: bool, truncates: bool) -> Value:
+        """20.7: out of range saturates and raises NV alone; NaN is the largest number."""
+        whole = self._host("trunc" if truncates else "nearbyint", width, (a,), width)
+        top = bits - 1 if signed else bits
+        below = self._host("quiet_olt", width, (whole, const(width, _power(width, top))), 1)
+        low = const(width, _power(width, top) | 1 << (width - 1)) if signed else const(width, 0)
+        above = self._host("quiet_ole", width, (low, whole), 1)
+        if below & above:
+            if truncates:
+                if self._host("une", width, (whole, a), 1):
+                    self.raise_flags(NX)
+            else:
+                self._host("rint", width, (a,), width)
+            if bits == 64 and not signed:
+                half = const(width, _power(width, 63))
+                if self._host("quiet_ole", width, (half, whole), 1):
+                    rest = self._host("fsub", width, (whole, half), width)
+                    return self._host("fptosi", width, (rest,), 64, 64) ^ (1 << 63)
+            return self._host("fptosi", width, (whole,), 64, 64).trunc(bits)
+        self.raise_flags(NV)
+        negative = a.bit(width - 1) & (_magnitude(a) <= _INFINITY[width])
+        least = const(bits, 1 << (bits - 1) if signed else 0)
+        return select(negative, least, const(bits, (1 << top) - 1))
+
+    def _from_integer(self, width: int, a: Value, signed: bool) -> Value:
+        if signed:
+            return self._host("sitofp", width, (a,), width, a.width)
+        if a.width == 32:
+            return self._host("sitofp", width, (a.zext(64),), width, 64)
+        if a.slt(0):  # half of it, the lost bit kept for rounding, then doubled exactly
+            half = self._host("sitofp", width, ((a >> 1) | (a & 1),), width, 64)
+            return self._host("fadd", width, (half, half), width)
+        return self._host("sitofp", width, (a,), width, 64)
+
+
+def _magnitude(a: Value) -> Value:
+    return a & ((1 << (a.width - 1)) - 1)
+
+
+def _canonical(result: Value) -> Value:
+    """20.3: a NaN result is the canonical one."""
+    width = result.width
+    return select(_magnitude(result) > _INFINITY[width], const(width, _NAN[width]), result)
+
+
+def _power(width: int, exponent: int) -> int:
+    """The bits of 2**exponent."""
+    bias, fraction = (127, 23) if width == 32 else (1023, 52)
+    return (bias + exponent) << fraction
+
+
+_INFINITY = {32: 0x7F800000, 64: 0x7FF0000000000000}
+_NAN = {32: 0x7FC00000, 64: 0x7FF8000000000000}
+_COMPARISONS = {"eq": "oeq", "lt": "olt", "le": "ole"}
+#: Operation -> LLVM's, and the result's width where it differs.
+_ARITHMETIC: dict[str, tuple[str, int]] = {
+    "add": ("fadd", 0), "sub": ("fsub", 0), "mul": ("fmul", 0), "div": ("fdiv", 0), "sqrt": ("sqrt", 0),
+    "fma": ("fma", 0), "to_f32": ("fptrunc", 32), "to_f64": ("fpext", 64),
+}  # fmt: skip

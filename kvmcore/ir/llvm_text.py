@@ -247,8 +247,8 @@ def _fp(emitter: Emitter, op: Op, name: str) -> list[str]:
         lines.append(f"%{name}_{index} = bitcast {typed(arg)} to {source}")
         operands.append(f"{source} %{name}_{index}")
     strict = f"@llvm.experimental.constrained.{operation}"
-    if operation in ("oeq", "olt", "ole", "quiet_olt"):
-        call = "fcmp" if operation in ("oeq", "quiet_olt") else "fcmps"
+    if operation in ("oeq", "une", "olt", "ole", "quiet_olt", "quiet_ole"):
+        call = "fcmps" if operation in ("olt", "ole") else "fcmp"
         predicate = str(operation).removeprefix("quiet_")
         emitter.declare(f"declare i1 @llvm.experimental.constrained.{call}.{suffix}({ft}, {ft}, metadata, metadata)")
         lines.append(
@@ -274,9 +274,10 @@ def _fp(emitter: Emitter, op: Op, name: str) -> list[str]:
         ft, width = "float", 32
     else:
         kinds = ", ".join([ft] * len(operands))
-        metadata = ", metadata, metadata" if operation not in ("rint_quiet",) else ", metadata"
-        emitter.declare(f"declare {ft} {strict}.{suffix}({kinds}{metadata})")
-        lines.append(f"%{name}_f = call {ft} {strict}.{suffix}({', '.join(operands)}, {_ROUNDED}) #0")
+        exact = operation == "trunc"  # its rounding is its name
+        emitter.declare(f"declare {ft} {strict}.{suffix}({kinds}, metadata{'' if exact else ', metadata'})")
+        modes = _STRICT if exact else _ROUNDED
+        lines.append(f"%{name}_f = call {ft} {strict}.{suffix}({', '.join(operands)}, {modes}) #0")
     lines.append(f"%{name} = bitcast {ft} %{name}_f to i{width}")
     return lines
 
