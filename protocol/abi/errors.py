@@ -10,6 +10,9 @@ from __future__ import annotations
 import errno as _errno
 import os
 
+_LINUX_NAMES = {_errno.EOPNOTSUPP: "EOPNOTSUPP", _errno.EAGAIN: "EAGAIN"}
+"""Where Python prefers another name for the same number."""
+
 
 class KvmError(OSError):
     """An ioctl that failed: `errno` as Linux gives it, `ioctl` its name, `reason` what was wrong (may be
@@ -24,7 +27,8 @@ class KvmError(OSError):
     @property
     def name(self) -> str:
         """The errno's symbol: 'EINVAL'."""
-        return _errno.errorcode.get(self.errno or 0, str(self.errno))
+        number = self.errno or 0
+        return _LINUX_NAMES.get(number) or _errno.errorcode.get(number, str(number))
 
     def __str__(self) -> str:
         words = [word for word in (self.ioctl, self.name) if word]

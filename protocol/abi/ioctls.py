@@ -34,7 +34,7 @@ class Ioctl(NamedTuple):
     name: as in <linux/kvm.h>, without KVM_. on: the handle kinds that know it. number: the full request.
     argument: None = the 64-bit argument is an integer; else it is a pointer to this struct.
     copies_in / copies_out: whether the struct is copied from the caller first, and back to it afterwards.
-    tail: the struct is followed by a variable part that the handler copies itself.
+    tail: the struct is followed by a variable part; the handler gets the pointer and copies both itself.
     returns: "zero", "value", or the kind of handle that the result is ("vm", "vcpu", "file", ...).
     capability: the KVM_CAP_* (by name) that announces it, "" when it is always there.
     errnos: those that its handler may answer, besides the EIO and EBADF that every ioctl knows.
@@ -81,7 +81,7 @@ def _row(
     section: str = "1.2",
 ) -> Ioctl:
     size = argument.size if argument is not None else 0
-    copied = copy or {_NONE: "", _W: "in", _R: "out", _RW: "in out"}[direction]
+    copied = "" if tail else copy or {_NONE: "", _W: "in", _R: "out", _RW: "in out"}[direction]
     return Ioctl(
         name=name,
         on=tuple(on.split()),
@@ -258,7 +258,7 @@ IOCTLS: tuple[Ioctl, ...] = (
         section="1.11",
     ),
     _row(
-        "GET_REG_LIST", "vcpu", _RW, 0xB0, _S.REG_LIST, copy="in", tail=True, errnos="E2BIG", section="1.11"
+        "GET_REG_LIST", "vcpu", _RW, 0xB0, _S.REG_LIST, tail=True, errnos="E2BIG", section="1.11"
     ),
     _row("PRE_FAULT_MEMORY", "vcpu", _RW, 0xD5, _S.PRE_FAULT_MEMORY),
     # device

@@ -154,7 +154,7 @@ def test_riscv_register_ids(tmp_path: Path) -> None:
 def test_every_row_is_consistent() -> None:
     for row in ioctls.IOCTLS:
         assert row.number >> 16 & 0x3FFF == row.argument_size
-        assert row.copies_in or row.copies_out or row.argument is None
+        assert row.tail or row.copies_in or row.copies_out or row.argument is None
         assert set(row.on) <= set(ioctls.KINDS)
         assert not row.capability or row.capability in capabilities.Cap.__members__
         assert ioctls.BY_NAME[row.name] is row

@@ -1,7 +1,7 @@
 """The oracle's view of a KVM: handles with results as the recording wrote them ("0", "handle", "EINVAL").
 
-Everything goes through a Backend, which speaks to a kvmcore; backend.py has the real one (client and daemon). `Guest` is a
-VM with RAM, the guest program and vCPUs.
+Everything goes through a Backend, which speaks to a kvmcore; backend.py has the real one (client
+and daemon). `Guest` is a VM with RAM, the guest program and vCPUs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocol.abi.structs_riscv import CORE_ID, one_reg_size
 from . import guest
 
 RAM, IMAGE = 0x10_0000_0000, 0x1_0000
-"""Addresses in the client's address space: writable memory, and a read-only mapping (as a program's text is)."""
+"""Addresses of the client: writable memory, and a read-only mapping (as a program's text is)."""
 ARGUMENT, POINTEE = 0x7000_0000, 0x7100_0000
 RAM_SIZE = 0x100_0000
 HUNG_AFTER = 5.0
@@ -360,7 +360,7 @@ class Port:
 
 
 class Guest:
-    """A VM with RAM at 0x80000000 (slot 0), the guest program in it, and vCPUs. `cpu` is the one that run() runs."""
+    """A VM with RAM at 0x80000000 (slot 0), the guest program in it, and vCPUs. run() runs `cpu`."""
 
     size = RAM_SIZE
     pages = RAM_SIZE // 4096
