@@ -1,0 +1,245 @@
+"""Building the devices of a machine from its configuration: back ends, devices, wires, places on the bus.
+
+Called once by machine/machine.py. Explicit on purpose: what is wired to what can be read here from top to
+bottom. Opens files, sockets and children only through the back ends; whatever fails is a BackendError for the
+user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from qemu_user.backends.block.raw import RawImage
+from qemu_user.backends.chardev.chardev import Chardev
+from qemu_user.backends.chardev.descriptor import DescriptorChardev
+from qemu_user.backends.chardev.hub import Hub
+from qemu_user.backends.chardev.null import NullChardev
+from qemu_user.backends.chardev.stdio import StdioChardev
+from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.net.backend import NetBackend
+from qemu_user.config.machine_config import Chardev as ChardevConfig
+from qemu_user.config.machine_config import Drive, MachineConfig, Net
+from qemu_user.devices.device import Device, FdtNode, Place
+from qemu_user.devices.goldfish_rtc import GoldfishRtc
+from qemu_user.devices.memory import GuestMemory
+from qemu_user.devices.ns16550a import Ns16550a
+from qemu_user.devices.syscon import Syscon
+from qemu_user.devices.virtio.device import VirtioDevice
+from qemu_user.devices.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
+from qemu_user.machine import virt
+from qemu_user.machine.bus import Bus
+from qemu_user.machine.debug_console import DebugConsole
+from qemu_user.machine.irq import PHANDLE_CONTROLLER, PHANDLE_TEST, Interrupts, PlicInterrupts
+
+Power = Callable[[str, int], None]
+
+
+class Parts:
+    """The devices and back ends of one machine."""
+
+    def __init__(self, config: MachineConfig, loop: IoLoop, console_path: str) -> None:
+        self.config, self.loop = config, loop
+        self.bus = Bus()
+        self.devices: list[Device] = []
+        self.transports: list[tuple[VirtioMmio, virt.Entry]] = []
+        self.nodes: list[FdtNode] = []
+        self.disks: list[RawImage] = []
+        self.nets: list[NetBackend] = []
+        self.chardevs: dict[str, Chardev] = {}
+        self.debug_console: DebugConsole
+        self._console_path = console_path
+
+    # -- back ends, before kvmcore is asked for anything -------------------------------------------
+
+    def open_backends(self) -> None:
+        """BackendError if something that the user named cannot be had."""
+        for chardev in self.config.chardevs:
+            self.chardevs[chardev.id] = self._open_chardev(chardev)
+        for drive in self.config.drives:
+            self.disks.append(RawImage(drive.file, drive.readonly, drive.discard))
+        for net in self.config.nets:
+            self.nets.append(_open_net(net))
+
+    def _open_chardev(self, config: ChardevConfig) -> Chardev:
+        name = config.id
+        if config.kind == "hub":
+            terminal: Chardev | None = None
+            if config.stdio:
+                terminal = _stdio(name, config.escape)
+            path, self._console_path = self._console_path, ""
+            return Hub(name, terminal, path)
+        if config.kind == "stdio":
+            return _stdio(name, config.escape)
+        if config.kind == "fd":
+            return DescriptorChardev(name, config.input, config.output)
+        if config.kind == "pty":
+            from qemu_user.backends.chardev.pty import PtyChardev
+
+            return PtyChardev(name)
+        if config.kind == "socket":
+            from qemu_user.backends.chardev.unix_socket import SocketChardev
+
+            return SocketChardev(name, config.path, config.server, config.wait)
+        if config.kind == "file":
+            from qemu_user.backends.chardev.file import FileChardev
+
+            return FileChardev(name, config.path, config.append)
+        return NullChardev(name)
+
+    def _channel(self, chardev: str, label: str) -> Chardev:
+        """What a device is connected to."""
+        found = self.chardevs.get(chardev)
+        if found is None:
+            return NullChardev(label)
+        return found.channel(label) if isinstance(found, Hub) else found
+
+    # -- devices -----------------------------------------------------------------------------------
+
+    def build(self, interrupts: Interrupts, memory: GuestMemory, power: Power) -> None:
+        """Make every device and put it in its place."""
+        places = virt.PLACES
+        if isinstance(interrupts, PlicInterrupts):
+            plic = places["plic"]
+            self._put(interrupts.device, plic, Place(plic.base, plic.size, [], 0, PHANDLE_CONTROLLER))
+        test = places["test"]
+        self._put(Syscon("test", power), test, Place(test.base, test.size, [], 0, PHANDLE_TEST))
+        self._put_wired(
+            Ns16550a(
+                "uart", interrupts.level(places["uart"].irq), self._channel(self.config.serial, "ttyS0")
+            ),
+            places["uart"],
+            interrupts,
+        )
+        offset = self.config.rtc_offset * 1_000_000_000
+        rtc = GoldfishRtc("rtc", interrupts.level(places["rtc"].irq), self.loop, _clock(offset))
+        self._put_wired(rtc, places["rtc"], interrupts)
+        for slot, device in self._virtio_devices():
+            entry = places[f"virtio{slot}"]
+            transport = VirtioMmio(device.name, interrupts.edge(entry.irq), memory, device)
+            transport.defer = self.loop.call_soon
+            self.transports.append((transport, entry))
+            self._put_wired(transport, entry, interrupts, edge=True)
+        self._make_debug_console()
+
+    def _put(self, device: Device, entry: virt.Entry, place: Place) -> None:
+        self.bus.add(entry.base, entry.size, device)
+        self.devices.append(device)
+        self.nodes.append(device.fdt_node(place))
+
+    def _put_wired(
+        self, device: Device, entry: virt.Entry, interrupts: Interrupts, edge: bool = False
+    ) -> None:
+        cells = interrupts.cells(entry.irq, edge)
+        self._put(device, entry, Place(entry.base, entry.size, cells, PHANDLE_CONTROLLER))
+
+    def _make_debug_console(self) -> None:
+        hub = next((c for c in self.chardevs.values() if isinstance(c, Hub)), None)
+        self.debug_console = DebugConsole(hub.channel("sbi") if hub else NullChardev("sbi"))
+
+    def _virtio_devices(self) -> list[tuple[int, VirtioDevice]]:
+        """(slot, device): disks first, so that the first -drive is vda; asked-for slots are kept free."""
+        from qemu_user.devices.virtio.blk import VirtioBlk
+        from qemu_user.devices.virtio.console import VirtioConsole
+        from qemu_user.devices.virtio.net import VirtioNet
+        from qemu_user.devices.virtio.rng import VirtioRng
+
+        wanted: list[tuple[int | None, VirtioDevice]] = []
+        for number, (drive, disk) in enumerate(zip(self.config.drives, self.disks, strict=True)):
+            wanted.append((drive.slot, VirtioBlk(_label(drive, number), disk, drive.serial)))
+        for number, (net, backend) in enumerate(zip(self.config.nets, self.nets, strict=True)):
+            mac = (
+                bytes.fromhex(net.mac.replace(":", "")) if net.mac else _default_mac(self.config.name, number)
+            )
+            wanted.append((net.slot, VirtioNet(net.id, backend, mac)))
+        ports = [(port.id, port.name, self._channel(port.chardev, port.name)) for port in self.config.ports]
+        if self.config.console:
+            ports.insert(0, (0, "", self._channel(self.config.console, "hvc0")))
+        if ports:
+            wanted.append((None, VirtioConsole("console", ports)))
+        if self.config.rng:
+            wanted.append((None, VirtioRng("rng")))
+        taken = {slot for slot, _ in wanted if slot is not None}
+        free = iter(slot for slot in range(virt.VIRTIO_COUNT) if slot not in taken)
+        return sorted(
+            ((slot if slot is not None else next(free), device) for slot, device in wanted),
+            key=lambda pair: pair[0],
+        )
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def notify_addresses(self) -> list[tuple[VirtioMmio, int, int]]:
+        """(transport, guest-physical address, queue) of every kick."""
+        return [
+            (transport, entry.base + QUEUE_NOTIFY, queue.index)
+            for transport, entry in self.transports
+            if transport.virtio is not None
+            for queue in transport.virtio.queues
+        ]
+
+    def start_backends(self, warn: Callable[[str], None], quit_now: Callable[[int], None]) -> None:
+        """Begin to talk to the host. BackendError."""
+        for config in self.config.chardevs:
+            chardev = self.chardevs[config.id]
+            leaf = chardev.terminal if isinstance(chardev, Hub) else chardev
+            if isinstance(leaf, StdioChardev):
+                leaf.quit = lambda: quit_now(0)
+            if config.quit_on_hangup and isinstance(chardev, DescriptorChardev):
+                chardev.hung_up = lambda: quit_now(141)  # 128 + SIGPIPE, as a shell has it
+            chardev.start(self.loop)
+        for net in self.nets:
+            net.warn = warn
+            net.start(self.loop)
+
+    def finish_output(self, seconds: float) -> None:
+        """The machine is at its end: what the guest has written reaches the host."""
+        from qemu_user.devices.virtio.console import VirtioConsole
+
+        for transport, _ in self.transports:
+            if isinstance(transport.virtio, VirtioConsole):
+                transport.virtio.finish(seconds)
+        for chardev in self.chardevs.values():
+            chardev.drain(seconds)
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        closing: list[Any] = [*self.nets, *self.chardevs.values(), *self.disks]
+        for backend in closing:
+            backend.close()
+
+
+def _stdio(name: str, escape: bool) -> Chardev:
+    return StdioChardev(name, escape)
+
+
+def _open_net(config: Net) -> NetBackend:
+    if config.kind == "user":
+        from qemu_user.backends.net.passt import PasstNet
+
+        return PasstNet(config.id, config.forwards)
+    if config.kind == "tap":
+        from qemu_user.backends.net.tap import TapNet
+
+        return TapNet(config.id, config.ifname)
+    if config.kind == "stream":
+        from qemu_user.backends.net.stream import StreamNet
+
+        return StreamNet(config.id, config.path, config.server, config.reconnect)
+    return NetBackend(config.id)
+
+
+def _label(drive: Drive, number: int) -> str:
+    return drive.id or f"drive{number}"
+
+
+def _clock(offset: int) -> Callable[[], int]:
+    import time
+
+    return lambda: time.time_ns() + offset
+
+
+def _default_mac(name: str, number: int) -> bytes:
+    """A locally administered address that differs between VMs and stays with the name."""
+    digest = hashlib.blake2b(f"{name}/{number}".encode(), digest_size=3).digest()
+    return b"\x52\x54\x00" + digest

@@ -1,0 +1,186 @@
+"""Interrupt wires: from a device's line to the in-kernel AIA or to our PLIC, and the tree's words for it.
+
+With AIA, virtio interrupts are edges through irqfds (an eventfd write, no exit and no request); the other
+devices' are levels through KVM_IRQ_LINE. Without, all are levels of the PLIC, whose outputs are
+KVM_INTERRUPT. Made and used by machine/build.py.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from protocol.abi import structs_riscv as riscv
+from protocol.abi.structs import DEV_TYPE_RISCV_AIA
+from qemu_user.devices.device import FdtNode, InterruptLine
+from qemu_user.devices.plic import Plic
+from qemu_user.machine import virt
+
+if TYPE_CHECKING:
+    from protocol.client import Vcpu, Vm
+
+EDGE_RISING, LEVEL_HIGH = 1, 4
+"""Second interrupt cell under the APLIC (RISC-V AIA device-tree binding)."""
+_SUPERVISOR_EXTERNAL = 9
+PHANDLE_CONTROLLER, PHANDLE_IMSIC = 1, 2
+PHANDLE_TEST = 3
+PHANDLE_CPU = 0x10
+"""The controller of hart i has phandle PHANDLE_CPU + 2 * i, the hart itself one more."""
+
+
+class EdgeLine:
+    """An irqfd: each assertion is a pulse."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def assert_line(self) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def release_line(self) -> None:
+        pass
+
+
+class LevelLine:
+    """KVM_IRQ_LINE, on changes only."""
+
+    def __init__(self, drive: Callable[[bool], None]) -> None:
+        self._drive = drive
+        self._level = False
+        self._lock = threading.Lock()
+
+    def assert_line(self) -> None:
+        self._set(True)
+
+    def release_line(self) -> None:
+        self._set(False)
+
+    def _set(self, level: bool) -> None:
+        with self._lock:
+            if level != self._level:
+                self._level = level
+                self._drive(level)
+
+
+class Interrupts(Protocol):
+    """The interrupt controller of a machine."""
+
+    def edge(self, irq: int) -> InterruptLine:
+        """The wire of a source whose device pulses."""
+
+    def level(self, irq: int) -> InterruptLine:
+        """The wire of a source whose device holds it."""
+
+    def cells(self, irq: int, edge: bool) -> list[int]:
+        """The `interrupts` property."""
+
+    def nodes(self) -> list[FdtNode]:
+        """The controllers' tree nodes."""
+
+    def close(self) -> None:
+        """Give descriptors back."""
+
+
+class AiaInterrupts:
+    """APLIC and IMSICs in kvmcore. Make it before the vCPUs run; finish() after all vCPUs are made."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._device = vm.create_device(DEV_TYPE_RISCV_AIA)
+        self._fds: list[int] = []
+        self._cpus = 0
+
+    def finish(self, cpus: int) -> None:
+        """Configure and initialise (KVM_ABI 1.10)."""
+        self._cpus = cpus
+        config, address = riscv.AiaGroup.CONFIG, riscv.AiaGroup.ADDR
+        for attribute, value in (
+            (riscv.AiaConfig.SRCS, virt.INTERRUPT_SOURCES),
+            (riscv.AiaConfig.IDS, virt.IMSIC_IDENTITIES),
+            (riscv.AiaConfig.HART_BITS, max(cpus - 1, 0).bit_length()),
+        ):
+            self._device.set_attr(config, attribute, value.to_bytes(4, "little"))
+        aplic, imsic = virt.PLACES["aplic"].base, virt.PLACES["imsic"].base
+        self._device.set_attr(address, riscv.AIA_ADDR_APLIC, aplic.to_bytes(8, "little"))
+        for index in range(cpus):
+            base = imsic + virt.IMSIC_STRIDE * index
+            self._device.set_attr(address, riscv.aia_addr_imsic(index), base.to_bytes(8, "little"))
+        self._device.set_attr(riscv.AiaGroup.CTRL, riscv.AIA_CTRL_INIT, None)
+
+    def edge(self, irq: int) -> InterruptLine:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._fds.append(fd)
+        self._vm.irqfd(fd, irq)
+        return EdgeLine(fd)
+
+    def level(self, irq: int) -> InterruptLine:
+        return LevelLine(lambda level: self._vm.irq_line(irq, int(level)))
+
+    def cells(self, irq: int, edge: bool) -> list[int]:
+        return [irq, EDGE_RISING if edge else LEVEL_HIGH]
+
+    def nodes(self) -> list[FdtNode]:
+        aplic, imsic = virt.PLACES["aplic"], virt.PLACES["imsic"]
+        extended: list[int] = []
+        for index in range(self._cpus):
+            extended += [PHANDLE_CPU + 2 * index, _SUPERVISOR_EXTERNAL]
+        return [
+            FdtNode(
+                f"interrupt-controller@{aplic.base:x}",
+                {
+                    "compatible": "riscv,aplic",
+                    "reg": [0, aplic.base, 0, aplic.size],
+                    "interrupt-controller": True,
+                    "#interrupt-cells": 2,
+                    "#address-cells": 0,
+                    "msi-parent": PHANDLE_IMSIC,
+                    "riscv,num-sources": virt.INTERRUPT_SOURCES,
+                    "phandle": PHANDLE_CONTROLLER,
+                },
+            ),
+            FdtNode(
+                f"interrupt-controller@{imsic.base:x}",
+                {
+                    "compatible": "riscv,imsics",
+                    "reg": [0, imsic.base, 0, virt.IMSIC_STRIDE * self._cpus],
+                    "interrupt-controller": True,
+                    "#interrupt-cells": 0,
+                    "#address-cells": 0,
+                    "msi-controller": True,
+                    "#msi-cells": 0,
+                    "interrupts-extended": extended,
+                    "riscv,num-ids": virt.IMSIC_IDENTITIES,
+                    "phandle": PHANDLE_IMSIC,
+                },
+            ),
+        ]
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+
+class PlicInterrupts:
+    """The PLIC device; it still has to be put on the bus."""
+
+    def __init__(self, vcpus: list[Vcpu]) -> None:
+        controllers = [PHANDLE_CPU + 2 * index for index in range(len(vcpus))]
+        self.device = Plic("plic", len(vcpus), lambda hart, level: vcpus[hart].interrupt(level), controllers)
+
+    def edge(self, irq: int) -> InterruptLine:
+        return self.device.line(irq)
+
+    def level(self, irq: int) -> InterruptLine:
+        return self.device.line(irq)
+
+    def cells(self, irq: int, edge: bool) -> list[int]:
+        return [irq]
+
+    def nodes(self) -> list[FdtNode]:
+        return []  # the PLIC describes itself, being a device
+
+    def close(self) -> None:
+        pass

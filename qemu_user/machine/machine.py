@@ -1,0 +1,323 @@
+"""A VM: built from a configuration, started, stopped, reset, ended. One per process (nothing here is global).
+
+Used by management/instance.py, which adds the registry and the QMP socket. Lifecycle calls may come from any
+thread; what the guest asks for (reset, power-off) is carried out by wait(), on the caller's thread. No part
+of it outlives close().
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from protocol.abi.errors import KvmError
+from protocol.abi.structs import MEM_GUEST_MEMFD
+from protocol.abi.structs_riscv import SBI_EXT, SbiExt, one_reg
+from qemu_user.backends.errors import BackendError
+from qemu_user.backends.io_loop import IoLoop
+from qemu_user.config.machine_config import MachineConfig
+from qemu_user.devices.device import Counters
+from qemu_user.devices.memory import GuestMemory
+from qemu_user.exits.context import ExitContext
+from qemu_user.machine import boot, virt
+from qemu_user.machine.build import Parts
+from qemu_user.machine.cpu import Isa, read_isa, reset_state, set_boot_state
+from qemu_user.machine.fdt import flatten
+from qemu_user.machine.irq import AiaInterrupts, Interrupts, PlicInterrupts
+from qemu_user.machine.tree import machine_tree
+from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
+
+PRELAUNCH, RUNNING, PAUSED, SHUTDOWN = "prelaunch", "running", "paused", "shutdown"
+INTERNAL_ERROR, ENDED = "internal-error", "ended"
+STOP_SECONDS = 10.0
+DRAIN_SECONDS = 30.0
+_POWER_PORT = "org.softkvm.control"
+
+
+class StartError(Exception):
+    """The VM cannot be started; the text is for the user."""
+
+
+class Happening(NamedTuple):
+    """What wait() is to deal with."""
+
+    what: str
+    status: int = 0
+    reason: str = ""
+
+
+Listener = Callable[[str, dict[str, Any]], None]
+"""(QMP event name, data)."""
+
+
+class Machine:
+    """`endpoint`: kvmcore's. `console_path`: where others may attach to the console hub ("": nowhere)."""
+
+    def __init__(self, config: MachineConfig, endpoint: str, console_path: str = "") -> None:
+        self.config = config
+        self.status = PRELAUNCH
+        self.counters = Counters()
+        self.listeners: list[Listener] = []
+        self.failure = ""
+        self._endpoint = endpoint
+        self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
+        self._life = threading.RLock()
+        self._loop = IoLoop(self._io_failed)
+        self._io_thread = threading.Thread(target=self._loop.run, name="io", daemon=True)
+        self.parts = Parts(config, self._loop, console_path)
+        self._gate = Gate()
+        self._kvm: Any = None
+        self.vm: Any = None
+        self.vcpus: list[Any] = []
+        self.threads: list[VcpuThread] = []
+        self.memory = GuestMemory([])
+        self._interrupts: Interrupts | None = None
+        self._kick_fds: list[int] = []
+        self._isa: Isa | None = None
+
+    # -- start -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Build the machine and let it run (unless `paused`). StartError, with nothing left behind."""
+        try:
+            self.parts.open_backends()
+            self._create()
+            self._load()
+            self.parts.start_backends(self.warn, self.quit)
+        except (BackendError, boot.BootError) as error:
+            self.close()
+            raise StartError(str(error)) from error
+        except (KvmError, OSError) as error:
+            self.close()
+            raise StartError(f"kvmcore at {self._endpoint}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+        self._io_thread.start()
+        for thread in self.threads:
+            thread.start()
+        if not self.config.paused:
+            self.resume()
+
+    def _create(self) -> None:
+        """Everything that kvmcore keeps: memory, vCPUs, interrupt controller, eventfds."""
+        from protocol.client import Kvm
+
+        config = self.config
+        self._kvm = Kvm.open(self._endpoint, name=config.name)
+        vm = self.vm = self._kvm.create_vm()
+        aia = AiaInterrupts(vm) if config.aia == "aplic-imsic" else None
+        memfd = vm.create_guest_memfd(config.memory)
+        mapping = memfd.map()
+        vm.set_user_memory_region2(0, virt.RAM_BASE, config.memory, 0, MEM_GUEST_MEMFD, memfd, 0)
+        self.memory = GuestMemory([(virt.RAM_BASE, memoryview(mapping))])
+        self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
+        for vcpu in self.vcpus:
+            vcpu.set_one_reg(one_reg(SBI_EXT, SbiExt.DBCN), 1)
+        if aia is not None:
+            aia.finish(config.cpus)
+            self._interrupts = aia
+        else:
+            self._interrupts = PlicInterrupts(self.vcpus)
+        self._isa = read_isa(self.vcpus[0], aia is not None)
+        self.parts.build(self._interrupts, self.memory, self._power)
+        self._wire_kicks()
+        for index, vcpu in enumerate(self.vcpus):
+            context = ExitContext(
+                index,
+                memoryview(vcpu.run_page).cast("B"),
+                self.parts.bus,
+                self.memory,
+                self.parts.debug_console,
+                self._power,
+                self.fail,
+                self.counters,
+            )
+            self.threads.append(VcpuThread(vm, vcpu, context, self._gate))
+
+    def _wire_kicks(self) -> None:
+        """Queue notifications become eventfds, which the I/O thread serves."""
+        for transport, address, index in self.parts.notify_addresses():
+            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._kick_fds.append(fd)
+            self.vm.ioeventfd(fd, address, 4, datamatch=index)
+
+            def serve(
+                fd: int = fd, kicked: Callable[[int], None] = transport.kicked, index: int = index
+            ) -> None:
+                try:
+                    os.eventfd_read(fd)
+                except BlockingIOError:
+                    return
+                kicked(index)
+
+            self._loop.add_reader(fd, serve)
+
+    def _load(self) -> None:
+        """Kernel, initrd and tree into memory, the boot hart at the entry. BootError."""
+        config, memory = self.config, self.memory
+        assert self._isa is not None
+        assert self._interrupts is not None
+        kernel = boot.load_kernel(config.boot.kernel, memory)
+        nodes = [*self._interrupts.nodes(), *self.parts.nodes]
+
+        def tree(initrd: tuple[int, int]) -> bytes:
+            if config.boot.dtb:
+                with open(config.boot.dtb, "rb") as file:
+                    return file.read()
+            return flatten(
+                machine_tree(config.cpus, self._isa, config.memory, nodes, config.boot.append, initrd)  # type: ignore[arg-type]
+            )
+
+        at = boot.tree_address(memory, len(tree((1, 1))))
+        if at < kernel.end:
+            raise boot.BootError("the kernel and the device tree do not fit the memory; give more with -m")
+        initrd = boot.load_initrd(config.boot, memory, kernel, at)
+        memory.write(at, tree(initrd))
+        set_boot_state(self.vcpus, kernel.entry, at)
+
+    # -- run state ---------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Let the vCPUs run (QMP cont)."""
+        with self._life:
+            if self.status in (PRELAUNCH, PAUSED):
+                was, self.status = self.status, RUNNING
+                if was == PAUSED:
+                    for transport, _ in self.parts.transports:
+                        transport.resume()
+                self._gate.open()
+                self._tell("RESUME")
+
+    def pause(self) -> None:
+        """Stop the vCPUs where they are (QMP stop); returns when they stand."""
+        with self._life:
+            if self.status == RUNNING:
+                self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS)
+                self.status = PAUSED
+                self._tell("STOP")
+
+    def reset(self) -> None:
+        """As if the reset button were pressed. Any thread; done by wait()."""
+        self._happenings.put(Happening("reset"))
+
+    def request_powerdown(self) -> bool:
+        """Ask the guest to shut down, through its control port; False if it has nobody listening there."""
+        from qemu_user.devices.virtio.console import VirtioConsole
+
+        for transport, _ in self.parts.transports:
+            if isinstance(transport.virtio, VirtioConsole):
+                for port in transport.virtio.ports.values():
+                    if port.name == _POWER_PORT and port.guest_open and port.input_room():
+                        port.receive(b"powerdown\n")
+                        return True
+        return False
+
+    def quit(self, status: int = 0) -> None:
+        """End the VM now, without asking the guest. Any thread, signal handlers too."""
+        self._happenings.put(Happening("quit", status))
+
+    request_stop = quit
+
+    def fail(self, reason: str) -> None:
+        """The VM cannot go on. Any thread."""
+        self._happenings.put(Happening("fail", 1, reason))
+
+    def _power(self, what: str, status: int) -> None:
+        self._happenings.put(Happening(what, status))
+
+    def _io_failed(self, error: BaseException) -> None:
+        trace = "".join(traceback.format_exception(error))
+        self.fail(f"internal error in the I/O thread: {error!r}\n{trace}")
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def wait(self) -> int:
+        """Deal with what happens until the VM ends; returns its exit status: 0 for a guest that shut down, 1
+        if the VM failed, or what the guest gave the test device.
+        """
+        while True:
+            happening = self._happenings.get()
+            if happening.what == "reset" and not self.config.no_reboot:
+                self._reset()
+            elif happening.what == "shutdown" and self.config.no_shutdown:
+                self.pause()
+                self.status = SHUTDOWN
+                self._tell("SHUTDOWN", guest=True, reason="guest-shutdown")
+            else:
+                return self._end(happening)
+
+    def _reset(self) -> None:
+        with self._life:
+            running = self.status == RUNNING
+            try:
+                self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS)
+                for device in self.parts.devices:
+                    device.reset()
+                reset_state(self.vcpus)
+                self._load()
+            except (KvmError, OSError, boot.BootError) as error:
+                self.fail(f"cannot be reset: {error}")
+                return
+            self._tell("RESET", guest=True, reason="guest-reset")
+            if running:
+                self._gate.open()
+
+    def _end(self, happening: Happening) -> int:
+        guest = happening.what in ("shutdown", "reset")
+        if happening.what == "fail":
+            self.failure, self.status = happening.reason, INTERNAL_ERROR
+            self.warn(happening.reason)
+        else:
+            self.status = SHUTDOWN
+        reason = {"shutdown": "guest-shutdown", "reset": "guest-reset", "fail": "host-error"}
+        self._tell("SHUTDOWN", guest=guest, reason=reason.get(happening.what, "host-qmp-quit"))
+        self._stop_threads()
+        if happening.what != "quit":
+            self.parts.finish_output(DRAIN_SECONDS)
+        self.close()
+        return happening.status & 0xFF
+
+    def _stop_threads(self) -> None:
+        if self.vm is not None and self.threads:
+            self._gate.close(self.vm, self.vcpus, QUIT, STOP_SECONDS)
+        if self._io_thread.is_alive():
+            self._loop.stop()
+            self._io_thread.join(STOP_SECONDS)
+
+    def close(self) -> None:
+        """Give everything back. Idempotent; start() and wait() call it."""
+        if self.status == ENDED:
+            return
+        self._stop_threads()
+        self.status = ENDED
+        self.parts.close()
+        if self._interrupts is not None:
+            self._interrupts.close()
+        for handle in (self.vm, self._kvm):
+            if handle is not None:
+                try:
+                    handle.close()
+                except (KvmError, OSError):
+                    pass  # the daemon may be gone already
+        for fd in self._kick_fds:
+            self._loop.remove(fd)
+            os.close(fd)
+        self._kick_fds = []
+        self._loop.close()
+
+    # -- telling -----------------------------------------------------------------------------------
+
+    def warn(self, sentence: str) -> None:
+        """A line on stderr that names the VM."""
+        sys.stderr.write(f"softkvm: VM {self.config.name}: {sentence}\n")
+        sys.stderr.flush()
+
+    def _tell(self, event: str, **data: Any) -> None:
+        for listener in tuple(self.listeners):
+            listener(event, data)

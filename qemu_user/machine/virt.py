@@ -1,0 +1,42 @@
+"""The map of the machine: QEMU's `virt`, so that what is made for it runs.
+
+One table; the bus, the device tree, the interrupt wires and the documentation derive from it. Nothing else in
+the project holds an address of this machine.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """A region: bytes from `base` on, and the interrupt source (0: none)."""
+
+    name: str
+    base: int
+    size: int
+    irq: int = 0
+
+
+VIRTIO_COUNT = 8
+
+MAP: tuple[Entry, ...] = (
+    Entry("test", 0x0010_0000, 0x1000),
+    Entry("rtc", 0x0010_1000, 0x1000, 11),
+    Entry("plic", 0x0C00_0000, 0x60_0000),
+    Entry("aplic", 0x0D00_0000, 0x4000),
+    Entry("uart", 0x1000_0000, 0x100, 10),
+    *(Entry(f"virtio{n}", 0x1000_1000 + 0x1000 * n, 0x1000, 1 + n) for n in range(VIRTIO_COUNT)),
+    Entry("imsic", 0x2800_0000, 0x1000),  # per hart
+    Entry("ram", 0x8000_0000, 0),  # as much as -m says
+)
+
+PLACES: dict[str, Entry] = {entry.name: entry for entry in MAP}
+
+RAM_BASE = PLACES["ram"].base
+IMSIC_STRIDE = PLACES["imsic"].size
+INTERRUPT_SOURCES = 96
+"""Of the APLIC: 1 to 96. The PLIC has 1 to 95."""
+IMSIC_IDENTITIES = 255
+TREE_LIMIT = 0xC000_0000
+"""The device tree lies below this address, as QEMU has it, so that 32-bit loaders reach it."""

@@ -1,0 +1,133 @@
+"""One thread per vCPU: run, look at the exit, handle it, run again. And the gate by which they are stopped.
+
+Started by machine/machine.py. Pausing: close the gate, kick every vCPU, wait until all are parked. Whatever
+goes wrong becomes one sentence for the machine; a thread never dies of an exception.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from protocol.abi.errors import KvmError
+from qemu_user.exits import handlers
+from qemu_user.exits.context import ExitContext
+from qemu_user.exits.internal_error import describe, unknown_exit
+
+if TYPE_CHECKING:
+    from protocol.client import Vcpu, Vm
+
+RUN, PAUSE, QUIT = "run", "pause", "quit"
+_REPEAT_KICK_SECONDS = 0.5
+_AGAIN = (errno.EINTR, errno.EAGAIN)
+
+
+class Gate:
+    """Who may run. vCPU threads pass() before each entry; the machine sets what they find."""
+
+    def __init__(self) -> None:
+        self.order = PAUSE
+        self._condition = threading.Condition()
+        self._parked = 0
+        self._threads = 0
+
+    def join(self) -> None:
+        """A thread that runs a vCPU begins."""
+        with self._condition:
+            self._threads += 1
+
+    def leave(self) -> None:
+        """It ends."""
+        with self._condition:
+            self._threads -= 1
+            self._condition.notify_all()
+
+    def wait(self) -> bool:
+        """Called when the order is not RUN: park until it is; False when it is QUIT."""
+        with self._condition:
+            self._parked += 1
+            self._condition.notify_all()
+            while self.order == PAUSE:
+                self._condition.wait()
+            self._parked -= 1
+            return self.order == RUN
+
+    def open(self) -> None:
+        """Let the vCPUs run."""
+        with self._condition:
+            self.order = RUN
+            self._condition.notify_all()
+
+    def close(self, vm: Vm, vcpus: list[Vcpu], order: str, seconds: float) -> bool:
+        """Stop all vCPUs (`order`: PAUSE or QUIT); False if one is still running after `seconds`."""
+        with self._condition:
+            if self.order != QUIT:
+                self.order = order
+            self._condition.notify_all()
+        until = time.monotonic() + seconds
+        while True:
+            for vcpu in vcpus:
+                try:
+                    vm.kick(vcpu)
+                except (KvmError, OSError):
+                    pass  # it is gone: its RUN fails as well, which is all that we want
+            with self._condition:
+                if self._condition.wait_for(
+                    self._all_stopped, min(_REPEAT_KICK_SECONDS, until - time.monotonic())
+                ):
+                    return True
+            if time.monotonic() >= until:
+                return False
+
+    def _all_stopped(self) -> bool:
+        return self._threads == 0 if self.order == QUIT else self._parked == self._threads
+
+
+class VcpuThread(threading.Thread):
+    """Runs one vCPU until the gate says QUIT or the VM fails."""
+
+    def __init__(self, vm: Vm, vcpu: Vcpu, context: ExitContext, gate: Gate) -> None:
+        super().__init__(name=f"vcpu-{context.index}", daemon=True)
+        self._vm, self._vcpu, self._context, self._gate = vm, vcpu, context, gate
+        self.thread_id = 0
+
+    def run(self) -> None:
+        self.thread_id = threading.get_native_id()
+        self._gate.join()
+        try:
+            self._loop()
+        except Exception as error:
+            self._context.fail(
+                f"internal error on CPU {self._context.index}: {error!r}\n{traceback.format_exc()}"
+            )
+        finally:
+            self._gate.leave()
+
+    def _loop(self) -> None:
+        gate, run, table, context = self._gate, self._vcpu.run, handlers(self._context), self._context
+        while gate.order == RUN or gate.wait():
+            try:
+                reason = run()
+            except KvmError as error:
+                if error.errno in _AGAIN:
+                    continue
+                if gate.order != QUIT:
+                    context.fail(describe(error, self._vm.alive, self._where()))
+                return
+            handler = table.get(reason)
+            if handler is None:
+                unknown_exit(context, reason)
+                return
+            handler()
+
+    def _where(self) -> str:
+        try:
+            from protocol.abi.structs_riscv import PC
+
+            pc = self._vcpu.get_one_reg(PC)
+        except (KvmError, OSError):
+            return ""
+        return f" (CPU {self._context.index}, pc {pc:#x})" if isinstance(pc, int) else ""
