@@ -1,0 +1,1 @@
+"""Bootable guests: fetched from Debian's archive, checked, built without root, kept in the user's cache."""

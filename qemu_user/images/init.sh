@@ -1,0 +1,66 @@
+#!/bin/sh
+# First process of the image `busybox`: mounts, modules for the devices that are there, then a shell on hvc0 or,
+# when the host has put a command into /softkvm.conf, that command on the ports stdin, stdout and stderr.
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux
+mount -t devtmpfs dev /dev 2>/dev/null
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+
+load() { [ -e "/sys/module/$1" ] || insmod "/lib/modules/$1.ko"; }
+load virtio_mmio
+
+# Device types of the virtio specification, chapter 5: 1 network, 2 block, 4 entropy.
+types=$(cat /sys/bus/virtio/devices/*/device 2>/dev/null)
+case "$types" in *0x0002*) load virtio_blk ;; esac
+case "$types" in *0x0001*) load failover; load net_failover; load virtio_net ;; esac
+case "$types" in *0x0004*) load rng_core; load virtio_rng ;; esac 2>/dev/null
+
+[ -r /softkvm.conf ] && . /softkvm.conf
+hostname "${NAME:-softkvm}"
+case "$types" in *0x0001*)
+    ip link set lo up
+    ip link set eth0 up
+    udhcpc -q -n -t 3 -T 1 -i eth0 -s /etc/udhcpc.script >/dev/null 2>&1 || true ;;
+esac
+ip link set lo up 2>/dev/null
+
+mount -t devpts -o mode=620 pts /dev/pts 2>/dev/null || { mkdir -p /dev/pts; mount -t devpts pts /dev/pts; }
+
+for port in /sys/class/virtio-ports/*; do
+    [ -r "$port/name" ] || continue
+    read -r name <"$port/name"
+    case "$name" in
+        org.softkvm.stdin) stdin=/dev/${port##*/} ;;
+        org.softkvm.stdout) stdout=/dev/${port##*/} ;;
+        org.softkvm.stderr) stderr=/dev/${port##*/} ;;
+        org.softkvm.control) control=/dev/${port##*/} ;;
+    esac
+done
+
+cd /root
+if [ -z "$control" ]; then
+    # Interactive: a session leader with the console as its terminal, so that job control works.
+    setsid -c sh -l </dev/hvc0 >/dev/hvc0 2>&1
+    poweroff -f
+fi
+
+exec 3<>"$control"
+echo ready >&3
+if [ -n "$TTY" ]; then
+    setsid -c sh -c "$COMMAND" </dev/hvc0 >/dev/hvc0 2>&1 &
+else
+    setsid sh -c "$COMMAND" <"$stdin" >"$stdout" 2>"$stderr" &
+fi
+command=$!
+# What the host says: signals for the command and everything that it has started.
+(
+    while read -r verb argument rest <&3; do
+        case "$verb" in
+            signal) kill -"$argument" -"$command" 2>/dev/null || kill -"$argument" "$command" 2>/dev/null ;;
+            winsize) stty rows "$argument" cols "$rest" </dev/hvc0 ;;
+        esac
+    done
+) &
+wait "$command"
+echo "exit $?" >&3
+poweroff -f

@@ -1,0 +1,130 @@
+"""Where images lie: one folder each under $XDG_CACHE_HOME/softkvm/images, made whole or not at all.
+
+`Store().ensure("busybox")` builds what is missing under a lock, in a temporary folder that is renamed at the end.
+With a warm cache nothing is fetched. Called by qemu_user/cli.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from qemu_user.images import busybox, cpio
+from qemu_user.images.archive import Progress
+from qemu_user.images.errors import ImageError
+
+#: Name -> (what it is, its builder, kernel options). One line for each image that can be pulled.
+CATALOGUE: dict[str, tuple[str, Callable[[Path, Progress], str], str]] = {
+    "busybox": ("Debian's kernel with busybox, boots in seconds", busybox.build, busybox.KERNEL_OPTIONS),
+}
+_FORMAT = 1
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """What is known of an image; meta.json in its folder."""
+
+    format: int
+    name: str
+    verified: str
+    built: float
+    append: str
+
+
+class Image(msgspec.Struct, frozen=True):
+    """An image that is there."""
+
+    name: str
+    folder: Path
+    meta: Meta
+
+    @property
+    def kernel(self) -> Path:
+        return self.folder / "kernel"
+
+    @property
+    def initrd(self) -> Path:
+        return self.folder / "initrd"
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.kernel.stat().st_size + self.initrd.stat().st_size
+
+
+class Store:
+    """The images of this user."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        self.folder = folder or Path(cache) / "softkvm" / "images"
+
+    def find(self, name: str) -> Image | None:
+        """The image, if it is there and whole."""
+        folder = self.folder / name
+        try:
+            meta = msgspec.json.decode((folder / "meta.json").read_bytes(), type=Meta)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        image = Image(name, folder, meta)
+        whole = meta.format == _FORMAT and image.kernel.is_file() and image.initrd.is_file()
+        return image if whole else None
+
+    def images(self) -> list[Image]:
+        """All images that are there."""
+        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        return [image for name in names if (image := self.find(name)) is not None]
+
+    def ensure(self, name: str, progress: Progress, renew: bool = False) -> Image:
+        """The image, built if it is not there (or anew). ImageError."""
+        if name not in CATALOGUE:
+            raise ImageError(f"no image {name!r}; there are: {', '.join(CATALOGUE)}")
+        if not renew and (image := self.find(name)) is not None:
+            return image
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not renew and (image := self.find(name)) is not None:
+                    return image  # somebody else has just built it
+                self._build(name, progress)
+        except OSError as error:
+            raise ImageError(f"cannot build image {name!r} in {self.folder}: {error.strerror}") from error
+        image = self.find(name)
+        if image is None:
+            raise ImageError(f"image {name!r} is not whole after it was built; look into {self.folder}")
+        return image
+
+    def _build(self, name: str, progress: Progress) -> None:
+        _, builder, append = CATALOGUE[name]
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
+        try:
+            verified = builder(temporary, progress)
+            meta = Meta(_FORMAT, name, verified, time.time(), append)
+            (temporary / "meta.json").write_bytes(msgspec.json.encode(meta))
+            old = self.folder / name
+            if old.exists():
+                shutil.rmtree(old)
+            os.replace(temporary, old)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settings(values: Mapping[str, str]) -> bytes:
+    """A cpio archive with /softkvm.conf: shell assignments that the guest's /init reads."""
+    text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
+    extra = cpio.Archive()
+    extra.file("softkvm.conf", text.encode(), 0o600)
+    return extra.finish()
+
+
+def command_line(command: Sequence[str]) -> str:
+    """A command as the guest's shell gets it: every word quoted, the shell replaced by it."""
+    return "exec " + shlex.join(command)
