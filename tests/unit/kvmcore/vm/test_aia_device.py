@@ -29,14 +29,10 @@ class Attributes:
 
     def set(self, group, attr, value=0, size=8):
         data = value.to_bytes(size, "little")
-        return self.kernel.errno(
-            self.device, "SET_DEVICE_ATTR", data, group=group, attr=attr, addr=POINTEE
-        )
+        return self.kernel.errno(self.device, "SET_DEVICE_ATTR", data, group=group, attr=attr, addr=POINTEE)
 
     def get(self, group, attr, size=8):
-        self.kernel.ioctl(
-            self.device, "GET_DEVICE_ATTR", bytes(size), group=group, attr=attr, addr=POINTEE
-        )
+        self.kernel.ioctl(self.device, "GET_DEVICE_ATTR", bytes(size), group=group, attr=attr, addr=POINTEE)
         return int.from_bytes(self.kernel.pointee, "little")
 
     def get_errno(self, group, attr, size=8):
