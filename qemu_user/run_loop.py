@@ -90,7 +90,7 @@ class VcpuThread(threading.Thread):
     """Runs one vCPU until the gate says QUIT or the VM fails."""
 
     def __init__(self, vm: Vm, vcpu: Vcpu, context: ExitContext, gate: Gate) -> None:
-        super().__init__(name=f"vcpu-{context.index}", daemon=True)
+        super().__init__(name=f"vcpu-{context.cpu}", daemon=True)
         self._vm, self._vcpu, self._context, self._gate = vm, vcpu, context, gate
         self.thread_id = 0
 
@@ -101,7 +101,7 @@ class VcpuThread(threading.Thread):
             self._loop()
         except Exception as error:
             self._context.fail(
-                f"internal error on CPU {self._context.index}: {error!r}\n{traceback.format_exc()}"
+                f"internal error on CPU {self._context.cpu}: {error!r}\n{traceback.format_exc()}"
             )
         finally:
             self._gate.leave()
@@ -130,4 +130,4 @@ class VcpuThread(threading.Thread):
             pc = self._vcpu.get_one_reg(PC)
         except (KvmError, OSError):
             return ""
-        return f" (CPU {self._context.index}, pc {pc:#x})" if isinstance(pc, int) else ""
+        return f" (CPU {self._context.cpu}, pc {pc:#x})" if isinstance(pc, int) else ""

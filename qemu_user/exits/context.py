@@ -31,7 +31,7 @@ class DebugConsole(Protocol):
 class ExitContext(NamedTuple):
     """One vCPU's surroundings."""
 
-    index: int
+    cpu: int
     page: memoryview
     bus: Bus
     memory: GuestMemory

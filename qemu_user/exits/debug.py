@@ -11,4 +11,4 @@ from qemu_user.exits.context import ExitContext
 
 def make(context: ExitContext) -> Callable[[], None]:
     """The handler of one vCPU."""
-    return lambda: context.fail(f"CPU {context.index} stopped at a breakpoint that no debugger set")
+    return lambda: context.fail(f"CPU {context.cpu} stopped at a breakpoint that no debugger set")

@@ -30,4 +30,4 @@ def describe(error: KvmError, alive: bool, where: str) -> str:
 
 def unknown_exit(context: ExitContext, reason: int) -> None:
     """An exit reason without a handler."""
-    context.fail(f"CPU {context.index} left the guest for reason {reason}, which is not known here")
+    context.fail(f"CPU {context.cpu} left the guest for reason {reason}, which is not known here")

@@ -140,7 +140,7 @@ def load_initrd(boot: Boot, memory: GuestMemory, kernel: Loaded, limit: int) -> 
         lowest, highest = _page_up(kernel.end), (limit - total) & -PAGE
         if highest < lowest:
             raise BootError(
-                f"initrd {boot.initrd}: {total >> 10} KiB do not fit between the kernel and the end of memory; "
+                f"initrd {boot.initrd}: {total >> 10} KiB do not fit behind the kernel in the memory; "
                 "give more with -m"
             )
         start = min(max(_page_up(wanted), lowest), highest)

@@ -192,6 +192,13 @@ class Parts:
             net.warn = warn
             net.start(self.loop)
 
+    def refresh_size(self) -> None:
+        """Tell the guest our terminal's size again."""
+        for chardev in self.chardevs.values():
+            leaf = chardev.terminal if isinstance(chardev, Hub) else chardev
+            if isinstance(leaf, StdioChardev):
+                leaf.refresh_size()
+
     def finish_output(self, seconds: float) -> None:
         """The machine is at its end: what the guest has written reaches the host."""
         from qemu_user.devices.virtio.console import VirtioConsole

@@ -218,6 +218,10 @@ class Machine:
                         return True
         return False
 
+    def window_changed(self) -> None:
+        """Our terminal has another size (SIGWINCH)."""
+        self._loop.call_soon(self.parts.refresh_size)
+
     def quit(self, status: int = 0) -> None:
         """End the VM now, without asking the guest. Any thread, signal handlers too."""
         self._happenings.put(Happening("quit", status))

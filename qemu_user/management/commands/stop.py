@@ -1,0 +1,15 @@
+"""stop: halt the vCPUs where they are; cont goes on."""
+
+from __future__ import annotations
+
+from qemu_user.machine.machine import Machine
+from qemu_user.management.commands.command import Arguments, Command, Result
+
+
+def run(machine: Machine, arguments: Arguments) -> Result:
+    """Returns when all vCPUs stand. Without effect on a VM that stands."""
+    machine.pause()
+    return Result()
+
+
+COMMAND = Command("stop", run, "pause the VM")

@@ -1,0 +1,160 @@
+"""The running VMs of a user: one directory each, <runtime>/vms/NAME, with meta.json, control.sock and
+console.sock.
+
+Who runs a VM holds a lock on its directory, so a dead one is known at once and cleared by whoever looks next.
+Used by instance.py and by the command line; `list_vms` must be quick and needs nothing but the standard
+library.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class NameTaken(Exception):
+    """A VM of that name is running."""
+
+
+class VmEntry(NamedTuple):
+    """A running VM."""
+
+    name: str
+    pid: int
+    vm_pid: int
+    """The kvmcore process behind it, 0 if not known."""
+    created: float
+    memory: int
+    cpus: int
+    directory: Path
+
+    @property
+    def control(self) -> Path:
+        """Its QMP socket."""
+        return self.directory / "control.sock"
+
+    @property
+    def console(self) -> Path:
+        """Where terminals attach."""
+        return self.directory / "console.sock"
+
+
+def runtime_directory() -> Path:
+    """$XDG_RUNTIME_DIR/softkvm, or /tmp/softkvm-UID where there is no runtime directory."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.path.isdir(base) and os.access(base, os.W_OK):
+        return Path(base) / "softkvm"
+    return Path(f"/tmp/softkvm-{os.geteuid()}")
+
+
+def _vms() -> Path:
+    directory = runtime_directory()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = directory.stat()
+    if info.st_uid not in (0, os.geteuid()) or stat.S_IMODE(info.st_mode) & 0o022:
+        raise PermissionError(f"{directory}: other users may write there; it must be yours with mode 0700")
+    vms = directory / "vms"
+    vms.mkdir(mode=0o700, exist_ok=True)
+    return vms
+
+
+class Registration:
+    """Our VM's directory, ours until close() or death."""
+
+    def __init__(self, name: str) -> None:
+        """NameTaken, OSError."""
+        self.name = name
+        self.directory = _vms() / name
+        while True:
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            self._lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                raise NameTaken(
+                    f"a VM named {name} is running; choose another with -name, or see `softkvm ps`"
+                ) from None
+            if _is_same(self._lock, self.directory):
+                break
+            os.close(self._lock)  # somebody cleared it away between our two calls
+        for left in self.directory.iterdir():
+            left.unlink()
+
+    def describe(self, **meta: Any) -> None:
+        """Write meta.json: from now on others see the VM."""
+        path = self.directory / "meta.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(
+            json.dumps({"name": self.name, "pid": os.getpid(), "created": time.time(), **meta})
+        )
+        partial.rename(path)
+
+    def close(self) -> None:
+        """The VM is over. Idempotent."""
+        if self._lock >= 0:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _is_same(fd: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def list_vms() -> list[VmEntry]:
+    """The running VMs by name; what dead ones left is removed on the way."""
+    found = []
+    for directory in sorted(_vms().iterdir()):
+        entry = _look(directory)
+        if entry is not None:
+            found.append(entry)
+    return found
+
+
+def find(name: str) -> VmEntry | None:
+    """The running VM of that name."""
+    return next((entry for entry in list_vms() if entry.name == name), None)
+
+
+def _look(directory: Path) -> VmEntry | None:
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read(directory)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)  # nobody holds it: its VM is dead
+        return None
+    finally:
+        os.close(fd)
+
+
+def _read(directory: Path) -> VmEntry | None:
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        return VmEntry(
+            str(meta["name"]),
+            int(meta["pid"]),
+            int(meta.get("vm_pid", 0)),
+            float(meta["created"]),
+            int(meta.get("memory", 0)),
+            int(meta.get("cpus", 0)),
+            directory,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # it is only just starting, or ending
