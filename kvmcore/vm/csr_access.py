@@ -28,6 +28,11 @@ _SSTATUS = (
     ("mxr", 19, 1),
 )
 """Field, lowest bit, mask."""
+_ZERO_AT_RESET = (
+    *(field for field, _, _ in _SSTATUS),
+    *("pc", "frm", "fflags", "reservation_valid", "sie", "stvec", "sscratch", "sepc", "scause", "stval"),
+    *("satp", "scounteren", "senvcfg", "siselect"),
+)
 _UXL_64 = 2 << 32
 _SD = 1 << 63
 _FS_DIRTY = 3
@@ -76,6 +81,21 @@ def write(hart: Hart, name: str, value: int) -> None:
         state.senvcfg = value & (0xF1 if value >> 4 & 3 != _CBIE_RESERVED else 0xC1)
     else:
         setattr(state, name, value & _WRITABLE.get(name, U64))
+
+
+def reset(hart: Hart) -> None:
+    """The state of a new vCPU: everything 0, S-mode, no timer. The interrupt file stays as it is: it is not the
+    hart's, and other harts may be sending to it at this moment.
+    """
+    state = hart.state
+    for field in _ZERO_AT_RESET:
+        setattr(state, field, 0)
+    for array in (state.x, state.f):
+        array[:] = [0] * len(array)
+    state.mode, state.stimecmp = 1, U64
+    for interrupt in (SSI, SEI):
+        hart.clear_pending(interrupt)
+    hart.flush_tlb()
 
 
 def pending(hart: Hart) -> int:

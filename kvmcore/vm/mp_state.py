@@ -55,7 +55,6 @@ def start_at(vcpu: Vcpu, pc: int, opaque: int) -> None:
     state.mode = structs_riscv.MODE_S
     state.x[10] = vcpu.id
     state.x[11] = opaque
-    vcpu.hart.flush_tlb()
 
 
 def stop_all(vm: Vm) -> None:

@@ -84,7 +84,7 @@ class Registers:
     def reset(self) -> None:
         """The hart's state is a new vCPU's. Configuration stays."""
         self._raw = {"sstatus": 0}  # the hart's own has UXL set, once it has run
-        self._vcpu.hart.reset()
+        csr_access.reset(self._vcpu.hart)
         self._apply_isa()
 
     def _apply_isa(self) -> None:

@@ -1,7 +1,7 @@
-"""Replays the recorded behaviour of real RISC-V KVM against a kvmcore, through the client, with real guest code.
+"""Replays the recorded behaviour of real RISC-V KVM against a kvmcore: real client, real guest code.
 
-Each check agrees, or stands in docs/deviations.md. That page is parsed here: a difference it does not list fails, and so
-does one that it lists and that is no longer there.
+Each check agrees, or stands in docs/deviations.md. That page is parsed here: a difference it does not list
+fails, and so does one that it lists and that is no longer there.
 """
 
 from __future__ import annotations

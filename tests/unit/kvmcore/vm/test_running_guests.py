@@ -1,4 +1,4 @@
-"""Guest code on real vCPU threads: SBI between harts, AIA delivery, dirty tracking, holes, power (KVM_ABI 1.5 to 2.1).
+"""Guest code on vCPU threads: SBI between harts, AIA, dirty tracking, holes, power (KVM_ABI 1.5 to 2.1).
 
 Each test assembles a few instructions; results are read from RAM or registers.
 """
