@@ -84,8 +84,8 @@ def write(hart: Hart, name: str, value: int) -> None:
 
 
 def reset(hart: Hart) -> None:
-    """The state of a new vCPU: everything 0, S-mode, no timer. The interrupt file stays as it is: it is not the
-    hart's, and other harts may be sending to it at this moment.
+    """The state of a new vCPU: everything 0, S-mode, no timer. The interrupt file stays as it is: it is not
+    the hart's, and other harts may be sending to it at this moment.
     """
     state = hart.state
     for field in _ZERO_AT_RESET:

@@ -1,4 +1,4 @@
-"""ONE_REG and GET_REG_LIST on a vCPU (KVM_ABI 1.11): ids, sizes, rules, and reading back what was read.
+"""ONE_REG and GET_REG_LIST on a vCPU (KVM_ABI 1.11): ids, sizes, rules, and reading back what was read."""
 
 from __future__ import annotations
 
