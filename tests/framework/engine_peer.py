@@ -10,14 +10,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
+from kvmcore.engine import reference as reference_engine
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.loader import Image
 from kvmcore.engine.machine import Hart, Machine, SlotView
 from tests.framework.cases import CSR_NAMES, END, WINDOW, WINDOW_SIZE, Case, Outcome
 
+REFERENCE_LIMIT = 200_000
+"""Instructions after which the reference gives up on a case."""
 _U64 = (1 << 64) - 1
 _DIRECT = ("sie", "stvec", "scounteren", "senvcfg", "sscratch", "sepc", "scause", "stval", "stimecmp", "satp")
 _SSTATUS = (("sstatus_sie", 1, 1), ("sstatus_spie", 5, 1), ("sstatus_spp", 8, 1)) + (
@@ -36,10 +39,10 @@ def native_image() -> Image:
 class EnginePeer:
     """One machine with one hart. run() may be called any number of times."""
 
-    def __init__(self, limit: float = 0.2, step: Callable[[Hart], None] | None = None) -> None:
-        """`limit`: seconds for a case. `step`: one instruction by the reference; None runs native code."""
+    def __init__(self, limit: float = 0.2, reference: bool = False) -> None:
+        """`limit`: seconds for a case. `reference`: Python instead of native code."""
         self._limit = limit
-        self._step = step
+        self._reference = reference
         self._memory = mmap.mmap(-1, WINDOW_SIZE)
         self._machine = Machine(native_image(), max_harts=1)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -70,30 +73,26 @@ class EnginePeer:
 
     def _until_end(self) -> str:
         hart, state = self.hart, self.hart.state
-        timer: threading.Timer | None = None
-        if self._step is None:
-            timer = threading.Timer(self._limit, hart.kick)
+        timer = threading.Timer(self._limit, hart.kick)
+        if not self._reference:
             timer.start()
         try:
-            steps = 0
             while True:
-                if self._step is None:
-                    kind = ExitKind(hart.run())
+                if self._reference:
+                    kind = reference_engine.run(hart, REFERENCE_LIMIT) or ExitKind.KICK
                 else:
-                    kind = ExitKind(self._step(hart) or ExitKind.NONE)
-                    steps += 1
+                    kind = hart.run()
                 if kind == ExitKind.ECALL:
                     if state.x[17] == END:
                         return "done"
                     state.x[10], state.x[11] = _U64 - 1, 0
                     hart.advance(4)
-                elif kind == ExitKind.KICK or steps > 200_000:
+                elif kind == ExitKind.KICK:
                     return "timeout"
-                elif kind != ExitKind.NONE:
-                    return f"exit {kind.name} at {state.pc:#x}, gpa {state.exit_gpa:#x}"
+                else:
+                    return f"exit {ExitKind(kind).name} at {state.pc:#x}, gpa {state.exit_gpa:#x}"
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
     def _outcome(self, status: str) -> Outcome:
         state = self.hart.state

@@ -57,16 +57,10 @@ class QemuPeer:
             file.truncate(_RAM_SIZE)
             self._ram = mmap.mmap(file.fileno(), _RAM_SIZE)
         backend = f"memory-backend-file,id=ram,mem-path={folder / 'ram'},share=on,size={_RAM_SIZE}"
-        machine = [
-            "-M",
-            "virt,memory-backend=ram",
-            "-object",
-            backend,
-            "-m",
-            str(_RAM_SIZE >> 20),
-            "-cpu",
-            cpu,
-        ]
+        # Two harts, of which one sleeps: with a single one QEMU runs AMOs as a load and a store, and gives
+        # the wrong cause when they fault.
+        machine = ["-smp", "2", "-M", "virt,memory-backend=ram", "-cpu", cpu]
+        machine += ["-object", backend, "-m", str(_RAM_SIZE >> 20)]
         quiet = ["-display", "none", "-serial", "none", "-monitor", "none", "-nodefaults"]
         self._process = subprocess.Popen([QEMU, *machine, "-bios", str(folder / "shim"), *quiet])
         self._batch = 0

@@ -81,9 +81,12 @@ def compute(here: Surroundings) -> str:
     return "\n".join(lines) + (trace(here, here.rng.randrange(32)) if here.rng.random() < 0.3 else "")
 
 
+_MULTIPLY = [e.name for e in ENCODINGS.values() if e.extension in ("M", "Zba", "Zbb", "Zbs")]
+
+
 def multiply(here: Surroundings) -> str:
     """An M, Zba, Zbb or Zbs instruction on chosen operands, result traced."""
-    name = here.rng.choice([e.name for e in ENCODINGS.values() if e.extension in ("M", "Zba", "Zbb", "Zbs")])
+    name = here.rng.choice(_MULTIPLY)
     rd, a, b = (register(here) for _ in range(3))
     tail = {"R": f"x{b}", "R1": "", "SH6": str(here.rng.randrange(64)), "SH5": str(here.rng.randrange(32))}
     last = tail[ENCODINGS[name].form]
@@ -182,7 +185,7 @@ def atomic(here: Surroundings) -> str:
         return text + f"{name}{order} x{rd}, x{source(here)}, (x{base})" + trace(here, rd)
     # Without paging or on a page that may be used: whether a failing SC faults is left open.
     start, length = here.data[0] if not here.mode else (here.trace, 4096)
-    address = start + rng.randrange(2048, min(length, 4096)) & ~7
+    address = start + rng.randrange(1024, min(length, 4096) - 1024) & ~7
     old, new, failed = rng.sample([r for r in range(1, 32) if r not in here.reserved and r != base], 3)
     text = f"li x{base}, {address:#x}\nlr{suffix}{order} x{old}, (x{base})\n"
     text += f"addi x{new}, x{old}, {rng.randint(-2048, 2047)}\n"
@@ -334,3 +337,13 @@ def fence(here: Surroundings) -> str:
     letters = ("iorw", "rw", "r", "w", "io", "i", "o")
     ordered = f"fence {here.rng.choice(letters)}, {here.rng.choice(letters)}"
     return here.rng.choice((ordered, "fence.i", ".word 0x8330000f", "pause", "fence"))
+
+
+_BLOCK = ("cbo.clean", "cbo.flush", "cbo.inval", "cbo.zero")
+
+
+def block(here: Surroundings) -> str:
+    """Cache block instructions, which QEMU 7.2 does not have."""
+    base = register(here, nonzero=True)
+    text = f"li x{base}, {_address(here):#x}\n{here.rng.choice(_BLOCK)} (x{base})"
+    return text + ("\ncsrrwi x0, senvcfg, 16" if here.rng.random() < 0.1 else "")

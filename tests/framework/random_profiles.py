@@ -20,6 +20,8 @@ class Profile:
 
     makers: tuple[tuple[Maker, int], ...]
     paged: tuple[int, ...] | None = None
+    qemu: bool = True
+    """Whether QEMU 7.2 has everything in it."""
 
 
 PROFILES: dict[str, Profile] = {
@@ -36,6 +38,7 @@ PROFILES: dict[str, Profile] = {
     ),
     "raw": Profile(((items.raw, 10), (items.compute, 2)), (SV39, SV48)),
     "patch": Profile(((items.patch, 5), (items.branch, 3), (items.compute, 3), (items.fence, 1))),
+    "cache": Profile(((items.block, 4), (items.memory, 1), (system.drop, 1), (system.csr, 1)), qemu=False),
     "mixed": Profile(
         ((items.compute, 4), (items.multiply, 2), (items.fp, 4), (items.memory, 4), (items.atomic, 2))
         + ((items.branch, 4), (items.trap, 1), (items.fetch, 1), (items.fence, 1), (items.patch, 1))

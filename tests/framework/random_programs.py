@@ -93,14 +93,14 @@ class Program:
         here = Surroundings(rng, user, mode)
         self.surroundings = here
         here.in_user = user
-        free = [r for r in range(1, 32) if r not in (2, 17)]  # sp and a7 are used by name
+        free = [r for r in range(1, 32) if r not in (2, 10, 11, 17)]  # used by name: sp, and ecall
         here.trace_register, here.resume_register = rng.sample(free, 2)
         self._image = bytearray(WINDOW_SIZE)
-        self.case = self._start(here)
+        self.case = self._start(here, weights)
         self._offset = rng.choice((0, 2, 64, PAGE - 30, 2 * PAGE - 42, rng.randrange(0, 2 * PAGE, 2)))
         self.items = [random_profiles.item(here, weights) for _ in range(length)]
 
-    def _start(self, here: Surroundings) -> Case:
+    def _start(self, here: Surroundings, weights: random_profiles.Profile) -> Case:
         """Memory but for the code, registers and CSRs."""
         rng, image = here.rng, self._image
         at = DATA - WINDOW
@@ -122,6 +122,7 @@ class Program:
             "sstatus": sstatus,
             "stvec": HANDLER | rng.getrandbits(1),
             "scounteren": rng.choice((7, 0, 2, 5, 0xFFFFFFFF)),
+            "senvcfg": 0 if weights.qemu else rng.choice((0, 0xD0, 0xF0, 0xF0, 0x40, 0x80, 0x10)),
             "sscratch": CONTROL,
             "satp": here.satp,
         }

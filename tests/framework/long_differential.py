@@ -1,0 +1,49 @@
+"""The long form of tests/conformance/test_differential.py: new seeds until the time is up. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from tests.framework.differential import Differential
+from tests.framework.engine_peer import EnginePeer
+from tests.framework.qemu_peer import QemuPeer
+from tests.framework.random_profiles import PROFILES
+from tests.framework.random_programs import Program
+
+BATCH = 50
+
+
+def main() -> int:
+    """Runs; the exit status is 1 if anything differed."""
+    parser = argparse.ArgumentParser(description="Compare tier 1 with QEMU on random programs.")
+    parser.add_argument("--seconds", type=float, default=600, help="how long (default: 600)")
+    parser.add_argument("--first-seed", type=int, default=1000, help="where to begin (default: 1000)")
+    parser.add_argument("--profile", choices=list(PROFILES), action="append", help="default: all of them")
+    parser.add_argument("--reference", action="store_true", help="compare the reference with tier 1 instead")
+    options = parser.parse_args()
+    wanted = options.profile or [name for name in PROFILES if options.reference or PROFILES[name].qemu]
+    length = 15 if options.reference else 60
+    left = EnginePeer(reference=True) if options.reference else QemuPeer()
+    names = ("reference" if options.reference else "QEMU", "tier 1")
+    differential = Differential(left, EnginePeer(), names)
+    end = time.monotonic() + options.seconds
+    seed, programs, bad = options.first_seed, 0, 0
+    batch = 4 if options.reference else BATCH
+    while time.monotonic() < end:
+        for profile in wanted:
+            failures = differential.compare([Program(seed + i, profile, length) for i in range(batch)])
+            programs += batch
+            for failure in failures[:3]:
+                print(differential.minimise(failure), flush=True)
+            bad += len(failures)
+        seed += batch
+    print(f"{programs} programs, {bad} differ, {differential.timeouts} without an end; next seed {seed}")
+    if isinstance(left, QemuPeer):
+        left.close()
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
