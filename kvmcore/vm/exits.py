@@ -99,12 +99,12 @@ def _mmio(vcpu: Vcpu, is_write: bool) -> bool:
     data = (state.exit_data & _U64).to_bytes(8, "little")[:length] if is_write else b""
     chip = vcpu.vm.irqchip
     if is_write:
-        if (chip is not None and chip.write(gpa, data)) or vcpu.vm.eventfds.write(gpa, data):
+        if (chip is not None and chip.store(gpa, data)) or vcpu.vm.eventfds.write(gpa, data):
             vcpu.stats.mmio_exit_kernel += 1
             vcpu.hart.complete_mmio(0)
             return True
     elif chip is not None:
-        answer = chip.read(gpa, length)
+        answer = chip.load(gpa, length)
         if answer is not None:
             vcpu.stats.mmio_exit_kernel += 1
             vcpu.hart.complete_mmio(int.from_bytes(answer, "little"))

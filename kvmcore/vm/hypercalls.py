@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvmcore import sbi
+from kvmcore.sbi.extension import Extension
 from kvmcore.vm.csr_access import SSI
 from kvmcore.vm.mp_state import STOPPED
 from protocol.abi.structs_riscv import SbiExt
@@ -51,7 +52,7 @@ class Hypercalls:
     def machine_id(self, name: str) -> int:
         return self._vcpu.registers.machine_id(name)
 
-    def allows(self, extension: sbi.Extension) -> bool:
+    def allows(self, extension: Extension) -> bool:
         """Whether this vCPU has the extension switched on."""
         return extension.switch is None or self._vcpu.registers.sbi_enabled(extension.switch)
 

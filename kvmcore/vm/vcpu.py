@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from errno import EINTR, EIO
@@ -18,7 +19,11 @@ from typing import TYPE_CHECKING
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.machine import Hart
 from kvmcore.vm import exits
+from kvmcore.vm.dirty import DirtyRing
+from kvmcore.vm.hypercalls import Hypercalls
 from kvmcore.vm.objects import VmChild
+from kvmcore.vm.one_reg import Registers
+from kvmcore.vm.statistics import VcpuStats
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.exits import Exit
@@ -50,7 +55,14 @@ class Vcpu(VmChild):
         self.ran_once = False
         self.pending: exits.Pending | None = None
         """The exit that the next RUN completes. Private: the shared page says nothing about it."""
-        self.guest_debug = False
+        self.registers = Registers(self)
+        self.stats = VcpuStats()
+        self.hypercalls = Hypercalls(self)
+        ring_bytes = vm.memory.dirty.ring_bytes
+        self.dirty_ring = DirtyRing(ring_bytes, f"kvm-dirty-ring:{vcpu_id}") if ring_bytes else None
+        self.signal_mask: bytes | None = None
+        self.sleep_now = False
+        """Set by exits.py when an SBI call suspends the hart until an interrupt, as WFI would."""
         self.sleeping = False
         """Whether the thread is blocked in WFI: HSM's state SUSPENDED."""
         self.run_memfd = create_memfd(f"kvm-vcpu:{vcpu_id}", run_page.PAGE)
@@ -64,8 +76,9 @@ class Vcpu(VmChild):
         self._thread = threading.Thread(target=self._serve, name=f"vcpu-{vcpu_id}", daemon=True)
 
     def shared_fds(self) -> list[int]:
-        """[memfd of kvm_run's page, memfd of the coalesced ring's page]: map them one behind the other."""
-        return [self.run_memfd, self.vm.ring_memfd]
+        """Memfds of kvm_run's page, of the coalesced ring's page (map them one behind the other), of the dirty ring."""
+        ring = [self.dirty_ring.fd] if self.dirty_ring is not None else []
+        return [self.run_memfd, self.vm.ring_memfd, *ring]
 
     # -- the thread -------------------------------------------------------------------------------------------
 
@@ -119,6 +132,12 @@ class Vcpu(VmChild):
 
     def run(self) -> int:
         """KVM_RUN; the caller holds the mutex. 0: look at exit_reason. KvmError: EINTR, EIO, EFAULT, EOPNOTSUPP."""
+        try:
+            return self._run()
+        finally:
+            exits.after_run(self)
+
+    def _run(self) -> int:
         self.vm.check_alive()
         self.ran_once = True
         exits.complete(self)
@@ -126,29 +145,41 @@ class Vcpu(VmChild):
             self.doorbell.take_kick()
             raise KvmError(EINTR, "RUN", "immediate_exit")
         self.set_exit_reason(Exit.UNKNOWN)
+        self.registers.entering()
         while True:
             seen = self._wake.value
             if self.vm.dead:
                 raise KvmError(EIO, "RUN", "the VM is dead")
             if self.doorbell.take_kick():
                 self.set_exit_reason(Exit.INTR)
+                self.stats.signal_exits += 1
                 raise KvmError(EINTR, "RUN", "kicked")
             self._apply_reset()
             if self.mp_state == STOPPED:
                 self._wake.wait(seen, None)
                 continue
+            if not exits.before_entry(self):
+                return 0
             kind = self.hart.run()
             if kind == ExitKind.KICK:
                 continue
             if kind == ExitKind.WFI:
+                self.stats.wfi_exit_stat += 1
                 self._sleep(seen)
             elif not exits.serve(self, kind):
                 return 0
+            elif self.sleep_now:
+                self.sleep_now = False
+                self._sleep(seen)
 
     def _sleep(self, seen: int) -> None:
         """WFI found nothing pending: sleep until an interrupt, a kick, or the timer. May wake for nothing."""
         self.sleeping = True
+        self.stats.blocking = 1
+        started = time.monotonic_ns()
         self._wake.wait(seen, self.hart.deadline_ns())
+        self.stats.halted(time.monotonic_ns() - started)
+        self.stats.blocking = 0
         self.sleeping = False
 
     def set_exit_reason(self, reason: int) -> None:
@@ -196,3 +227,7 @@ class Vcpu(VmChild):
         self.hart.kick()
         self._wake.wake()
         self.doorbell.ring()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread to end, but no longer than that."""
+        self._thread.join(seconds)

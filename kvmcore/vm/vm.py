@@ -13,9 +13,11 @@ from collections.abc import Callable
 from errno import EEXIST, EINVAL, EIO
 from typing import TYPE_CHECKING
 
+from kvmcore.vm.capabilities import VmCaps
 from kvmcore.vm.eventfd import Eventfds
 from kvmcore.vm.memory import Memory
 from kvmcore.vm.objects import Handle, Loop, Session
+from kvmcore.vm.statistics import VmStats
 from protocol.abi.errors import KvmError
 from protocol.channel.shared_memory import PAGE, Mapping, create_memfd
 
@@ -43,6 +45,10 @@ class Vm(Handle):
         self.vcpus: list[Vcpu] = []
         """By index, which is creation order. Index 0 boots."""
         self.vcpus_by_id: dict[int, Vcpu] = {}
+        self.power_lock = threading.RLock()
+        """Decides races between starting and stopping vCPUs (mp_state.py). Below vm.lock."""
+        self.caps = VmCaps(self)
+        self.stats = VmStats()
         self.memory = Memory(self)
         self.eventfds = Eventfds(self)
         self.irqchip: Aia | None = None
@@ -122,9 +128,9 @@ class Vm(Handle):
             with self.lock:
                 if self._machine is None:
                     from kvmcore.engine.machine import Machine
-                    from kvmcore.vm.accelerator import image_for
+                    from kvmcore.vm.accelerator import native_image
 
-                    machine = Machine(image_for(self.accel), max_harts=MAX_VCPUS)
+                    machine = Machine(native_image(), max_harts=MAX_VCPUS)
                     self._machine = machine
                     self.memory.publish()
         return self._machine

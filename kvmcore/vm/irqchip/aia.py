@@ -289,7 +289,7 @@ class Aia(Device):
 
     # -- MMIO --------------------------------------------------------------------------------------
 
-    def read(self, gpa: int, size: int) -> bytes | None:
+    def load(self, gpa: int, size: int) -> bytes | None:
         """A guest's load. None when nothing of ours answers there."""
         if gpa >> _PAGE_SHIFT in self._by_page:
             return bytes(size) if size == 4 else None
@@ -301,7 +301,7 @@ class Aia(Device):
         except KvmError:
             return None
 
-    def write(self, gpa: int, data: bytes) -> bool:
+    def store(self, gpa: int, data: bytes) -> bool:
         """A guest's store. False when nothing of ours answers there."""
         value = int.from_bytes(data, "little")
         imsic = self._by_page.get(gpa >> _PAGE_SHIFT)

@@ -133,12 +133,12 @@ def test_registers_and_lines(kernel, aia):
     assert kernel.errno(kernel.vm, "SIGNAL_MSI", address_lo=0x28000000, data=5, flags=2) == EINVAL
     # The same registers by the guest's loads and stores.
     chip = kernel.vm.irqchip
-    assert chip.read(APLIC, 4) == (0x80000004).to_bytes(4, "little")
-    assert chip.read(APLIC, 8) is None
-    assert chip.read(APLIC + 0x3FFC, 4) is None
-    assert chip.write(APLIC + regs.SOURCECFG, (6).to_bytes(4, "little"))
+    assert chip.load(APLIC, 4) == (0x80000004).to_bytes(4, "little")
+    assert chip.load(APLIC, 8) is None
+    assert chip.load(APLIC + 0x3FFC, 4) is None
+    assert chip.store(APLIC + regs.SOURCECFG, (6).to_bytes(4, "little"))
     assert aia.get(AiaGroup.APLIC, regs.SOURCECFG, 4) == 6
-    assert not chip.write(APLIC - 4, bytes(4))
+    assert not chip.store(APLIC - 4, bytes(4))
 
 
 def test_irqfd_reaches_the_pin(kernel, aia):
@@ -159,7 +159,7 @@ def test_a_resampled_irqfd(kernel, aia):
     os.eventfd_write(fd, 1)
     kernel.turn()
     assert aia.get(AiaGroup.APLIC, regs.CLRIP, 4) == 1 << 5  # the line is up
-    assert kernel.vm.irqchip.write(APLIC + regs.SETIPNUM_LE, (5).to_bytes(4, "little"))
+    assert kernel.vm.irqchip.store(APLIC + regs.SETIPNUM_LE, (5).to_bytes(4, "little"))
     assert aia.get(AiaGroup.APLIC, regs.CLRIP, 4) == 0
     assert os.eventfd_read(resample) == 1
 

@@ -1,0 +1,32 @@
+"""Which engine runs a VM: the finished native image, or the reference. Called by Vm and, early, by the zygote.
+
+The image is built on first use by a process of its own (which imports llvmlite); here it is only mapped. A zygote maps it
+before it forks, so that VMs share it and start at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmcore.engine.loader import Image
+
+log = logging.getLogger("kvmcore.engine")
+
+
+@cache
+def native_image() -> Image:
+    """The engine's image, built if there is none yet (some seconds, once per version and host)."""
+    from kvmcore.engine.loader import Image, ensure_image
+
+    return Image.load(ensure_image())
+
+
+def preload_image() -> None:
+    """Map the image now. A failure is told now, and again, as an error, by the first VM that needs it."""
+    try:
+        native_image()
+    except Exception as error:
+        log.warning("the engine's image is not usable: %s", error)
