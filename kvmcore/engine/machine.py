@@ -103,7 +103,7 @@ class Machine:
         self.state.pool_used = 0
         self.state.retired = 0
         for hart in self.harts:
-            hart.state.attention |= hart_state.ATTENTION_FLUSH_ICACHE
+            hart.flush_icache()
 
     def reclaim_decoded(self) -> None:
         """Called by a hart that found the pool full."""
@@ -198,6 +198,9 @@ class Hart:
                     return kind
             elif kind == ExitKind.POOL_FULL:
                 self.machine.reclaim_decoded()
+            elif kind == ExitKind.CSR:
+                self._describe_csr()
+                return kind
             elif kind in (ExitKind.MMIO_READ, ExitKind.MMIO_WRITE) and not is_plain(self.state.exit_insn):
                 # As KVM: devices are read and written by integer loads and stores only.
                 self.state.exit_errno = EOPNOTSUPP
@@ -206,13 +209,18 @@ class Hart:
             else:
                 return kind
 
+    def _describe_csr(self) -> None:
+        """exit_csr, exit_data, exit_mask of a CSR instruction that left; only csrrw does (Zkr's seed)."""
+        state = self.state
+        state.exit_csr = state.exit_insn >> 20
+        state.exit_data = state.x[state.exit_insn >> 15 & 31]
+        state.exit_mask = U64
+
     def _served(self) -> bool:
         """Out because of `attention`: whether the caller has to know."""
-        state = self.state
-        kicked = bool(state.attention & hart_state.ATTENTION_KICK)
         both = hart_state.ATTENTION_KICK | hart_state.ATTENTION_STOP
-        self.machine.image.atomic_and(self._address + _ATTENTION, ~both & U64)
-        return kicked
+        served = self.machine.image.atomic_and(self._address + _ATTENTION, ~both & U64)
+        return bool(served & hart_state.ATTENTION_KICK)  # what was taken away, not what was there before
 
     def emulate(self) -> int:
         """One instruction by the reference; the ExitKind if it left."""

@@ -327,11 +327,19 @@ def acquire(h: FunctionHart) -> None:
 
 
 def code_page(h: FunctionHart) -> None:
-    """(gpa of a page) -> the decoded page, as memory is after this hart's last fence.i; 1: no memory, 0: no room."""
+    """(gpa of a page) -> the decoded page, as memory is after this hart's last fence.i; 1: no memory, 0: no room.
+
+    2: a slot without host memory, exit_* are set.
+    """
     gpa = p1()
     host, status = call("find_memory", h.s, gpa, u64(0))
     if status != OK:
-        returns(u64(1))
+        if lookup(h, gpa) == 0:
+            returns(u64(1))
+        h.set("exit_kind", int(ExitKind.ERROR))
+        h.set("exit_errno", EFAULT)
+        h.set("exit_gpa", gpa)
+        returns(u64(2))
     lock = h.machine("lock")
     call("acquire", lock)
     page, _ = call("decoded_page", h.s, gpa, host)
@@ -445,6 +453,8 @@ def fetch_page(h: FunctionHart) -> None:
         h.set("trap_cause", traps.INSTRUCTION_ACCESS_FAULT)
         h.set("trap_value", va)
         returns(u64(0), TRAPPED)
+    if page == 2:
+        returns(u64(0), EXITED)
     if page == 0:
         h.set("exit_kind", int(ExitKind.POOL_FULL))
         returns(u64(0), EXITED)
