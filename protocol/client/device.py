@@ -1,0 +1,41 @@
+"""Device: an in-kernel device's handle and its attributes."""
+
+from __future__ import annotations
+
+from protocol.abi import structs
+from protocol.client.handle import POINTEE, Handle
+
+
+class Device(Handle):
+    """For the AIA: group and attribute numbers of KVM_ABI 1.10."""
+
+    kind = "device"
+
+    def set_attr(self, group: int, attr: int, value: bytes | None) -> None:
+        """Write an attribute; None for those that take no value."""
+        argument = structs.DEVICE_ATTR.build(group=group, attr=attr, addr=POINTEE if value is not None else 0)
+        self.ioctl("SET_DEVICE_ATTR", argument, {POINTEE: value} if value is not None else {})
+
+    def get_attr(self, group: int, attr: int, size: int) -> bytes:
+        """Read an attribute of `size` bytes."""
+        value = bytearray(size)
+        self.ioctl(
+            "GET_DEVICE_ATTR",
+            structs.DEVICE_ATTR.build(group=group, attr=attr, addr=POINTEE),
+            {POINTEE: value},
+        )
+        return bytes(value)
+
+    def has_attr(self, group: int, attr: int) -> bool:
+        """Whether it exists. KvmError only if the server is gone."""
+        from errno import ENODEV, ENXIO
+
+        from protocol.abi.errors import KvmError
+
+        try:
+            self.ioctl("HAS_DEVICE_ATTR", structs.DEVICE_ATTR.build(group=group, attr=attr))
+        except KvmError as error:
+            if error.errno in (ENXIO, ENODEV):
+                return False
+            raise
+        return True

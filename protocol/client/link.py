@@ -1,0 +1,208 @@
+"""A session with one kvmcore process: its Unix socket, its ROUTER, requests and their replies.
+
+Used by the handles (kvm.py, vm.py, vcpu.py, device.py). A Link belongs to a server process; a Channel is one
+DEALER of it, for one request at a time. Whoever may be kept waiting behind a KVM_RUN has a Channel of its
+own. Must never wait for a dead server: replies are awaited in slices, with a look at the session's socket in
+between.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+import socket
+import threading
+from errno import ECONNREFUSED, ECONNRESET, EINVAL, ENOENT, EPROTO
+from typing import Any
+
+import zmq
+
+from protocol.abi.errors import KvmError
+from protocol.channel import fd_passing, zmq_socket
+from protocol.codec import envelope
+from protocol.codec import session as session_codec
+from protocol.codec.envelope import Copy, Reply, Request
+from protocol.codec.session import Message, Op
+
+_LOOK_MS = 1000
+_context: list[zmq.Context[zmq.Socket[bytes]]] = []
+_context_lock = threading.Lock()
+
+
+def shared_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """This process's ZeroMQ context, made on first use (in a forked child: a new one)."""
+    with _context_lock:
+        if not _context or _context_pid[0] != os.getpid():
+            _context[:] = [zmq_socket.context()]
+            _context_pid[0] = os.getpid()
+        return _context[0]
+
+
+_context_pid = [0]
+
+
+class Channel:
+    """One DEALER, one request at a time."""
+
+    def __init__(self, link: Link, endpoint: str) -> None:
+        self._link, self._endpoint = link, endpoint
+        self._socket: zmq.Socket[bytes] | None = None
+        self._lock = threading.Lock()
+        self._sequence = itertools.count(1)
+
+    def request(
+        self,
+        handle: int,
+        number: int,
+        arg: int = 0,
+        *,
+        name: str = "",
+        copies: tuple[Copy, ...] = (),
+        payload: bytes = b"",
+        flags: int = 0,
+    ) -> Reply:
+        """The reply to a request. KvmError: the errno that came back, or ECONNRESET when the server is
+        gone.
+        """
+        with self._lock:
+            sequence = next(self._sequence)
+            request = Request(
+                self._link.incarnation,
+                self._link.session,
+                sequence,
+                handle,
+                number,
+                arg,
+                flags,
+                copies,
+                payload,
+            )
+            reply = self._exchange(envelope.encode_request(request), sequence, name)
+        if reply.errno:
+            reason = reply.extra.decode(errors="replace") if not flags & envelope.FLAG_INLINE_PAGE else ""
+            error = KvmError(reply.errno, name, reason)
+            error.copies = reply.copies  # type: ignore[attr-defined]
+            raise error
+        return reply
+
+    def _exchange(self, frame: bytes, sequence: int, name: str) -> Reply:
+        if self._link.closed:
+            raise KvmError(ECONNRESET, name, "the session is closed")
+        if self._socket is None:
+            self._socket = zmq_socket.dealer(shared_context(), self._endpoint)
+        try:
+            self._socket.send(frame)
+            while True:
+                if not self._socket.poll(_LOOK_MS):
+                    if not self._link.alive:
+                        raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
+                    continue
+                reply = envelope.decode_reply(self._socket.recv())
+                if reply.seq == sequence:
+                    return reply
+        except zmq.ZMQError as error:
+            raise KvmError(ECONNRESET, name, "kvmcore's process does not answer") from error
+
+    def close(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+
+class Link:
+    """The session's Unix socket with one server process; SCM_RIGHTS and sign of life."""
+
+    def __init__(self, path: str, body: dict[str, Any], name: str) -> None:
+        """Connect and say hello. KvmError with the errno of connect(2) or of the refusal."""
+        try:
+            self._socket = fd_passing.connect(path)
+        except OSError as error:
+            hint = ""
+            if error.errno in (ENOENT, ECONNREFUSED):
+                hint = f"no kvmcore daemon listens on {path}; start one with: python -m kvmcore --listen ipc://{path}"
+            raise KvmError(error.errno or EINVAL, name, hint or str(error)) from error
+        self._lock = threading.Lock()
+        self._sequence = itertools.count(1)
+        self._channels: list[Channel] = []
+        self.closed = False
+        self.session = b""
+        self.incarnation = 0
+        try:
+            self.welcome = self._say(Op.HELLO, name, body=body)[0].body
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def channel(self) -> Channel:
+        """A new way to send requests."""
+        made = Channel(self, str(self.welcome["router"]))
+        self._channels.append(made)
+        return made
+
+    def say(
+        self, op: Op, name: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0, fds: list[int] | None = None
+    ) -> list[int]:
+        """One message on the socket; the descriptors that came back, ours to close. KvmError."""
+        return self._say(op, name, a, b, c, d, fds)[1]
+
+    def _say(
+        self,
+        op: Op,
+        name: str,
+        a: int = 0,
+        b: int = 0,
+        c: int = 0,
+        d: int = 0,
+        fds: list[int] | None = None,
+        body: dict[str, Any] | None = None,
+    ) -> tuple[Message, list[int]]:
+        with self._lock:
+            message = Message(op, next(self._sequence), 0, a, b, c, d, body or {})
+            try:
+                fd_passing.send(self._socket, session_codec.encode(message), fds)
+                data, received = fd_passing.receive(self._socket, session_codec.MAX_MESSAGE)
+            except OSError as error:
+                raise KvmError(ECONNRESET, name, f"kvmcore's process is gone: {error}") from error
+        if not data:
+            raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
+        answer = session_codec.decode(data)
+        if answer.errno:
+            fd_passing.close_all(received)
+            raise KvmError(answer.errno, name, str(answer.body.get("reason", "")))
+        if answer.op != op:
+            fd_passing.close_all(received)
+            raise KvmError(EPROTO, name, "the session's socket is out of step")
+        return answer, received
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server's process still holds its end."""
+        if self.closed:
+            return False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        ready = poll.poll(0)
+        if not ready:
+            return True
+        if ready[0][1] & (select.POLLHUP | select.POLLERR):
+            return False
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def fileno(self) -> int:
+        """The session's socket: readable (end of stream) when the server is gone."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """End the session. Idempotent."""
+        if not self.closed:
+            self.closed = True
+            for channel in self._channels:
+                channel.close()
+            self._socket.close()

@@ -1,0 +1,98 @@
+"""Vcpu: a vCPU's handle, its shared page, and KVM_RUN by the doorbell."""
+
+from __future__ import annotations
+
+import os
+from errno import ECONNRESET
+
+from protocol.abi import run_page, structs
+from protocol.abi.errors import KvmError
+from protocol.abi.ioctls import BY_NAME
+from protocol.abi.structs_riscv import one_reg_size
+from protocol.channel.doorbell import Doorbell
+from protocol.channel.shared_memory import Mapping
+from protocol.client.handle import ARGUMENT, POINTEE, Handle
+from protocol.client.link import Channel, Link
+from protocol.codec.envelope import COPY_IN, Copy
+from protocol.codec.session import Op
+
+
+class Vcpu(Handle):
+    """A vCPU. run() is for one thread; the other calls are queued behind it by the server."""
+
+    kind = "vcpu"
+
+    def __init__(self, link: Link, control: Channel, number: int, vcpu_id: int) -> None:
+        # Requests that wait behind a RUN must not hold up kicks: a channel of its own, made when first used.
+        super().__init__(link, link.channel(), number)
+        self.id = vcpu_id
+        self._control = control
+        fds = link.say(Op.SHARE, "mmap", number)
+        try:
+            self._mapping = Mapping([(fd, 0, run_page.PAGE) for fd in fds[:2]])
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self.run_page = self._mapping.view
+        """kvm_run with the doorbell words, then the VM's coalesced ring; 8192 bytes."""
+        self.doorbell = Doorbell(self.run_page, self._mapping.address, run_page.DOORBELL_BELL)
+
+    def run(self) -> int:
+        """KVM_RUN: enter the guest; returns exit_reason. KvmError: EINTR (kicked), EIO, EFAULT, EOPNOTSUPP,
+        or ECONNRESET when the VM's process is gone.
+        """
+        doorbell = self.doorbell
+        sequence = doorbell.request()
+        while (answer := doorbell.wait_reply(sequence)) is None:
+            if not self.link.alive:
+                raise KvmError(ECONNRESET, "RUN", "the VM's kvmcore process is gone")
+        ret, errno = answer
+        if ret:
+            raise KvmError(errno, "RUN")
+        reason: int = run_page.U32.unpack_from(self.run_page, run_page.EXIT_REASON)[0]
+        return reason
+
+    def get_one_reg(self, register: int) -> int:
+        """A register's value (sizes up to 8 bytes as a number)."""
+        value = bytearray(one_reg_size(register))
+        self.ioctl("GET_ONE_REG", structs.ONE_REG.build(id=register, addr=POINTEE), {POINTEE: value})
+        return int.from_bytes(value, "little")
+
+    def set_one_reg(self, register: int, value: int) -> None:
+        """Write a register."""
+        data = (value & (1 << 8 * one_reg_size(register)) - 1).to_bytes(one_reg_size(register), "little")
+        self.ioctl("SET_ONE_REG", structs.ONE_REG.build(id=register, addr=POINTEE), {POINTEE: data})
+
+    def get_reg_list(self) -> list[int]:
+        """The ids of all registers."""
+        room = 256
+        while True:
+            data = bytearray(structs.REG_LIST.build(n=room) + bytes(8 * room))
+            try:
+                self.ioctl("GET_REG_LIST", data)
+            except KvmError as error:
+                needed = int.from_bytes(data[:8], "little")
+                if error.name != "E2BIG" or needed <= room:
+                    raise
+                room = needed
+                continue
+            count = int.from_bytes(data[:8], "little")
+            return [int.from_bytes(data[8 + 8 * i : 16 + 8 * i], "little") for i in range(count)]
+
+    def get_mp_state(self) -> int:
+        """0 RUNNABLE, 5 STOPPED."""
+        data = bytearray(structs.MP_STATE.size)
+        self.ioctl("GET_MP_STATE", data)
+        return int.from_bytes(data, "little")
+
+    def set_mp_state(self, state: int) -> None:
+        """Start or stop it."""
+        self.call("SET_MP_STATE", mp_state=state)
+
+    def interrupt(self, level: bool) -> None:
+        """The external interrupt's line (VMs whose controller is in user space). Any thread, at any time."""
+        irq = structs.INTERRUPT_SET if level else structs.INTERRUPT_UNSET
+        argument = structs.INTERRUPT.build(irq=irq)
+        copy = Copy(ARGUMENT, len(argument), COPY_IN, argument)
+        number = BY_NAME["INTERRUPT"].number
+        self._control.request(self.number, number, ARGUMENT, name="INTERRUPT", copies=(copy,))

@@ -1,0 +1,202 @@
+"""Vm: a VM's handle, and the memory files that it makes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable
+
+from protocol.abi import structs
+from protocol.client.device import Device
+from protocol.client.handle import POINTEE, Handle
+from protocol.client.link import Channel, Link
+from protocol.client.vcpu import Vcpu
+from protocol.codec import control
+from protocol.codec.session import Op
+
+_NO_FD = 0xFFFFFFFF
+
+
+class GuestMemfd(Handle):
+    """Guest memory owned by kvmcore. `fd` is its memfd here, ours until close()."""
+
+    kind = "file"
+
+    def __init__(self, link: Link, channel: Channel, number: int, size: int) -> None:
+        super().__init__(link, channel, number)
+        self.size = size
+        fds = link.say(Op.SHARE, "mmap", number)
+        self.fd = fds[0] if fds else -1
+
+    def map(self) -> mmap.mmap:
+        """The memory, shared and writable."""
+        return mmap.mmap(self.fd, self.size)
+
+    def close(self) -> None:
+        if not self.closed and self.fd >= 0:
+            os.close(self.fd)
+        super().close()
+
+
+class Vm(Handle):
+    """A VM; `pid` is the process behind it."""
+
+    kind = "vm"
+
+    def __init__(self, link: Link, channel: Channel, number: int, pid: int) -> None:
+        super().__init__(link, channel, number)
+        self.pid = pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process still runs."""
+        return self.link.alive
+
+    def check_extension(self, capability: int) -> int:
+        """A capability's value for this VM."""
+        return self.ioctl("CHECK_EXTENSION", capability)
+
+    def enable_cap(self, capability: int, *args: int) -> None:
+        """KVM_ENABLE_CAP."""
+        self.call("ENABLE_CAP", cap=capability, args=[*args, 0, 0, 0, 0][:4])
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    def create_guest_memfd(self, size: int, flags: int = 3) -> GuestMemfd:
+        """Guest memory; flags 3: may be mapped, and is shared from the start."""
+        number = self.call("CREATE_GUEST_MEMFD", size=size, flags=flags)
+        return GuestMemfd(self.link, self.channel, number, size)
+
+    def set_user_memory_region(
+        self, slot: int, gpa: int, size: int, userspace_addr: int, flags: int = 0
+    ) -> None:
+        """A memslot over the session's address space."""
+        self.call(
+            "SET_USER_MEMORY_REGION",
+            slot=slot,
+            flags=flags,
+            guest_phys_addr=gpa,
+            memory_size=size,
+            userspace_addr=userspace_addr,
+        )
+
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        userspace_addr: int = 0,
+        flags: int = 0,
+        guest_memfd: GuestMemfd | None = None,
+        offset: int = 0,
+    ) -> None:
+        """The same, or over a guest_memfd (flag GUEST_MEMFD)."""
+        self.call(
+            "SET_USER_MEMORY_REGION2",
+            slot=slot,
+            flags=flags,
+            guest_phys_addr=gpa,
+            memory_size=size,
+            userspace_addr=userspace_addr,
+            guest_memfd=guest_memfd.number if guest_memfd is not None else 0,
+            guest_memfd_offset=offset,
+        )
+
+    def get_dirty_log(self, slot: int, pages: int) -> bytes:
+        """The dirty bitmap of a slot of `pages` pages."""
+        bits = bytearray(-(-pages // 64) * 8)
+        argument = structs.DIRTY_LOG.build(slot=slot, dirty_bitmap=POINTEE)
+        self.ioctl("GET_DIRTY_LOG", argument, {POINTEE: bits})
+        return bytes(bits)
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+        """Watch the given pages again."""
+        argument = structs.CLEAR_DIRTY_LOG.build(
+            slot=slot, first_page=first_page, num_pages=num_pages, dirty_bitmap=POINTEE
+        )
+        self.ioctl("CLEAR_DIRTY_LOG", argument, {POINTEE: bitmap})
+
+    def read_gpa(self, gpa: int, size: int) -> bytes:
+        """Guest memory by message (for clients that do not map it)."""
+        return self.control(control.READ_GPA, gpa, control.LENGTH.pack(size)).extra
+
+    def write_gpa(self, gpa: int, data: bytes) -> None:
+        """The same, into guest memory."""
+        self.control(control.WRITE_GPA, gpa, data)
+
+    def map_segment(self, va: int, size: int, fd: int, offset: int = 0, prot: int = 3) -> None:
+        """Put a sealed memfd into the session's address space, where userspace_addr can point."""
+        self.link.say(Op.MAP, "mmap", va, size, offset, prot, [fd])
+
+    def unmap_segment(self, va: int, size: int) -> None:
+        """Take it out again."""
+        self.link.say(Op.UNMAP, "munmap", va, size)
+
+    # -- vCPUs and devices -------------------------------------------------------------------------
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """A vCPU, its page mapped."""
+        number = self.ioctl("CREATE_VCPU", vcpu_id)
+        return Vcpu(self.link, self.channel, number, vcpu_id)
+
+    def kick(self, vcpu: Vcpu) -> None:
+        """Make the vCPU's KVM_RUN return EINTR: the one that runs, or else the next one. Any thread."""
+        vcpu.doorbell.set_kick()
+        self.channel.request(vcpu.number, control.KICK, 0, name="KICK")
+
+    def create_device(self, type: int, flags: int = 0) -> Device:
+        """An in-kernel device (11: AIA)."""
+        made = self.call_out("CREATE_DEVICE", type=type, flags=flags)
+        return Device(self.link, self.channel, made.fd)
+
+    # -- interrupts and eventfds -------------------------------------------------------------------
+
+    def _pass(self, fd: int) -> int:
+        """Make our descriptor known to the server under its own number."""
+        self.link.say(Op.PASS_FILE, "sendmsg", fd, fds=[fd])
+        return fd
+
+    def irqfd(self, eventfd: int, gsi: int, flags: int = 0, resamplefd: int = -1) -> None:
+        """Signals of `eventfd` become interrupts."""
+        other = self._pass(resamplefd) if resamplefd >= 0 else _NO_FD
+        self.call("IRQFD", fd=self._pass(eventfd), gsi=gsi, flags=flags, resamplefd=other)
+
+    def ioeventfd(
+        self, eventfd: int, addr: int, length: int, datamatch: int | None = None, flags: int = 0
+    ) -> None:
+        """Stores to an address signal `eventfd`, without an exit."""
+        if datamatch is not None:
+            flags |= structs.IOEVENTFD_FLAG_DATAMATCH
+        self.call(
+            "IOEVENTFD", datamatch=datamatch or 0, addr=addr, len=length, fd=self._pass(eventfd), flags=flags
+        )
+
+    def irq_line(self, gsi: int, level: int) -> None:
+        """The level of a wired interrupt."""
+        self.call("IRQ_LINE", irq=gsi, level=level)
+
+    def signal_msi(self, address: int, data: int, devid: int | None = None) -> int:
+        """Deliver an MSI."""
+        return self.call(
+            "SIGNAL_MSI",
+            address_lo=address & 0xFFFFFFFF,
+            address_hi=address >> 32,
+            data=data,
+            flags=structs.MSI_VALID_DEVID if devid is not None else 0,
+            devid=devid or 0,
+        )
+
+    def set_gsi_routing(self, entries: Iterable[bytes]) -> None:
+        """Replace the routing table; entries are kvm_irq_routing_entry."""
+        table = list(entries)
+        self.ioctl("SET_GSI_ROUTING", structs.IRQ_ROUTING.build(nr=len(table)) + b"".join(table))
+
+    def register_coalesced_mmio(self, addr: int, size: int) -> None:
+        """Stores into the zone go to the coalesced ring instead of exiting."""
+        self.call("REGISTER_COALESCED_MMIO", addr=addr, size=size)
+
+    def close(self) -> None:
+        """Destroy the VM: its session ends, and with it all its handles."""
+        if not self.closed:
+            super().close()
+            self.link.close()
