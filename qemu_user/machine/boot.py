@@ -22,7 +22,7 @@ INITRD_DISTANCE = 512 * MIB
 """QEMU's: the initrd lies half the memory behind the kernel, at most this."""
 PAGE = 4096
 
-_IMAGE = struct.Struct("<IIQQQIIQ8s4s")  # Documentation/arch/riscv/boot-image-header.rst
+_IMAGE = struct.Struct("<IIQQQIIQ8s4s4x")  # Documentation/arch/riscv/boot-image-header.rst
 _IMAGE_MAGICS = (b"RSC\5", b"RISCV\0\0\0")
 _ELF = struct.Struct("<16sHHIQQQIHHHHHH")
 _SEGMENT = struct.Struct("<IIQQQQQQ")
