@@ -87,8 +87,7 @@ def _special(row: Insn) -> tuple[str, Sequence[int]]:
     if "csr" not in names:
         return "", [-1]
     replaces = row.name.startswith("csrrw")
-    numbers = [csr.number for csr in CSRS if csr.write is not None or not replaces]
-    return "csr", [*numbers, SEED] if row.name == "csrrw" else numbers
+    return "csr", [*(csr.number for csr in CSRS if csr.writable or not replaces), SEED]
 
 
 def _small(operand: Operand) -> bool:

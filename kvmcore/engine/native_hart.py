@@ -136,6 +136,9 @@ class Code:
         product = ticks.zext(128) * load(self.machine("time_mult")).zext(128)
         return (product >> 52).trunc(64) + load(self.machine("time_base"))
 
+    def enabled(self, extension: str) -> Value:
+        return (self.get("extensions") >> hart_state.EXTENSIONS.index(extension)).trunc(1)
+
     def routine(self, function: Callable[[Any], Value]) -> Value:
         """A function of isa that stands in routines.FUNCTIONS under its name."""
         return call(function.__name__, self.s)[0]
@@ -244,6 +247,8 @@ class HandlerHart(Code):
 
     def exit(self, kind: str) -> NoReturn:
         self.set("exit_kind", int(ExitKind[kind]))
+        if kind == "CSR":
+            self.tail("leave_access", self.pc)
         if kind == "WFI":  # it has waited; an interrupt's sepc is the next instruction
             self.tail("leave", self.pc + self.length, ic=self.ic + 1)
         self.tail("leave", self.pc)
@@ -321,7 +326,7 @@ class HandlerHart(Code):
         return atomic(names.get(operation, operation), host, value)
 
     def zero_block(self, address: Value, size: int) -> None:
-        host = self._exclusive(address, size, True)
+        host = self._exclusive(address, 1, True) & -size
         for offset in range(0, size, 8):
             store(host + offset, u64(0), "volatile", 8)
 

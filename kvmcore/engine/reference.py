@@ -84,6 +84,9 @@ class ReferenceHart:
     def routine(self, function: Callable[[Any], Value]) -> Value:
         return function(self)
 
+    def enabled(self, extension: str) -> Value:
+        return const(1, self._state.extensions >> hart_state.EXTENSIONS.index(extension))
+
     # -- the end of an instruction ---------------------------------------------------------------------------------
     def _go(self, target: Value) -> NoReturn:
         self._state.pc = int(target)
@@ -216,7 +219,8 @@ class ReferenceHart:
         return old
 
     def zero_block(self, address: Value, size: int) -> None:
-        ctypes.memset(self._exclusive(address, size, "store"), 0, size)
+        host = self._exclusive(address, 1, "store")
+        ctypes.memset(host & -size, 0, size)
 
     def check_block(self, address: Value) -> None:
         try:

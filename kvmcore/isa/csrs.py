@@ -1,6 +1,6 @@
 """The CSRs that a guest in S or U mode sees: one entry each, with its reading and its writing.
 
-Called by zicsr.py for every CSR instruction and by the engines for CSRs by name. Privilege and read-only numbers are
+Called by zicsr.py for every CSR instruction and by the reference for CSRs by name. Privilege and read-only numbers are
 checked here from the number's bits (Privileged ISA, 2.1). A CSR without an entry is an illegal instruction.
 """
 
@@ -17,32 +17,44 @@ from kvmcore.isa.traps import illegal_instruction
 
 Read = Callable[[Hart], Value]
 Write = Callable[[Hart, Value], None]
+Change = Callable[[Hart, Value, Value], Value]
 
 SIE_MASK = 1 << traps.SSI | 1 << traps.STI | 1 << traps.SEI
 SSTATUS_UXL = 2 << 32
 SD = 1 << 63
+SUM, MXR = 1 << 18, 1 << 19
+ALL = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Csr:
-    """One CSR. context: writing it changes how addresses are translated; interrupts: which are taken."""
+    """One CSR. Without `write` and `change` it is read-only.
+
+    context: bits of it that say how addresses are translated; interrupts: whether a write may make one due;
+    check: raises Trap where an access is illegal, or leaves.
+    change(h, value, mask) replaces reading and writing where other threads write too: the bits of `mask` become those
+    of `value`, the others stay as they are at that moment; it gives the old content.
+    """
 
     number: int
     name: str
     read: Read
     write: Write | None = None
-    context: bool = False
+    context: int = 0
     interrupts: bool = False
     check: Callable[[Hart], None] | None = None
-    claim: Read | None = None
-    """Reading as part of a write, where that differs."""
+    change: Change | None = None
+
+    @property
+    def writable(self) -> bool:
+        return self.write is not None or self.change is not None
 
 
 def _field(name: str) -> Read:
     return lambda h: h.get(name)
 
 
-def _masked(name: str, mask: int = (1 << 64) - 1) -> Write:
+def _masked(name: str, mask: int = ALL) -> Write:
     return lambda h, value: h.set(name, value & mask)
 
 
@@ -66,20 +78,24 @@ def read_sstatus(h: Hart) -> Value:
 def write_sstatus(h: Hart, value: Value) -> None:
     for name, bit, mask in (
         ("sstatus_sie", 1, 1), ("sstatus_spie", 5, 1), ("sstatus_spp", 8, 1),
-        ("fs", 13, 3), ("sum", 18, 1), ("mxr", 19, 1),
+        ("sum", 18, 1), ("mxr", 19, 1),
     ):  # fmt: skip
         h.set(name, ((value >> bit) & mask).trunc(8))
+    fs = ((value >> 13) & 3).trunc(8)
+    h.set("fs", select(h.enabled("f"), fs, 0))
 
 
 # -- interrupts ----------------------------------------------------------------------------------------------------
 
 
-def write_sip(h: Hart, value: Value) -> None:
+def change_sip(h: Hart, value: Value, mask: Value) -> Value:
     """Only SSIP is writable (12.1.3); KVM_INTERRUPT and IPIs change sip from other threads."""
-    if (value & (1 << traps.SSI)) != 0:
-        h.atomic_or("sip", 1 << traps.SSI)
-    else:
-        h.atomic_and("sip", ~(1 << traps.SSI))
+    bits = mask & (1 << traps.SSI)
+    if (value & bits) != 0:
+        return traps.pending(h, h.atomic_or("sip", bits))
+    if bits != 0:
+        return traps.pending(h, h.atomic_and("sip", ~bits))
+    return traps.pending(h)
 
 
 def write_satp(h: Hart, value: Value) -> None:
@@ -148,15 +164,19 @@ def _instret(h: Hart) -> Value:
 # -- AIA -------------------------------------------------------------------------------------------------------------------
 
 
-def _has_imsic(h: Hart) -> None:
-    """Without an IMSIC these leave to kvmcore, as KVM forwards them."""
-    if h.get("imsic_present") == 0:
+def _has_aia(h: Hart) -> None:
+    if ~h.enabled("ssaia"):
+        raise illegal_instruction()
+
+
+def _has_sstc(h: Hart) -> None:
+    if ~h.enabled("sstc"):
         raise illegal_instruction()
 
 
 def _selected(h: Hart) -> None:
-    _has_imsic(h)
-    if ~imsic.valid(h.get("siselect"), h.get("imsic_identities")):
+    """AIA 2.2: what siselect does not name cannot be accessed."""
+    if ~imsic.valid(h.get("siselect")):
         raise illegal_instruction()
 
 
@@ -177,7 +197,7 @@ CSRS: tuple[Csr, ...] = (
     Csr(0x001, "fflags", lambda h: h.get("fflags").zext(64), _write_fflags, check=_fp_on),
     Csr(0x002, "frm", lambda h: h.get("frm").zext(64), _write_frm, check=_fp_on),
     Csr(0x003, "fcsr", _read_fcsr, _write_fcsr, check=_fp_on),
-    Csr(0x100, "sstatus", read_sstatus, write_sstatus, context=True, interrupts=True),
+    Csr(0x100, "sstatus", read_sstatus, write_sstatus, context=SUM | MXR, interrupts=True),
     Csr(0x104, "sie", _field("sie"), _masked("sie", SIE_MASK), interrupts=True),
     Csr(0x105, "stvec", _field("stvec"), write_stvec),
     Csr(0x106, "scounteren", _field("scounteren"), _masked("scounteren", 0xFFFFFFFF)),
@@ -186,18 +206,21 @@ CSRS: tuple[Csr, ...] = (
     Csr(0x141, "sepc", _field("sepc"), _masked("sepc", ~1)),
     Csr(0x142, "scause", _field("scause"), _masked("scause")),
     Csr(0x143, "stval", _field("stval"), _masked("stval")),
-    Csr(0x144, "sip", traps.pending, write_sip, interrupts=True),
-    Csr(0x14D, "stimecmp", _field("stimecmp"), _masked("stimecmp"), interrupts=True),
-    Csr(0x150, "siselect", _field("siselect"), _masked("siselect", 0xFFF), check=_has_imsic),
-    Csr(0x151, "sireg", imsic.read, imsic.write, interrupts=True, check=_selected),
-    Csr(0x15C, "stopei", _read_stopei, lambda h, v: None, interrupts=True, check=_has_imsic, claim=imsic.claim),
-    Csr(0x180, "satp", _field("satp"), write_satp, context=True),
-    Csr(0xDB0, "stopi", _read_stopi, check=_has_imsic),
+    Csr(0x144, "sip", traps.pending, change=change_sip, interrupts=True),
+    Csr(0x14D, "stimecmp", _field("stimecmp"), _masked("stimecmp"), interrupts=True, check=_has_sstc),
+    Csr(0x150, "siselect", _field("siselect"), _masked("siselect", 0xFFF), check=_has_aia),
+    Csr(0x151, "sireg", imsic.read, change=imsic.change, interrupts=True, check=_selected),
+    Csr(0x15C, "stopei", _read_stopei, change=lambda h, value, mask: imsic.claim(h), interrupts=True),
+    Csr(0x180, "satp", _field("satp"), write_satp, context=ALL),
+    Csr(0xDB0, "stopi", _read_stopi, check=_has_aia),
     Csr(0xC00, "cycle", _instret, check=_counter(0)),
     Csr(0xC01, "time", lambda h: h.time(), check=_counter(1)),
     Csr(0xC02, "instret", _instret, check=_counter(2)),
     *(Csr(0xC00 + n, f"hpmcounter{n}", lambda h: u64(0), check=_counter(n)) for n in range(3, 32)),
 )
+
+#: CSRs that an access leaves native code for while the hart has no IMSIC: as KVM, kvmcore forwards them.
+NEED_IMSIC = frozenset({0x151, 0x15C})
 
 BY_NUMBER = {csr.number: csr for csr in CSRS}
 BY_NAME = {csr.name: csr for csr in CSRS}

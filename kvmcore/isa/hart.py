@@ -62,6 +62,9 @@ class Hart(Protocol):
     def routine(self, function: Callable[[Any], Value]) -> Value:
         """function(self): in native code compiled once, out of line, and called. It may not end the path."""
 
+    def enabled(self, extension: str) -> Value:
+        """1-bit: whether this hart has an extension that can be switched off ("zicbom")."""
+
     # -- the end of the path -----------------------------------------------------------------------------------
     # Returning from the function means: go on with the next instruction. raise Trap(...) ends the path too.
     def branch(self, offset: Value) -> NoReturn:
@@ -93,7 +96,7 @@ class Hart(Protocol):
         """Atomic swap add xor and or min max minu maxu; the old content, of value's width. Aligned."""
 
     def zero_block(self, address: Value, size: int) -> None:
-        """Store `size` zero bytes at an address aligned to `size` (cbo.zero)."""
+        """Store `size` zero bytes at the address rounded down to a multiple of `size` (cbo.zero)."""
 
     def check_block(self, address: Value) -> None:
         """The access check of cbo.inval/clean/flush: trap as a store would unless load or store is allowed."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from kvmcore.ir.value import Value, select, u64
 from kvmcore.isa.hart import Hart
 
-EIDELIVERY, EITHRESHOLD, EIP0, EIE0 = 0x70, 0x72, 0x80, 0xC0
+IPRIO0, IPRIO15, EIDELIVERY, EITHRESHOLD, EIP0, EIE0 = 0x30, 0x3F, 0x70, 0x72, 0x80, 0xC0
 #: 64-bit words that identities can fill.
 WORDS = 32
 
@@ -44,16 +44,19 @@ def claim(h: Hart) -> Value:
     return identity | (identity << 16)
 
 
-def valid(select_value: Value, identities: Value) -> Value:
-    """1-bit: whether siselect names a register: only even numbers on RV64, words that exist."""
-    fixed = (select_value == EIDELIVERY) | (select_value == EITHRESHOLD)
-    array = (select_value >= EIP0) & (select_value < EIE0 + 64) & ((select_value & 1) == 0)
-    return fixed | array
+def valid(selected: Value) -> Value:
+    """1-bit: whether siselect names a register that S-mode has on RV64 (AIA 2.2, 3.8): even numbers only."""
+    priorities = (selected >= IPRIO0) & (selected <= IPRIO15)
+    array = (selected >= EIP0) & (selected < EIE0 + 64)
+    fixed = (selected == EIDELIVERY) | (selected == EITHRESHOLD)
+    return (priorities | array | fixed) & ~selected.bit(0)
 
 
 def read(h: Hart) -> Value:
-    """The register that siselect names (valid)."""
+    """The register that siselect names (valid). Priorities of major interrupts are fixed: they read 0 (5.4.1)."""
     number = h.get("siselect")
+    if number < EIDELIVERY:
+        return u64(0)
     if number == EIDELIVERY:
         return h.get("eidelivery")
     if number == EITHRESHOLD:
@@ -64,22 +67,25 @@ def read(h: Hart) -> Value:
     return h.get_at("eie", word)
 
 
-def write(h: Hart, value: Value) -> None:
-    """Write it; identities that do not exist, and identity 0, stay 0."""
+def change(h: Hart, value: Value, mask: Value) -> Value:
+    """Give the bits of `mask` those of `value`; the old content. What does not exist, and identity 0, stays 0.
+
+    MSIs set bits of eip at any moment: those that `mask` leaves alone must not be lost.
+    """
     number = h.get("siselect")
-    if number == EIDELIVERY:
-        h.set("eidelivery", value & 1)
-        return
+    if number < EIDELIVERY:
+        return u64(0)
     identities = h.get("imsic_identities")
-    if number == EITHRESHOLD:
-        h.set("eithreshold", value & identities)
-        return
+    if number < EIP0:
+        name = "eidelivery" if number == EIDELIVERY else "eithreshold"
+        old = h.get(name)
+        limit = u64(1) if name == "eidelivery" else identities
+        h.set(name, ((old & ~mask) | (value & mask)) & limit)
+        return old
     word = (number & 63) >> 1
-    value = value & select(word == 0, u64(~1), u64(-1))
-    value = select(word <= (identities >> 6), value, u64(0))
-    if number < EIE0:
-        # Bits that an MSI sets meanwhile must not be lost: set and clear, atomically.
-        h.atomic_or("eip", value, word)
-        h.atomic_and("eip", value, word)
-        return
-    h.set_at("eie", word, value)
+    bits = mask & select(word == 0, u64(~1), u64(-1))
+    bits = select(word <= (identities >> 6), bits, u64(0))
+    name = "eip" if number < EIE0 else "eie"
+    old = h.atomic_and(name, value | ~bits, word)
+    h.atomic_or(name, value & bits, word)
+    return old

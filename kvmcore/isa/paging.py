@@ -6,7 +6,7 @@ updated by hardware (Svadu), by compare-and-swap. Never caches anything itself.
 
 from __future__ import annotations
 
-from kvmcore.ir.value import Value, const, u64
+from kvmcore.ir.value import Value, u64
 from kvmcore.isa import traps
 from kvmcore.isa.hart import Hart
 from kvmcore.isa.traps import Trap
@@ -87,6 +87,8 @@ def _leaf(h: Hart, va: Value, access: str, at: Value, pte: Value, level: int) ->
         raise fault
     wanted = A | D if access == "store" else A
     if (pte & wanted) != wanted:
+        if ~h.enabled("svadu"):
+            raise fault
         if ~h.cas_physical(at, pte, pte | wanted):
             raise Retry
         pte = pte | wanted
@@ -95,6 +97,3 @@ def _leaf(h: Hart, va: Value, access: str, at: Value, pte: Value, level: int) ->
 
 class Retry(Exception):
     """Another hart changed the entry meanwhile: the walk begins again."""
-
-
-_ = const

@@ -6,10 +6,28 @@ Adding an extension: write its file, add its module to EXTENSIONS.
 
 from __future__ import annotations
 
-from kvmcore.isa import privileged, rv64a, rv64c, rv64d, rv64f, rv64i, rv64m, zicsr, zifencei
+from kvmcore.isa import (
+    privileged,
+    rv64a,
+    rv64c,
+    rv64d,
+    rv64f,
+    rv64i,
+    rv64m,
+    zba,
+    zbb,
+    zbs,
+    zicbom,
+    zicboz,
+    zicsr,
+    zifencei,
+)
 from kvmcore.isa.describe import DescriptionError, Insn, rows_of
 
-EXTENSIONS = (rv64i, rv64m, rv64a, rv64f, rv64d, rv64c, zicsr, zifencei, privileged)
+EXTENSIONS = (
+    *(rv64i, rv64m, rv64a, rv64f, rv64d, rv64c),
+    *(zicsr, zifencei, privileged, zba, zbb, zbs, zicbom, zicboz),
+)
 
 
 def _overlap(a: Insn, b: Insn) -> bool:

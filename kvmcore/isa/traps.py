@@ -48,13 +48,15 @@ SSI, STI, SEI = 1, 5, 9
 NO_INTERRUPT = 0
 
 
-def pending(h: Hart) -> Value:
-    """sip as the guest reads it: stored bits, the timer's level, the external line and the IMSIC's."""
-    stored = h.get("sip")
+def pending(h: Hart, stored: Value | None = None) -> Value:
+    """sip as the guest reads it: stored bits, the timer's level, the external line and the IMSIC's.
+
+    stored: what the field sip holds, where the caller has just changed it.
+    """
+    stored = h.get("sip") if stored is None else stored
     timer = select(h.time() >= h.get("stimecmp"), 1 << STI, u64(0))
-    if h.get("imsic_present") != 0:
-        if imsic.deliverable(h) != 0:
-            return stored | timer | (1 << SEI)
+    if h.get("imsic_present") != 0 and imsic.deliverable(h) != 0:
+        return stored | timer | (1 << SEI)
     return stored | timer
 
 

@@ -15,6 +15,7 @@ from functools import cache
 
 from kvmcore.engine import reference as reference_engine
 from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.hart_state import EXTENSIONS
 from kvmcore.engine.loader import Image
 from kvmcore.engine.machine import Hart, Machine, SlotView
 from tests.framework.cases import CSR_NAMES, END, WINDOW, WINDOW_SIZE, Case, Outcome
@@ -48,6 +49,7 @@ class EnginePeer:
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._machine.set_slots([SlotView(WINDOW, WINDOW_SIZE, address)])
         self.hart = Hart(self._machine, 0, 0)
+        self.hart.set_extensions(frozenset(EXTENSIONS) - {"ssaia", "zkr"})  # the QEMU peer has neither
 
     def run(self, cases: Sequence[Case]) -> list[Outcome]:
         """What is left of each case."""
