@@ -1,7 +1,7 @@
 """The conformance guests: assembling tests/guests/NAME.S behind lib.S, and reading what a run printed.
 
-Runners: run_in_qemu here, with OpenSBI, which shows that the guests themselves are right; full_stack.py, through
-the protocol and kvmcore.
+Runners: run_in_qemu here, with OpenSBI, which shows that the guests themselves are right; full_stack.py,
+through the protocol and kvmcore.
 """
 
 from __future__ import annotations
