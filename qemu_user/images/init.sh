@@ -26,15 +26,24 @@ ip link set lo up 2>/dev/null
 
 mount -t devpts -o mode=620 pts /dev/pts 2>/dev/null || { mkdir -p /dev/pts; mount -t devpts pts /dev/pts; }
 
-for port in /sys/class/virtio-ports/*; do
-    [ -r "$port/name" ] || continue
-    read -r name <"$port/name"
-    case "$name" in
-        org.softkvm.stdin) stdin=/dev/${port##*/} ;;
-        org.softkvm.stdout) stdout=/dev/${port##*/} ;;
-        org.softkvm.stderr) stderr=/dev/${port##*/} ;;
-        org.softkvm.control) control=/dev/${port##*/} ;;
-    esac
+# The host names its ports one by one after the device is there; the control port comes last.
+find_ports() {
+    for port in /sys/class/virtio-ports/*; do
+        [ -r "$port/name" ] || continue
+        read -r name <"$port/name"
+        case "$name" in
+            org.softkvm.stdin) stdin=/dev/${port##*/} ;;
+            org.softkvm.stdout) stdout=/dev/${port##*/} ;;
+            org.softkvm.stderr) stderr=/dev/${port##*/} ;;
+            org.softkvm.control) control=/dev/${port##*/} ;;
+        esac
+    done
+}
+tries=0
+while [ -n "$COMMAND" ] && [ -z "$control" ] && [ $tries -lt 500 ]; do
+    find_ports
+    tries=$((tries + 1))
+    [ -n "$control" ] || usleep 2000
 done
 
 cd /root
