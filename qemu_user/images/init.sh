@@ -26,7 +26,7 @@ ip link set lo up 2>/dev/null
 
 mount -t devpts -o mode=620 pts /dev/pts 2>/dev/null || { mkdir -p /dev/pts; mount -t devpts pts /dev/pts; }
 
-# The host names its ports one by one after the device is there; the control port comes last.
+# The host names its console and ports one by one after the device is there; the control port comes last.
 find_ports() {
     for port in /sys/class/virtio-ports/*; do
         [ -r "$port/name" ] || continue
@@ -40,10 +40,11 @@ find_ports() {
     done
 }
 tries=0
-while [ -n "$COMMAND" ] && [ -z "$control" ] && [ $tries -lt 500 ]; do
-    find_ports
+while [ $tries -lt 500 ]; do
+    [ -z "$COMMAND" ] || find_ports
+    if [ -n "$COMMAND" ]; then [ -z "$control" ] || break; else [ ! -c /dev/hvc0 ] || break; fi
     tries=$((tries + 1))
-    [ -n "$control" ] || usleep 2000
+    usleep 2000
 done
 
 cd /root

@@ -97,7 +97,7 @@ class Chardev:
     def drain(self, seconds: float) -> None:
         """At the machine's end, the I/O thread being gone: write out what waits, for at most `seconds`."""
         until = time.monotonic() + seconds
-        while self._output and self.is_open and time.monotonic() < until:
+        while self._output and self.connected and time.monotonic() < until:
             before = len(self._output)
             self._flush()
             if len(self._output) == before:
@@ -118,6 +118,11 @@ class Chardev:
             self._scheduled = True
         self._schedule()
         return taken
+
+    @property
+    def connected(self) -> bool:
+        """Whether somebody gets the output; if not, it is gone."""
+        return self.is_open
 
     def poke(self) -> None:
         """Call output_ready() soon: for a front end that was restored with output of its own left over."""
@@ -142,7 +147,7 @@ class Chardev:
             self._scheduled = False
             data = bytes(self._output)
         if data:
-            sent = self._emit(data) if self.is_open else len(data)
+            sent = self._emit(data) if self.connected else len(data)
             with self._lock:
                 del self._output[:sent]
                 again = bool(self._output) and not self._scheduled

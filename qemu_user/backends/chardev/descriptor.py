@@ -83,6 +83,10 @@ class DescriptorChardev(Chardev):
         self.is_open = False
         self.frontend.closed()
 
+    @property
+    def connected(self) -> bool:
+        return self._out_fd >= 0  # output goes on when input has ended
+
     # -- output ------------------------------------------------------------------------------------
 
     def _emit(self, data: bytes) -> int:
@@ -134,11 +138,6 @@ class DescriptorChardev(Chardev):
             poll = select.poll()
             poll.register(self._out_fd, select.POLLOUT)
             poll.poll(seconds * 1000)
-
-    def drain(self, seconds: float) -> None:
-        opened, self.is_open = self.is_open, self._out_fd >= 0
-        super().drain(seconds)
-        self.is_open = opened
 
     def close(self) -> None:
         self._pause()

@@ -54,6 +54,10 @@ class PtyChardev(DescriptorChardev):
             self._end_of_input()
         self._loop.call_later(_LOOK_SECONDS, self._look)
 
+    @property
+    def connected(self) -> bool:
+        return self.is_open
+
     def resume_input(self) -> None:
         if self.is_open:
             super().resume_input()

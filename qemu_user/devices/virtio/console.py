@@ -299,7 +299,7 @@ class VirtioConsole(VirtioDevice):
                 self.transport.run(port.transmit)
                 port.chardev.drain(until - time.monotonic())
                 if (
-                    not (self.live and port.tx.has_requests and port.chardev.is_open)
+                    not (self.live and port.tx.has_requests and port.chardev.connected)
                     or time.monotonic() > until
                 ):
                     break
