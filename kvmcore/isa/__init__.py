@@ -1,1 +1,1 @@
-"""What the guest CPU means: instructions, CSRs, traps, page tables, IEEE 754. Pure description over ir.value."""
+"""What the guest CPU means: instructions, CSRs, traps, page tables, IEEE 754. Description, over ir.value."""

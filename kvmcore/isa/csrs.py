@@ -1,7 +1,7 @@
 """The CSRs that a guest in S or U mode sees: one entry each, with its reading and its writing.
 
-Called by zicsr.py for every CSR instruction and by the reference for CSRs by name. Privilege and read-only numbers are
-checked here from the number's bits (Privileged ISA, 2.1). A CSR without an entry is an illegal instruction.
+Called by zicsr.py, which checks privilege and read-only numbers, for every CSR instruction, and by the
+reference for CSRs by name. A CSR without an entry is an illegal instruction. Never touches memory.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Csr:
 
     context: bits of it that say how addresses are translated; interrupts: whether a write may make one due;
     check: raises Trap where an access is illegal, or leaves.
-    change(h, value, mask) replaces reading and writing where other threads write too: the bits of `mask` become those
-    of `value`, the others stay as they are at that moment; it gives the old content.
+    change(h, value, mask) replaces reading and writing where other threads write too: the bits of `mask`
+    become those of `value`, the others stay as they are at that moment; it gives the old content.
     """
 
     number: int
@@ -58,7 +58,7 @@ def _masked(name: str, mask: int = ALL) -> Write:
     return lambda h, value: h.set(name, value & mask)
 
 
-# -- sstatus (12.1.1) --------------------------------------------------------------------------------------------
+# -- sstatus (12.1.1) ------------------------------------------------------------------------------
 
 
 def read_sstatus(h: Hart) -> Value:
@@ -85,7 +85,7 @@ def write_sstatus(h: Hart, value: Value) -> None:
     h.set("fs", select(h.enabled("f"), fs, 0))
 
 
-# -- interrupts ----------------------------------------------------------------------------------------------------
+# -- interrupts ------------------------------------------------------------------------------------
 
 
 def change_sip(h: Hart, value: Value, mask: Value) -> Value:
@@ -118,7 +118,7 @@ def write_senvcfg(h: Hart, value: Value) -> None:
     h.set("senvcfg", (value & 0xC1) | (select(cbie == 2, u64(0), cbie) << 4))
 
 
-# -- floating point (Unprivileged ISA, 20.2) ---------------------------------------------------------------------------
+# -- floating point (Unprivileged ISA, 20.2) -------------------------------------------------------
 
 
 def _fp_on(h: Hart) -> None:
@@ -145,7 +145,7 @@ def _read_fcsr(h: Hart) -> Value:
     return h.get("fflags").zext(64) | (h.get("frm").zext(64) << 5)
 
 
-# -- counters ------------------------------------------------------------------------------------------------------------
+# -- counters --------------------------------------------------------------------------------------
 
 
 def _counter(index: int) -> Callable[[Hart], None]:
@@ -161,7 +161,7 @@ def _instret(h: Hart) -> Value:
     return h.instret() + h.get("instret_base")
 
 
-# -- AIA -------------------------------------------------------------------------------------------------------------------
+# -- AIA -------------------------------------------------------------------------------------------
 
 
 def _has_aia(h: Hart) -> None:

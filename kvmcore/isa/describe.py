@@ -50,9 +50,9 @@ class Part:
 class Operand:
     """One parameter of a semantics function and the way to it from the instruction's bits.
 
-    kind: "x" integer register, "xd" the same as destination (x0 becomes X0_SINK), "f" floating-point register,
-    "s" signed and "u" unsigned number. Numbers are multiples of `scale`; number / scale fits `bits` bits.
-    `fixed` is the operand's value where the encoding has no field for it (sp in c.lwsp), else None.
+    kind: "x" integer register, "xd" the same as destination (x0 becomes X0_SINK), "f" floating-point
+    register, "s" signed and "u" unsigned number. Numbers are multiples of `scale`; number / scale fits `bits`
+    bits. `fixed` is the operand's value where the encoding has no field for it (sp in c.lwsp), else None.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Operand:
         return 8 if self.is_register or self.name in ("rm", "pred", "succ") else 64
 
     def extract(self, raw: Value) -> Value:
-        """The operand (`width` bits, complete: scaled, sign-extended, mapped) of the 32-bit instruction `raw`."""
+        """The operand of the 32-bit instruction `raw`: `width` bits, scaled, sign-extended, mapped."""
         if self.fixed is not None:
             return const(self.width, self.fixed)
         value = const(32, 0)
@@ -161,7 +161,8 @@ def alias(
     ("rd") or a constant (2).
     """
     caller = inspect.currentframe()
-    assert caller is not None and caller.f_back is not None
+    assert caller is not None
+    assert caller.f_back is not None
     extension = str(caller.f_back.f_globals["__name__"]).rpartition(".")[2]
     return make(name, encoding, function, extension, unless, operands)
 

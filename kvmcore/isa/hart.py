@@ -43,7 +43,7 @@ class Hart(Protocol):
     def length(self) -> int:
         """Bytes of this instruction: 2 or 4."""
 
-    # -- state: fields of kvmcore/engine/hart_state.py, each with its own width ------------------------------
+    # -- state: fields of kvmcore/engine/hart_state.py, each with its own width --------------------
     def get(self, name: str) -> Value: ...
 
     def set(self, name: str, value: Value | int) -> None: ...
@@ -65,7 +65,7 @@ class Hart(Protocol):
     def enabled(self, extension: str) -> Value:
         """1-bit: whether this hart has an extension that can be switched off ("zicbom")."""
 
-    # -- the end of the path -----------------------------------------------------------------------------------
+    # -- the end of the path -----------------------------------------------------------------------
     # Returning from the function means: go on with the next instruction. raise Trap(...) ends the path too.
     def branch(self, offset: Value) -> NoReturn:
         """Go on at pc + offset, the instruction's own immediate."""
@@ -79,7 +79,7 @@ class Hart(Protocol):
     def exit(self, kind: str) -> NoReturn:
         """Leave native code with pc at this instruction: "ECALL", "WFI", "CSR", "EBREAK" or "EMULATE"."""
 
-    # -- memory, virtual addresses -----------------------------------------------------------------------------
+    # -- memory, virtual addresses -----------------------------------------------------------------
     def load(self, address: Value, size: int) -> Value:
         """`size` bytes as a Value of 8 * size bits; misaligned is allowed. May end the path (trap, MMIO)."""
 
@@ -99,7 +99,7 @@ class Hart(Protocol):
         """Store `size` zero bytes at the address rounded down to a multiple of `size` (cbo.zero)."""
 
     def check_block(self, address: Value) -> None:
-        """The access check of cbo.inval/clean/flush: trap as a store would unless load or store is allowed."""
+        """The check of cbo.inval, clean, flush: trap as a store unless load or store is allowed."""
 
     def fence(self, pred: Value, succ: Value) -> None:
         """Order memory accesses; bits of 8-bit pred and succ: 1 write, 2 read, 4 output, 8 input."""
@@ -113,14 +113,14 @@ class Hart(Protocol):
     def context_changed(self) -> None:
         """Mode, satp, SUM or MXR may have changed: translations are chosen anew for the next access."""
 
-    # -- physical memory, for page walks -----------------------------------------------------------------------
+    # -- physical memory, for page walks -----------------------------------------------------------
     def load_physical(self, address: Value) -> Value:
         """The 8 aligned bytes at a guest-physical address; no memory there: access fault of the walk."""
 
     def cas_physical(self, address: Value, old: Value, new: Value) -> Value:
         """Compare and swap 8 bytes of guest-physical memory; 1-bit Value, 1 = swapped."""
 
-    # -- arithmetic and time -----------------------------------------------------------------------------------
+    # -- arithmetic and time -----------------------------------------------------------------------
     def fp(self, operation: str, args: tuple[Value, ...], rm: Value | int | None = None) -> Value:
         """An IEEE operation, named and defined in softfloat.py ("f32.add"); flags accumulate in fcsr."""
 

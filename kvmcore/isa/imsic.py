@@ -53,7 +53,7 @@ def valid(selected: Value) -> Value:
 
 
 def read(h: Hart) -> Value:
-    """The register that siselect names (valid). Priorities of major interrupts are fixed: they read 0 (5.4.1)."""
+    """The register that siselect names (valid). Priorities of major interrupts are fixed: 0 (5.4.1)."""
     number = h.get("siselect")
     if number < EIDELIVERY:
         return u64(0)
@@ -68,9 +68,10 @@ def read(h: Hart) -> Value:
 
 
 def change(h: Hart, value: Value, mask: Value) -> Value:
-    """Give the bits of `mask` those of `value`; the old content. What does not exist, and identity 0, stays 0.
+    """Give the bits of `mask` those of `value`; the old content.
 
-    MSIs set bits of eip at any moment: those that `mask` leaves alone must not be lost.
+    What does not exist, and identity 0, stays 0. MSIs set bits of eip at any moment: those that `mask` leaves
+    alone must not be lost.
     """
     number = h.get("siselect")
     if number < EIDELIVERY:

@@ -1,7 +1,7 @@
 """Address translation: the Sv39, Sv48 and Sv57 walk (Privileged ISA, 12.3 to 12.5), written once.
 
-Called by the engines for each access kind when their caches do not know a translation. Accessed and dirty bits are
-updated by hardware (Svadu), by compare-and-swap. Never caches anything itself.
+Called by the engines for each access kind when their caches do not know a translation. Accessed and dirty
+bits are updated by hardware (Svadu), by compare-and-swap. Never caches anything itself.
 """
 
 from __future__ import annotations

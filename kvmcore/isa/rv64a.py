@@ -1,6 +1,6 @@
 """A: load-reserved, store-conditional and atomic memory operations (Unprivileged ISA, chapter 14).
 
-aq and rl are stronger than asked on every host that orders all atomics. Misaligned addresses trap (14.2, 14.4).
+Hosts order all atomics as with aq and rl both set. Misaligned addresses trap (14.2, 14.4).
 """
 
 from __future__ import annotations

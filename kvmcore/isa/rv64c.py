@@ -1,4 +1,4 @@
-"""C: the 16-bit encodings of RV64GC (Unprivileged ISA, chapter 27). All are other spellings of 32-bit instructions.
+"""C: the 16-bit encodings of RV64GC (Unprivileged ISA, chapter 27), other spellings of 32-bit instructions.
 
 Reserved code points and those of other instructions are excluded by `unless`; HINTs run as what they spell.
 """

@@ -1,4 +1,4 @@
-"""D: double-precision floating point (Unprivileged ISA, chapter 21): loads, stores, conversions between formats.
+"""D: double-precision floating point (Unprivileged ISA, chapter 21): loads, stores, conversions.
 
 What both formats have comes from rv64f.arithmetic.
 """

@@ -1,7 +1,7 @@
 """F: single-precision floating point (Unprivileged ISA, chapter 20).
 
-Operations are named "f32.add" and so on and defined in softfloat.py; here are operands, NaN boxing, results and the
-checks of sstatus.FS and rounding modes. rv64d.py builds the same rows for doubles from `arithmetic`.
+Operations are named "f32.add" and so on and defined in softfloat.py; here are operands, NaN boxing, results
+and the checks of sstatus.FS and rounding modes. rv64d.py builds the same rows for doubles from `arithmetic`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def dirty(h: Hart) -> None:
     h.set("fs", 3)
 
 
-# -- rows that exist for both formats ------------------------------------------------------------------------------
+# -- rows that exist for both formats --------------------------------------------------------------
 
 
 def _named(function: Semantics, name: str) -> Semantics:
@@ -159,9 +159,7 @@ def _classify(fmt: Format) -> Semantics:
             select(fraction == 0, select(negative, const(64, 3), 4), select(negative, const(64, 2), 5)),
             select(negative, const(64, 1), 6),
         )
-        special = select(
-            fraction == 0, select(negative, const(64, 0), 7), select(quiet, const(64, 9), 8)
-        )
+        special = select(fraction == 0, select(negative, const(64, 0), 7), select(quiet, const(64, 9), 8))
         h.x[rd] = const(64, 1) << select(exponent == ones, special, finite)
 
     return fp
@@ -236,8 +234,9 @@ def arithmetic(fmt: Format, module: str) -> list[Insn]:
     for number, (letter, width, signed) in enumerate(
         (("w", 32, True), ("wu", 32, False), ("l", 64, True), ("lu", 64, False))
     ):
-        row(f"fcvt.{letter}.{s}", f"11000{code} {number:05b} rs1 rm rd 1010011", _to_integer(fmt, width, signed))
-        row(f"fcvt.{s}.{letter}", f"11010{code} {number:05b} rs1 rm rd 1010011", _from_integer(fmt, width, signed))
+        fields = f"{code} {number:05b} rs1 rm rd 1010011"
+        row(f"fcvt.{letter}.{s}", "11000" + fields, _to_integer(fmt, width, signed))
+        row(f"fcvt.{s}.{letter}", "11010" + fields, _from_integer(fmt, width, signed))
     x = "w" if fmt.width == 32 else "d"
     row(f"fmv.x.{x}", f"11100{code} 00000 rs1 000 rd 1010011", _move_to_x(fmt))
     row(f"fmv.{x}.x", f"11110{code} 00000 rs1 000 rd 1010011", _move_from_x(fmt))
@@ -247,7 +246,7 @@ def arithmetic(fmt: Format, module: str) -> list[Insn]:
 ALIASES = arithmetic(SINGLE, "rv64f")
 
 
-# -- loads and stores (20.5) ---------------------------------------------------------------------------------------
+# -- loads and stores (20.5) -----------------------------------------------------------------------
 
 
 @insn("flw", "imm[11:0] rs1 010 rd 0000111")

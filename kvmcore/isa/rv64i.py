@@ -1,7 +1,7 @@
 """RV64I, the base integer instructions (Unprivileged ISA, chapters 2 and 4) without SYSTEM and FENCE.I.
 
-Results are written as 64-bit Values; "W" instructions compute in 32 bits and sign-extend. ecall, ebreak and the
-other SYSTEM instructions live in privileged.py, fence.i in zifencei.py.
+Results are written as 64-bit Values; "W" instructions compute in 32 bits and sign-extend. ecall, ebreak and
+the other SYSTEM instructions live in privileged.py, fence.i in zifencei.py.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def bgeu(h: Hart, rs1: Reg, rs2: Reg, imm: Value) -> None:
         h.branch(imm)
 
 
-# -- loads and stores (2.6, 4.3) ---------------------------------------------------------------------------
+# -- loads and stores (2.6, 4.3) -------------------------------------------------------------------
 
 
 @insn("lb", "imm[11:0] rs1 000 rd 0000011")
@@ -131,7 +131,7 @@ def sd(h: Hart, rs1: Reg, rs2: Reg, imm: Value) -> None:
     h.store(h.x[rs1] + imm, h.x[rs2])
 
 
-# -- register and immediate (2.4.1, 4.2.1) --------------------------------------------------------------------
+# -- register and immediate (2.4.1, 4.2.1) ---------------------------------------------------------
 
 
 @insn("addi", "imm[11:0] rs1 000 rd 0010011")
@@ -201,7 +201,7 @@ def sraiw(h: Hart, rd: Reg, rs1: Reg, shamt: Value) -> None:
     h.x[rd] = h.x[rs1].trunc(32).sar(shamt.trunc(32)).sext(64)
 
 
-# -- register and register (2.4.2, 4.2.2) -----------------------------------------------------------------------
+# -- register and register (2.4.2, 4.2.2) ----------------------------------------------------------
 
 
 @insn("add", "0000000 rs2 rs1 000 rd 0110011")
@@ -279,7 +279,7 @@ def sraw(h: Hart, rd: Reg, rs1: Reg, rs2: Reg) -> None:
     h.x[rd] = h.x[rs1].trunc(32).sar(h.x[rs2].trunc(32) & 31).sext(64)
 
 
-# -- memory ordering (2.7) ----------------------------------------------------------------------------------------
+# -- memory ordering (2.7) -------------------------------------------------------------------------
 
 
 @insn("fence", "fm pred succ rs1 000 rd 0001111", unless=("fm=0,pred=1,succ=0,rs1=0,rd=0",))

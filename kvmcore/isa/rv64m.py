@@ -29,7 +29,9 @@ def mulhu(h: Hart, rd: Reg, rs1: Reg, rs2: Reg) -> None:
     h.x[rd] = ((h.x[rs1].zext(128) * h.x[rs2].zext(128)) >> 64).trunc(64)
 
 
-def _signed(a: Value, b: Value, operation: Callable[[Value, Value], Value], by_zero: Value, over: Value) -> Value:
+def _signed(
+    a: Value, b: Value, operation: Callable[[Value, Value], Value], by_zero: Value, over: Value
+) -> Value:
     """13.2, table 11: the results where the quotient does not exist."""
     if b == 0:
         return by_zero

@@ -1,8 +1,8 @@
 """IEEE 754 arithmetic on Python integers: the definition of every operation that semantics ask of `Hart.fp`.
 
-Exact: a value is sign * m * 2**e with unbounded m, rounded once. All five rounding modes, exact flags, tininess
-detected after rounding, canonical NaNs (Unprivileged ISA, 20.2 to 20.9). Used by the reference; native code is tested
-against it. Slow and without tricks.
+Exact: a value is sign * m * 2**e with unbounded m, rounded once. All five rounding modes, exact flags,
+tininess detected after rounding, canonical NaNs (Unprivileged ISA, 20.2 to 20.9). Used by the reference;
+native code is tested against it. Slow and without tricks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from math import isqrt
 from typing import NamedTuple
 
 RNE, RTZ, RDN, RUP, RMM = range(5)
+DYNAMIC = 7
 NX, UF, OF, DZ, NV = 1, 2, 4, 8, 16
 
 
@@ -233,8 +234,16 @@ def _from_integer(fmt: Format, value: int, signed: bool, bits: int, mode: int) -
     return pack(fmt, Number(value < 0, abs(value), 0), mode)
 
 
+def result_width(name: str) -> int:
+    """Bits of an operation's result."""
+    kind, _, operation = name.partition(".")
+    if operation in ("eq", "lt", "le"):
+        return 1
+    return int(operation[4:]) if operation.startswith("to_") else int(kind[1:])
+
+
 def evaluate(name: str, args: tuple[int, ...], mode: int) -> tuple[int, int]:
-    """(result bits, flags) of an operation: "f32.add", "f64.to_i32", ...; integers as unsigned bit patterns."""
+    """(result bits, flags) of an operation: "f32.add", "f64.to_i32", ...; integers as bit patterns."""
     kind, _, operation = name.partition(".")
     fmt = FORMATS[kind]
     if operation.startswith("from_"):
@@ -247,11 +256,11 @@ def evaluate(name: str, args: tuple[int, ...], mode: int) -> tuple[int, int]:
     if operation.startswith("to_"):
         return _to_integer(fmt, args[0], operation[3] == "i", int(operation[4:]), mode)
     if operation in ("min", "max"):
-        return _least(fmt, operation, *args)
+        return _least(fmt, operation, args[0], args[1])
     if operation in ("eq", "lt", "le"):
-        return _compare(fmt, operation, *args)
+        return _compare(fmt, operation, args[0], args[1])
     if operation == "fma":
-        return fma(fmt, *args, mode)
+        return fma(fmt, args[0], args[1], args[2], mode)
     if any(is_nan(fmt, bits) for bits in args):
         return fmt.nan, _nan_flags(fmt, *args)
     numbers = [unpack(fmt, bits) for bits in args]

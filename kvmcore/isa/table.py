@@ -1,6 +1,6 @@
 """The table of all instructions: the explicit list of extensions, checked for overlap when imported.
 
-Read by the decoder generator, the interpreter generator, the reference, the translator and the contract tests.
+Read by the decoder generator, the interpreter generator, the reference and the contract tests.
 Adding an extension: write its file, add its module to EXTENSIONS.
 """
 

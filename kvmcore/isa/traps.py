@@ -1,7 +1,7 @@
 """Traps: their causes, how S-mode is entered, and which interrupt is due (Privileged ISA, chapter 12).
 
-All traps of the guest go to S-mode, as KVM's delegation gives it: there is no M-mode here. The engines turn a
-raised `Trap` into `enter_trap`. Never decides anything about SBI: an ecall from S-mode is an exit, not a trap.
+All traps of the guest go to S-mode, as KVM's delegation gives it: there is no M-mode here. The engines turn
+a raised `Trap` into `enter_trap`. Never decides anything about SBI: an ecall from S-mode is an exit.
 """
 
 from __future__ import annotations

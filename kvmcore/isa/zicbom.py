@@ -1,6 +1,6 @@
 """Zicbom: cache-block management (Unprivileged ISA, chapter 19).
 
-There are no caches that a guest could see stale, so what is left of these instructions is their permission checks.
+There are no caches that a guest could see stale: what is left of these instructions is their checks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Zicsr: the six CSR instructions (Unprivileged ISA, chapter 6). What each CSR is stands in csrs.py.
 
-The csr operand is always known when these run: native code has a handler for each CSR, the decoder chooses it.
+The csr operand is always known when these run: native code has a handler for each CSR.
 """
 
 from __future__ import annotations
