@@ -1,0 +1,52 @@
+"""`softkvm VERB ...`: finds the verb's file and calls its main(arguments) -> exit status.
+
+Adding a verb: a file in this folder with `main`, and a line in VERBS. Must import nothing heavy itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+#: Verb -> (module, what it does). The order is that of the help.
+VERBS: dict[str, tuple[str, str]] = {
+    "run": ("run", "boot an image, a kernel or U-Boot; with -- COMMAND run just that command"),
+    "ps": ("ps", "list running VMs"),
+    "console": ("console", "attach the terminal to a VM's console"),
+    "stop": ("stop", "ask a VM to shut down, then end it"),
+    "kill": ("kill", "end a VM at once"),
+    "images": ("images", "list images in the cache"),
+    "pull": ("pull", "fetch and build an image"),
+}
+ALIASES = {"list": "ps"}
+
+
+def usage() -> str:
+    """The help of the command itself."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, (_, text) in VERBS.items())
+    return f"usage: softkvm VERB ...\n\nRuns real Linux guests where there is no /dev/kvm.\n\n{verbs}\n\nsoftkvm VERB --help says more.\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; 2 for a wrong command line."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0 if argv else 2
+    verb = ALIASES.get(argv[0], argv[0])
+    if verb not in VERBS:
+        sys.stderr.write(f"softkvm: no verb {argv[0]!r}; there are: {', '.join(VERBS)}\n")
+        return 2
+    module = importlib.import_module(f"qemu_user.cli.{VERBS[verb][0]}")
+    try:
+        return int(module.main(argv[1:]))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

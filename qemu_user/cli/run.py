@@ -1,0 +1,202 @@
+"""`softkvm run`: boot a VM in the foreground; with `-- COMMAND` behave as that command, as `docker run` does.
+
+The VM's devices live in this process (qemu_user's half), its vCPUs in kvmcore's. Exit status: the guest command's;
+125 when the VM could not be started or ended before the command; 128 + N for a signal that ended us.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qemu_user.cli.daemon import DaemonError, ensure
+
+if TYPE_CHECKING:
+    from qemu_user.config.machine_config import MachineConfig
+    from qemu_user.management.instance import Instance
+
+FAILED = 125
+DEFAULT_IMAGE = "busybox"
+_PORTS = ("stdin", "stdout", "stderr", "control")
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+EPILOG = """examples:
+  softkvm run                                   a shell in Debian's kernel with busybox
+  softkvm run busybox -- uname -a               run a command, print its output, exit with its status
+  softkvm run --kernel Image --initrd I --append "..." --drive file=d.img --netdev user,id=n0 -m 512M --smp 2
+  softkvm run --kernel u-boot.bin               U-Boot (qemu-riscv64_smode)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; what QEMU has is called as QEMU calls it."""
+    result = argparse.ArgumentParser(
+        prog="softkvm run", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Boot a VM in the foreground.",
+    )  # fmt: skip
+    result.add_argument("image", nargs="?", help=f"image to boot (default: {DEFAULT_IMAGE}); see softkvm images")
+    result.add_argument("-m", "--memory", default="512M", metavar="SIZE", help="memory (default: 512M)")
+    result.add_argument("--smp", default="1", metavar="N", help="vCPUs (default: 1)")
+    result.add_argument("--name", help="the VM's name in softkvm ps")
+    result.add_argument("--kernel", metavar="FILE", help="flat Image, ELF or U-Boot instead of an image")
+    result.add_argument("--initrd", metavar="FILE", help="initial RAM disk")
+    result.add_argument("--append", default="", metavar="TEXT", help="kernel command line, or what to add to the image's")
+    result.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help="disk: file=PATH[,readonly=on]")
+    result.add_argument("--netdev", action="append", default=[], metavar="OPTIONS", help="network: user|tap|stream,id=ID,...")
+    result.add_argument("-v", "--verbose", action="store_true", help="show the kernel's messages (on stderr)")
+    return result
+
+
+@dataclass
+class Outcome:
+    """What the guest said on its control port."""
+
+    status: int | None = None
+    ready: bool = False
+
+
+def main(arguments: list[str]) -> int:
+    """Run; the exit status."""
+    command: list[str] = []
+    if "--" in arguments:
+        at = arguments.index("--")
+        arguments, command = arguments[:at], arguments[at + 1 :]
+        if not command:
+            return _fail("nothing behind --; give a command to run")
+    options = parser().parse_args(arguments)
+    if options.kernel and command:
+        return _fail("-- COMMAND needs an image with an init that understands it; --kernel boots what you give")
+    try:
+        return _run(options, command)
+    except DaemonError as error:
+        return _fail(str(error))
+
+
+def _fail(sentence: str) -> int:
+    sys.stderr.write(f"softkvm run: {sentence}\n")
+    return FAILED
+
+
+def _run(options: argparse.Namespace, command: list[str]) -> int:
+    from qemu_user.cli.progress import Bar
+    from qemu_user.config.errors import ConfigError
+    from qemu_user.config.qemu_options import parse
+    from qemu_user.images.errors import ImageError
+    from qemu_user.machine.machine import StartError
+    from qemu_user.management.instance import Instance
+
+    words = ["-m", options.memory, "-smp", options.smp, "-name", options.name or _free_name()]
+    for flag, values in (("-drive", options.drive), ("-netdev", options.netdev)):
+        for value in values:
+            words += [flag, value]
+    ours, theirs = socket.socketpair()
+    try:
+        if options.kernel:
+            words += ["-kernel", options.kernel]
+            words += ["-initrd", options.initrd] if options.initrd else []
+            words += ["-append", options.append] if options.append else []
+            config, _ = parse([*words, "-nographic"])
+        else:
+            from qemu_user.images.store import Store
+
+            with Bar() as progress:
+                image = Store().ensure(options.image or DEFAULT_IMAGE, progress)
+            append = " ".join(filter(None, (image.meta.append, options.append)))
+            if options.verbose:
+                append = append.replace("quiet", "").strip()
+            words += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", append]
+            config, _ = parse([*words, "-nographic"])
+            config = _with_ports(config, command, options.verbose, theirs.fileno())
+        instance = Instance(config, ensure())
+    except (ConfigError, ImageError, StartError) as error:
+        return _fail(str(error))
+    outcome = Outcome()
+    interactive = not command and sys.stdin.isatty()
+    if interactive:
+        sys.stderr.write(f"softkvm: VM {config.name}; leave with Ctrl-A x, help with Ctrl-A h\n")
+    _forward_signals(instance, ours, outcome, bool(command))
+    try:
+        instance.start()
+    except StartError as error:
+        return _fail(str(error))
+    if not options.kernel:
+        threading.Thread(target=_listen, args=(ours, outcome), daemon=True).start()
+    status = instance.wait()
+    if options.kernel:
+        return status
+    if outcome.status is not None:
+        return outcome.status
+    if status:
+        return status if status > 128 else FAILED
+    if command:
+        return _fail(f"VM {config.name} ended before the command did (-v shows the kernel's messages)")
+    return 0
+
+
+def _free_name() -> str:
+    return f"vm-{os.getpid()}"
+
+
+def _with_ports(config: MachineConfig, command: list[str], verbose: bool, control: int) -> MachineConfig:
+    """The image's devices: console, and the ports that /init speaks over."""
+    import msgspec
+
+    from qemu_user.config.machine_config import Chardev, ConsolePort
+    from qemu_user.images.store import command_line, settings
+
+    conf = {"NAME": config.name, "COMMAND": command_line(command) if command else "exec sh -l"}
+    if command:
+        console = Chardev(id="console", kind="fd", output=2) if verbose else Chardev(id="console", kind="hub")
+    else:
+        conf["TTY"] = "1"
+        console = Chardev(id="console", kind="hub", stdio=True)
+    chardevs = [console, Chardev(id="control", kind="fd", input=control, output=control)]
+    ports = []
+    if command:
+        chardevs += [
+            Chardev(id="stdin", kind="fd", input=0),
+            Chardev(id="stdout", kind="fd", output=1, quit_on_hangup=True),
+            Chardev(id="stderr", kind="fd", output=2),
+        ]
+        ports = [ConsolePort(id=number, name=f"org.softkvm.{name}", chardev=name)
+                 for number, name in enumerate(_PORTS, 1)]  # fmt: skip
+    else:
+        ports = [ConsolePort(id=4, name="org.softkvm.control", chardev="control")]
+    boot = msgspec.structs.replace(config.boot, initrd_extra=settings(conf))
+    return msgspec.structs.replace(
+        config, boot=boot, chardevs=tuple(chardevs), serial="", console="console", ports=tuple(ports)
+    ).validate()
+
+
+def _listen(control: socket.socket, outcome: Outcome) -> None:
+    """Lines from the guest: `ready`, `exit N`."""
+    with control.makefile("r", errors="replace") as lines:
+        for line in lines:
+            words = line.split()
+            if words[:1] == ["ready"]:
+                outcome.ready = True
+            elif len(words) == 2 and words[0] == "exit" and words[1].isdigit():
+                outcome.status = int(words[1]) & 0xFF
+
+
+def _forward_signals(instance: Instance, control: socket.socket, outcome: Outcome, command: bool) -> None:
+    """Signals go to the guest's command once it runs; before that, and without one, they end the VM."""
+
+    def received(number: int, frame: object) -> None:
+        if command and outcome.ready:
+            try:
+                control.send(f"signal {number}\n".encode())
+            except OSError:
+                instance.quit(128 + number)
+        else:
+            instance.quit(128 + number)
+
+    for number in _FORWARDED:
+        signal.signal(number, received)
+    signal.signal(signal.SIGWINCH, lambda number, frame: instance.machine.window_changed())
