@@ -1,0 +1,94 @@
+"""The image on disk: built once, verified, rebuilt when damaged; loading it needs no LLVM."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from kvmcore.engine import image as image_file
+from kvmcore.engine.link import LinkError, link
+from kvmcore.engine.loader import EngineError, Image, ensure_image
+
+
+def test_loading_is_quick_and_brings_no_llvm():
+    ensure_image()
+    program = (
+        "import sys, time; from kvmcore.engine.loader import Image\n"
+        "import kvmcore.engine.machine\n"
+        "start = time.perf_counter(); Image.load(); took = time.perf_counter() - start\n"
+        "assert not any(name.startswith('llvmlite') for name in sys.modules)\n"
+        "print(took)"
+    )
+    times = []
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        times.append(float(result.stdout))
+    assert min(times) < 0.02
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
+def test_a_damaged_image_is_not_used(tmp_path, damage):
+    data = bytearray(ensure_image().read_bytes())
+    if damage == "truncate":
+        del data[-100:]
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+    elif damage == "empty":
+        data.clear()
+    else:
+        data[:] = b"not an image" * 100
+    path = tmp_path / "x.img"
+    path.write_bytes(data)
+    with pytest.raises((image_file.ImageError, ValueError)):
+        image_file.unpack(path.read_bytes())
+    with pytest.raises(EngineError):
+        Image(path)
+
+
+def test_a_missing_or_damaged_image_is_built_by_one_of_many(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = image_file.path()
+    assert path.is_relative_to(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half an im")
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: ensure_image(), range(3))) == [path] * 3
+    image_file.unpack(path.read_bytes())
+    assert sorted(entry.name for entry in path.parent.iterdir()) == sorted([".lock", path.name])
+    assert path.read_bytes() == ensure_image().read_bytes()
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocker))
+    with pytest.raises(EngineError, match="cannot write the engine image"):
+        ensure_image()
+
+
+def test_the_linker_refuses_what_it_does_not_know():
+    with pytest.raises(LinkError):
+        link(b"\x7fELF\x01\x01" + bytes(100))
+    with pytest.raises(LinkError):
+        link(os.urandom(64))
+
+
+def test_the_key_names_everything(monkeypatch):
+    before = image_file.key()
+    image_file.key.cache_clear()
+    monkeypatch.setattr(image_file, "host_features", lambda: "another CPU")
+    try:
+        assert image_file.key() != before
+    finally:
+        image_file.key.cache_clear()
+
+
+def test_the_module_time_is_small():
+    start = time.perf_counter()
+    image_file.unpack(ensure_image().read_bytes())
+    assert time.perf_counter() - start < 0.02

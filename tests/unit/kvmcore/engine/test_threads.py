@@ -1,0 +1,166 @@
+"""Harts and threads: kicks, quiesce, atomics between harts, remote flushes."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from kvmcore.engine.exits import ExitKind
+from tests.framework.bare_guest import RAM
+
+SPIN = "1: addi t0, t0, 1\n j 1b"
+COUNTER = RAM + 0x10_0000
+
+
+def test_a_kick_ends_the_run_that_runs(guest):
+    g = guest(SPIN)
+    started = time.monotonic()
+    assert g.run(seconds=0.2) == ExitKind.KICK
+    assert time.monotonic() - started < 5
+
+
+def test_a_kick_before_the_run_counts_once(guest):
+    g = guest("ecall")
+    g.harts[0].kick()
+    g.harts[0].kick()
+    assert g.run() == ExitKind.KICK
+    assert g.run() == ExitKind.ECALL
+
+
+def test_no_kick_is_lost(guest):
+    g = guest(SPIN)
+    hart, seen = g.harts[0], threading.Semaphore(0)
+
+    def runner() -> None:
+        for _ in range(300):
+            assert hart.run() == ExitKind.KICK
+            seen.release()
+
+    thread = threading.Thread(target=runner)
+    thread.start()
+    for _ in range(300):
+        hart.kick()
+        assert seen.acquire(timeout=20)
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_kicks_and_quiesce_do_not_eat_each_other(guest):
+    g = guest(SPIN)
+    hart, seen, stop = g.harts[0], threading.Semaphore(0), threading.Event()
+
+    def runner() -> None:
+        for _ in range(100):
+            assert hart.run() == ExitKind.KICK
+            seen.release()
+
+    def disturber() -> None:
+        while not stop.is_set():
+            with g.machine.quiesce():
+                pass
+
+    threads = [threading.Thread(target=runner), threading.Thread(target=disturber)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            hart.kick()
+            assert seen.acquire(timeout=20)
+    finally:
+        stop.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_nobody_runs_inside_quiesce(guest):
+    g = guest(f"li t0, {COUNTER}\n slli t1, a0, 3\n add t0, t0, t1\n 1: ld t2, 0(t0)\n"
+        "addi t2, t2, 1\n sd t2, 0(t0)\n j 1b",
+              harts=3)  # fmt: skip
+    thread = threading.Thread(target=g.run_all, args=(1.5,))
+    thread.start()
+    for _ in range(20):
+        with g.machine.quiesce():
+            before = [g[COUNTER + 8 * number] for number in range(3)]
+            time.sleep(0.002)
+            with g.machine.quiesce():
+                assert [g[COUNTER + 8 * number] for number in range(3)] == before
+        time.sleep(0.002)
+    thread.join()
+    assert all(g[COUNTER + 8 * number] > 1000 for number in range(3))
+
+
+INCREMENTS = {
+    "amo": "amoadd.d zero, t1, (t0)",
+    "amo.w": "amoadd.w zero, t1, (t0)",
+    "lr/sc": "2: lr.d t3, (t0)\n add t3, t3, t1\n sc.d t4, t3, (t0)\n bnez t4, 2b",
+    "lock": "3: li t3, 1\n amoswap.w.aq t3, t3, 64(t0)\n".replace("64(t0)", "(t5)")
+    + "bnez t3, 3b\n ld t3, 0(t0)\n add t3, t3, t1\n sd t3, 0(t0)\n amoswap.w.rl zero, zero, (t5)",
+}
+
+
+@pytest.mark.parametrize("how", INCREMENTS)
+def test_increments_of_all_harts_add_up(guest, how):
+    g = guest(
+        f"li t0, {COUNTER}\n addi t5, t0, 64\n li t1, 1\n li t2, 20000\n"
+        f"1: {INCREMENTS[how]}\n addi t2, t2, -1\n bnez t2, 1b\n ecall",
+        harts=4,
+    )
+    assert g.run_all() == [ExitKind.ECALL] * 4
+    assert g[COUNTER] == 4 * 20000
+
+
+def test_eight_harts_run_at_once(guest):
+    g = guest(
+        f"li t0, {COUNTER}\n li t1, 1\n amoadd.d zero, t1, (t0)\n li t2, 8\n"
+        "1: ld t3, 0(t0)\n bltu t3, t2, 1b\n ecall",
+        harts=8,
+    )
+    assert g.run_all() == [ExitKind.ECALL] * 8
+
+
+def test_a_reservation_ends_with_another_harts_store(guest):
+    """lr, then the other hart writes: sc must fail, also when it writes in between to the same word twice."""
+    g = guest(f"li t0, {COUNTER}\n lr.d a1, (t0)\n ecall\n li a2, 5\n sc.d a3, a2, (t0)\n ecall")
+    assert g.run() == ExitKind.ECALL
+    g[COUNTER] = 77
+    g.harts[0].advance(4)
+    assert g.run() == ExitKind.ECALL
+    assert (g.harts[0].state.x[13], g[COUNTER]) == (1, 77)
+
+
+def test_store_conditional_needs_the_reserved_address_and_size(guest):
+    g = guest(
+        f"li t0, {COUNTER}\n lr.d a1, (t0)\n addi t1, t0, 8\n sc.d a2, t0, (t1)\n lr.d a1, (t0)\n"
+        f"sc.w a3, t0, (t0)\n"
+        "sc.d a4, t0, (t0)\n lr.w a1, (t0)\n sc.w a5, zero, (t0)\n ecall"
+    )
+    assert g.run() == ExitKind.ECALL
+    assert [g.harts[0].state.x[number] for number in (12, 13, 14, 15)] == [1, 1, 1, 0]
+
+
+def test_requested_flushes_are_done_soon(guest):
+    g = guest(SPIN)
+    thread = threading.Thread(target=g.run, args=(3.0,))
+    thread.start()
+    hart = g.harts[0]
+    for request in (hart.flush_tlb, hart.flush_icache):
+        request()
+        deadline = time.monotonic() + 2
+        while hart.flush_pending and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not hart.flush_pending
+    hart.kick()
+    thread.join()
+
+
+def test_an_interrupt_from_another_thread_is_taken(guest):
+    g = guest(
+        f"la t0, handler\n csrw stvec, t0\n csrsi sie, 2\n csrsi sstatus, 2\n {SPIN}\n .balign 4\n"
+        f"handler: ecall"
+    )
+    threading.Timer(0.1, g.harts[0].set_pending, (1,)).start()
+    assert g.run() == ExitKind.ECALL
+    assert g.harts[0].state.scause == 1 << 63 | 1
