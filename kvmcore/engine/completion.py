@@ -1,6 +1,7 @@
 """What the instruction of an exit wants done with the answer: its destination, size and extension.
 
-Called by Hart.complete_mmio and complete_csr. Derived from the instruction table, once for each instruction word.
+Called by Hart.complete_mmio and complete_csr. Derived from the instruction table, once for each instruction
+word.
 """
 
 from __future__ import annotations

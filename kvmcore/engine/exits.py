@@ -9,14 +9,19 @@ from enum import IntEnum
 
 
 class ExitKind(IntEnum):
-    """What hart.run() returns. pc is at the instruction that caused it; nothing of that instruction is done."""
+    """What hart.run() returns. pc is at the instruction that caused it;
+    nothing of that instruction is done.
+    """
 
     NONE = 0
     """Never returned."""
     KICK = 1
     """hart.kick() was called, or quiesce() wants the hart out; nothing to do."""
     MMIO_READ = 2
-    """A plain integer load where no memory is: exit_gpa, exit_va, exit_len. Finish with complete_mmio(data)."""
+    """A plain integer load where no memory is: exit_gpa, exit_va, exit_len.
+
+    Finish with complete_mmio(data).
+    """
     MMIO_WRITE = 3
     """A plain integer store where no (writable) memory is: and exit_data. Finish with complete_mmio(0)."""
     ECALL = 4
@@ -24,13 +29,18 @@ class ExitKind(IntEnum):
     WFI = 5
     """wfi with nothing pending; pc is behind it. Sleep until deadline_ns(), an interrupt or a kick."""
     CSR = 6
-    """A CSR that kvmcore does not answer: exit_csr, exit_data (new value), exit_mask. Finish with complete_csr()."""
+    """A CSR that kvmcore does not answer: exit_csr, exit_data (new value), exit_mask.
+
+    Finish with complete_csr().
+    """
     EBREAK = 7
     """ebreak while guest_debug is set."""
     EMULATE = 8
     """One instruction for the reference. Handled inside Hart.run()."""
     ERROR = 9
-    """The access cannot be done at all: exit_errno says how the KVM_RUN fails (KVM_ABI 1.5), exit_gpa where."""
+    """The access cannot be done at all:
+    exit_errno says how the KVM_RUN fails (KVM_ABI 1.5), exit_gpa where.
+    """
     DIRTY_BUDGET = 10
     """dirty_budget ran out: the store that would dirty one page more has not happened."""
     POOL_FULL = 11

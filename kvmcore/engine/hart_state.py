@@ -1,8 +1,9 @@
 """THE layout of a hart: one table of fields, from which everything that knows the layout is derived.
 
-LLVM offsets (emit.py, runtime.py), the ctypes structure that Python reads and writes, documentation. A field is
-added here and nowhere else. x[] stands at offset 0: native code addresses registers by number alone.
-Fields that other threads write are marked `shared`: native code and Python change them by atomic operations only.
+Native code's offsets (native_hart.py, build.py), the ctypes structure that Python reads and writes. A field
+is added here and nowhere else. x[] stands at offset 0: native code addresses registers by number alone.
+Fields that other threads write are marked `shared`: native code and Python change them by atomic operations
+only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field: `bits` 8, 16, 32 or 64; `count` elements, 0 for a scalar; `csr`: the CSR that is exactly this field."""
+    """One field: `bits` 8, 16, 32 or 64; `count` elements, 0 for a scalar."""
 
     name: str
     bits: int
@@ -41,13 +42,13 @@ IMSIC_WORDS = 32
 """64-bit words of eip and eie: identities 0 to 2047."""
 
 FIELDS: tuple[Field, ...] = (
-    # -- what every instruction may touch ----------------------------------------------------------------------
+    # -- what every instruction may touch --------------------------------------------------------------------
     _f("x", 64, "integer registers; x[0] is 0 always, x[32] the sink of writes to x0", 33),
     _f("pc", 64, "address of the next instruction; current only while the hart is outside native code"),
     _f("icount", 64, "instructions retired; current only while the hart is outside native code"),
     _f("limit", 64, "a taken branch at icount >= limit goes to the slow path; 0 = at once", shared=True),
     _f("f", 64, "floating-point registers, singles NaN-boxed", 32),
-    # -- privilege and sstatus, unpacked; csrs.py assembles the CSR -----------------------------------------------
+    # -- privilege and sstatus, unpacked; csrs.py assembles the CSR ------------------------------------------
     _f("mode", 8, "privilege: 0 U, 1 S"),
     _f("fs", 8, "sstatus.FS: 0 off, 1 initial, 2 clean, 3 dirty"),
     _f("sstatus_sie", 8, "sstatus.SIE"),
@@ -59,8 +60,8 @@ FIELDS: tuple[Field, ...] = (
     _f("fflags", 8, "fcsr.FFLAGS; while in native code the rest of them is in the host's MXCSR"),
     _f("guest_debug", 8, "1: ebreak leaves the guest"),
     _f("imsic_present", 8, "1: this hart has an IMSIC"),
-    _f("reservation_valid", 8, "1: LR holds a reservation"),
-    # -- supervisor CSRs --------------------------------------------------------------------------------------------
+    _f("reservation_valid", 8, "bytes that LR reserved; 0: no reservation"),
+    # -- supervisor CSRs -------------------------------------------------------------------------------------
     _f("sie", 64, "interrupt enables: bits 1, 5, 9"),
     _f("sip", 64, "SSIP and SEIP (KVM_INTERRUPT's); STIP and the IMSIC's SEIP are computed", shared=True),
     _f("stvec", 64, "trap vector"),
@@ -73,42 +74,36 @@ FIELDS: tuple[Field, ...] = (
     _f("senvcfg", 64, "environment configuration for U: FIOM, CBIE, CBCFE, CBZE"),
     _f("stimecmp", 64, "timer compare, Sstc; also set_timer of the SBI"),
     _f("siselect", 64, "indirect CSR select"),
-    # -- IMSIC ------------------------------------------------------------------------------------------------------
+    # -- IMSIC -----------------------------------------------------------------------------------------------
     _f("imsic_identities", 64, "identities 1 to this exist"),
     _f("eidelivery", 64, "IMSIC: 1 delivers interrupts", shared=True),
     _f("eithreshold", 64, "IMSIC: identities from this on are held back; 0 = none", shared=True),
     _f("eip", 64, "IMSIC: pending", IMSIC_WORDS, shared=True),
     _f("eie", 64, "IMSIC: enabled", IMSIC_WORDS, shared=True),
-    # -- LR/SC ------------------------------------------------------------------------------------------------------
+    # -- LR/SC -----------------------------------------------------------------------------------------------
     _f("reservation_address", 64, "host address that LR read"),
     _f("reservation_value", 64, "what LR read there, zero-extended"),
-    _f("reservation_size", 64, "bytes that LR read"),
-    # -- identity and configuration ----------------------------------------------------------------------------------
+    # -- identity and configuration --------------------------------------------------------------------------
     _f("hartid", 64, "hart id"),
     _f("extensions", 64, "bit i: EXTENSIONS[i] is on"),
     _f("instret_base", 64, "added to icount for the instret CSR"),
     _f("dirty_budget", 64, "pages that may still become dirty before the exit DIRTY_BUDGET (signed)"),
-    # -- the last exit --------------------------------------------------------------------------------------------------
+    # -- the last exit ---------------------------------------------------------------------------------------
     _f("exit_kind", 32, "ExitKind"),
     _f("exit_errno", 32, "for ERROR"),
     _f("exit_len", 32, "bytes of the access"),
     _f("exit_csr", 32, "number of the CSR"),
     _f("exit_insn", 32, "bits of the instruction"),
-    _f("exit_insn_len", 32, "its length: 2 or 4"),
     _f("exit_gpa", 64, "guest-physical address of the access"),
     _f("exit_va", 64, "virtual address of the access"),
     _f("exit_data", 64, "value stored, or new value of the CSR"),
     _f("exit_mask", 64, "bits of the CSR that are written"),
-    # -- between threads ------------------------------------------------------------------------------------------------
+    # -- between threads -------------------------------------------------------------------------------------
     _f("attention", 32, "requests to the hart, bits ATTENTION_*", shared=True),
     _f("running", 32, "1: inside native code", shared=True),
-    # -- native code's own ----------------------------------------------------------------------------------------------
+    # -- native code's own -----------------------------------------------------------------------------------
     _f("trap_cause", 64, "exception raised by a helper: cause"),
     _f("trap_value", 64, "and its stval"),
-    _f("status", 64, "what the last helper returned: OK, TRAP, EXIT"),
-    _f("slow_value", 64, "and its result"),
-    _f("interrupt_hint", 8, "0: no enabled interrupt is pending, whatever sstatus.SIE says", shared=True),
-    _f("walk_pa", 64, "result of a page walk: physical address of the page"),
     _f("walk_pte", 64, "result of a page walk: the leaf entry"),
     _f("walk_level", 64, "result of a page walk: its level, 0 for 4 KiB"),
     _f("machine", 64, "address of the MachineState"),
@@ -122,12 +117,10 @@ FIELDS: tuple[Field, ...] = (
     _f("large_high", 64, "highest such address", 2),
     _f("straddle", 64, "the record of an instruction on two pages, at [2] the page-end record", 4),
     _f("tlb_blocks", 64, "the TLBs (see TLB_BLOCK)", TLB_BLOCKS * TLB_BLOCK // 8),
-    # -- counters -----------------------------------------------------------------------------------------------------
+    # -- counters --------------------------------------------------------------------------------------------
     _f("count_fill", 64, "data TLB misses"),
     _f("count_fetch_fill", 64, "fetch TLB misses"),
-    _f("count_slow_branch", 64, "visits of the slow path of branches"),
     _f("count_trap", 64, "exceptions and interrupts taken"),
-    _f("count_decode", 64, "records decoded"),
     _f("count_page", 64, "code pages made"),
     _f("count_flush", 64, "TLB flushes"),
 )
@@ -156,7 +149,8 @@ class HartState(ctypes.Structure):
     """The state of one hart as Python sees it; fields as in FIELDS, all unsigned."""
 
     _fields_ = [
-        (field.name, _TYPES[field.bits] * field.count if field.count else _TYPES[field.bits]) for field in FIELDS
+        (field.name, _TYPES[field.bits] * field.count if field.count else _TYPES[field.bits])
+        for field in FIELDS
     ]
 
     def __getattr__(self, name: str) -> Any:  # for the type checker: fields are made from the table

@@ -1,7 +1,7 @@
 """How fast the host's cycle counter runs, measured against CLOCK_MONOTONIC.
 
-Used by machine.py for the guest's time CSR. The counter must be constant and synchronous over cores, as on every
-x86-64 host of the last decade; measured once per process, over at least 20 ms.
+Used by machine.py for the guest's time CSR. The counter must be constant and synchronous over cores, as on
+every x86-64 host of the last decade; measured once per process, over at least 20 ms.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The engine's image: a file of finished machine code, found by a key of everything that it depends on.
 
-Layout: header (magic, lengths, sha256 of what follows), the table of functions (name and offset), padding to a page,
-code. Used by build.py (writes) and loader.py (reads). Never imports LLVM: the key is made without it.
+Layout: header (magic, lengths, sha256 of what follows), the table of functions (name and offset), padding to
+a page, code. Used by build.py (writes) and loader.py (reads). Never imports LLVM: the key is made without it.
 """
 
 from __future__ import annotations

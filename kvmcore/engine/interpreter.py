@@ -1,9 +1,9 @@
 """Tier 1: a handler for every instruction, and the decoder that chooses it (DESIGN.md section 4).
 
-A record is 8 bytes: the handler's offset in the image (32 bits), then 32 bits of operands: one byte for each register
-and small number in order, the rest for the one large number. Instructions with the same function and length share a
-handler. Branches have two: for targets in their page, where the next record is plain arithmetic, and for others.
-Called by build.py only.
+A record is 8 bytes: the handler's offset in the image (32 bits), then 32 bits of operands: one byte for each
+register and small number in order, the rest for the one large number. Instructions with the same function and
+length share a handler. Branches have two: for targets in their page, where the next record is plain
+arithmetic, and for others. Called by build.py only.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def handlers() -> dict[tuple[str, int, int], Handler]:
         for value in values:
             key = (_function(row), row.length, value)
             if key not in found:
-                found[key] = Handler(f"{_function(row)}.{row.length}" + (f".{operand}{value:x}" if operand else ""))
+                found[key] = Handler(
+                    f"{_function(row)}.{row.length}" + (f".{operand}{value:x}" if operand else "")
+                )
                 if operand:
                     found[key].constants[operand] = const(64 if operand == "csr" else 8, value)
             found[key].rows.append(row)
@@ -75,7 +77,8 @@ def _function(row: Insn) -> str:
     return f"{row.function.__module__.rpartition('.')[2]}.{row.function.__name__}"
 
 
-#: Rounding modes with handlers of their own: dynamic, to nearest, towards zero. The reference does the others.
+#: Rounding modes with handlers of their own: dynamic, to nearest, towards zero. The reference does the
+#: others.
 ROUNDINGS = (7, 0, 1)
 
 
@@ -91,7 +94,11 @@ def _special(row: Insn) -> tuple[str, Sequence[int]]:
 
 
 def _small(operand: Operand) -> bool:
-    return operand.is_register or operand.width == 8 or (not operand.signed and operand.name in ("shamt", "zimm"))
+    return (
+        operand.is_register
+        or operand.width == 8
+        or (not operand.signed and operand.name in ("shamt", "zimm"))
+    )
 
 
 def _place(handler: Handler) -> None:
@@ -155,14 +162,17 @@ def pack_operands(row: Insn, handler: Handler, raw: Value) -> Value:
     return word
 
 
-# -- emission --------------------------------------------------------------------------------------------------
+# -- emission ------------------------------------------------------------------------------------------------
 
 
 def emit(emitter: Emitter) -> list[str]:
-    """All of the interpreter; "decode" first, for records name handlers relative to it. Returns the handlers' names."""
+    """All of the interpreter; "decode" first, for records name handlers relative to it.
+
+    Returns the handlers' names.
+    """
     names = []
-    for name, (function, at_a0) in HANDLERS.items():
-        _emit_handler(emitter, name, function, at="a0" if at_a0 else "")
+    for name, (routine, at_a0) in HANDLERS.items():
+        _emit_handler(emitter, name, routine, at="a0" if at_a0 else "")
         names.append(name)
     _emit_handler(emitter, "illegal", _illegal)
     _emit_handler(emitter, "emulate", _emulate)
@@ -182,9 +192,6 @@ def _variants(handler: Handler) -> Iterator[tuple[str, bool]]:
     yield handler.name, True
     if handler.branches:
         yield handler.name + ".far", False
-
-
-_MEMORY_WORDS = ("load", "store", "load_reserved", "store_conditional", "amo", "zero_block")
 
 
 def _memories(handler: Handler) -> tuple[str, ...]:
@@ -265,7 +272,7 @@ def _illegal(h: HandlerHart) -> None:
     raise illegal_instruction()
 
 
-# -- the decoder -----------------------------------------------------------------------------------------------
+# -- the decoder ---------------------------------------------------------------------------------------------
 
 
 def _bucket(row: Insn) -> tuple[int, int]:
@@ -301,13 +308,11 @@ def _emit_decoder(emitter: Emitter) -> None:
     def top() -> None:
         raw = param("p0")
         for number, (mask, match) in enumerate(buckets):
-            if mask == 0x7F:
-                if raw & 0x7F == match:
-                    returns(*call(f"decode_{number}", raw, param("p1")))
+            if mask == 0x7F and raw & 0x7F == match:
+                returns(*call(f"decode_{number}", raw, param("p1")))
         for number, (mask, match) in enumerate(buckets):
-            if mask != 0x7F:
-                if raw & 0xE003 == match:
-                    returns(*call(f"decode_{number}", raw & 0xFFFF, param("p1")))
+            if mask != 0x7F and raw & 0xE003 == match:
+                returns(*call(f"decode_{number}", raw & 0xFFFF, param("p1")))
         returns(handler_offset("illegal"))
 
     tracer = Tracer()

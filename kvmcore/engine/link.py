@@ -1,7 +1,7 @@
 """A linker for one object file: sections with code and constants become one position-independent blob.
 
-Called by build.py on what LLVM has emitted for x86-64 ELF. Only relocations relative to pc are accepted: anything
-else would tie the image to an address.
+Called by build.py on what LLVM has emitted for x86-64 ELF. Only relocations relative to pc are accepted:
+anything else would tie the image to an address.
 """
 
 from __future__ import annotations

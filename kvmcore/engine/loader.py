@@ -18,7 +18,9 @@ class EngineError(Exception):
 
 
 def ensure_image() -> Path:
-    """The path of this version's image; built in a process of its own (some seconds, once) when it is not there."""
+    """The path of this version's image;
+    built in a process of its own (some seconds, once) when it is not there.
+    """
     path = image.path()
     if _usable(path):
         return path
@@ -50,7 +52,9 @@ def _usable(path: Path) -> bool:
 
 
 class Image:
-    """A mapped image. `address(name)` is a function's host address; the named methods call it without the GIL."""
+    """A mapped image. `address(name)` is a function's host address;
+    the named methods call it without the GIL.
+    """
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
@@ -64,7 +68,9 @@ class Image:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         libc = ctypes.CDLL(None, use_errno=True)
         length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        if libc.mprotect(ctypes.c_void_p(self._base), ctypes.c_size_t(length), mmap.PROT_READ | mmap.PROT_EXEC):
+        if libc.mprotect(
+            ctypes.c_void_p(self._base), ctypes.c_size_t(length), mmap.PROT_READ | mmap.PROT_EXEC
+        ):
             raise EngineError(f"cannot map the engine image executable: {os.strerror(ctypes.get_errno())}")
         word = ctypes.c_uint64
         self.run = ctypes.CFUNCTYPE(word, word)(self.address("run"))

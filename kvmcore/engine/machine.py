@@ -1,8 +1,8 @@
 """Machines and harts: what the native code of one VM works on, and how Python drives it.
 
-A `Machine` owns what its harts share (memory slots, decoded pages, time); a `Hart` owns one hart's state and runs it.
-Called by kvmcore/vm: run() on the vCPU's thread, the rest from any thread. The GIL is free while guest code runs.
-Must never know of ioctls or kvm_run.
+A `Machine` owns what its harts share (memory slots, decoded pages, time); a `Hart` owns one hart's state and
+runs it. Called by kvmcore/vm: run() on the vCPU's thread, the rest from any thread. The GIL is free while
+guest code runs. Must never know of ioctls or kvm_run.
 """
 
 from __future__ import annotations
@@ -77,9 +77,12 @@ class Machine:
         """Free everything; no hart runs any more. The object must not be used afterwards."""
         self.harts.clear()
 
-    # -- memory ----------------------------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------------------
     def set_slots(self, views: Sequence[SlotView]) -> None:
-        """Replace the memory map; harts must be stopped (`quiesce`). All translations and decoded pages go."""
+        """Replace the memory map; harts must be stopped (`quiesce`).
+
+        All translations and decoded pages go.
+        """
         ordered = sorted(views, key=lambda view: view.gpa)
         slots = (machine_state.Slot * len(ordered))()
         for slot, view in zip(slots, ordered, strict=True):
@@ -114,7 +117,10 @@ class Machine:
 
     @contextmanager
     def quiesce(self) -> Iterator[None]:
-        """While in here no hart executes guest code and none starts to. Not to be entered from inside run()."""
+        """While in here no hart executes guest code and none starts to.
+
+        Not to be entered from inside run().
+        """
         with self._gate:
             nested = self.state.stop
             self._open.clear()
@@ -137,7 +143,7 @@ class Machine:
         """Block while the machine is quiesced."""
         self._open.wait()
 
-    # -- time ------------------------------------------------------------------------------------------------------
+    # -- time ------------------------------------------------------------------------------------------------
     def set_time(self, delta: int) -> None:
         """Guest time is the host's count at FREQUENCY plus `delta` (modulo 2**64)."""
         self.state.time_mult = self.clock.multiplier(FREQUENCY)
@@ -145,7 +151,7 @@ class Machine:
 
     def time(self) -> int:
         """What the time CSR reads now."""
-        return (((self.image.ticks() * self.state.time_mult) >> 52) + self.state.time_base) & U64
+        return int((((self.image.ticks() * self.state.time_mult) >> 52) + self.state.time_base) & U64)
 
     def ns_until(self, when: int) -> int:
         """Nanoseconds until the time CSR reads `when`; 0 if it has."""
@@ -172,17 +178,23 @@ class Hart:
 
     def reset(self) -> None:
         """All architectural state as KVM gives it to a new vCPU: zeros, S-mode, timer off."""
-        keep = (self.state.extensions, self.state.icount, self.state.imsic_present, self.state.imsic_identities)
+        keep = (
+            self.state.extensions,
+            self.state.icount,
+            self.state.imsic_present,
+            self.state.imsic_identities,
+        )
         ctypes.memset(self._address, 0, hart_state.offset("tlb_blocks"))
         state = self.state
         state.extensions, state.icount, state.imsic_present, state.imsic_identities = keep
         state.mode, state.stimecmp, state.hartid = 1, U64, self.hartid
+        state.scounteren = 7  # CY, TM, IR: what Linux's KVM resets it to; guests' vDSOs read time
         state.machine = self.machine.address
         state.dirty_budget = 1 << 62
         state.tlb = self._address + hart_state.offset("tlb_blocks")
         state.context_satp = U64  # no satp: the first entry flushes
 
-    # -- running -------------------------------------------------------------------------------------------------
+    # -- running ---------------------------------------------------------------------------------------------
     def run(self) -> int:
         """Execute guest code until something is for Python; ExitKind. pc is as ExitKind says."""
         while True:
@@ -247,7 +259,7 @@ class Hart:
         self.state.pc = (self.state.pc + length) & U64
         self.state.icount += 1
 
-    # -- completion ----------------------------------------------------------------------------------------------
+    # -- completion ------------------------------------------------------------------------------------------
     def complete_mmio(self, data: int) -> None:
         """Finish the load or store that left with MMIO_READ (`data`: what the device gave) or MMIO_WRITE."""
         access = plain_access(self.state.exit_insn)
@@ -260,7 +272,7 @@ class Hart:
         self.state.x[destination(self.state.exit_insn)] = value & U64
         self.advance(4)
 
-    # -- interrupts ------------------------------------------------------------------------------------------------
+    # -- interrupts ------------------------------------------------------------------------------------------
     def set_pending(self, bit: int) -> None:
         """Set a bit of sip (1 SSIP, 9 SEIP), from any thread; a running hart looks at it soon."""
         self.machine.image.atomic_or(self._address + _SIP, 1 << bit)
@@ -277,7 +289,7 @@ class Hart:
             return None
         return self.machine.ns_until(state.stimecmp)
 
-    # -- IMSIC -----------------------------------------------------------------------------------------------------
+    # -- IMSIC -----------------------------------------------------------------------------------------------
     def enable_imsic(self, identities: int) -> None:
         """The hart has an IMSIC with identities 1 to `identities`."""
         self.state.imsic_identities = identities
@@ -304,7 +316,7 @@ class Hart:
             setattr(self.state, name, value & (1 if name == "eidelivery" else identities))
         self.signal(hart_state.ATTENTION_INTERRUPT)
 
-    # -- CSRs by name ----------------------------------------------------------------------------------------------
+    # -- CSRs by name ----------------------------------------------------------------------------------------
     def read_csr(self, name: str) -> int:
         """A supervisor CSR, as the guest in S-mode would read it."""
         from kvmcore.engine.reference import read_csr
@@ -321,7 +333,7 @@ class Hart:
         """Which extensions instructions of this hart may use (names in lower case)."""
         self.state.extensions = sum(1 << i for i, name in enumerate(hart_state.EXTENSIONS) if name in names)
 
-    # -- forgetting --------------------------------------------------------------------------------------------------
+    # -- forgetting ------------------------------------------------------------------------------------------
     def flush_tlb(self, va: int | None = None, asid: int | None = None) -> None:
         """Forget translations before the next instruction that a look at `attention` allows."""
         self.signal(hart_state.ATTENTION_FLUSH_TLB)

@@ -1,7 +1,7 @@
 """The layout of what the harts of one machine share: memory slots, decoded pages, time.
 
-Native code and Python read it; Python writes it only while no hart is in native code (Machine.quiesce), except
-for `stop`. One table, as hart_state.py's.
+Native code and Python read it; Python writes it only while no hart is in native code (Machine.quiesce),
+except for `stop`. One table, as hart_state.py's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ _U64 = ctypes.c_uint64
 class Slot(ctypes.Structure):
     """Guest-physical memory [start, end); host address = guest address + delta. Sorted, disjoint."""
 
-    _fields_ = [("start", _U64), ("end", _U64), ("delta", _U64), ("flags", _U64), ("dirty", _U64), ("spare", _U64)]
+    _fields_ = [
+        ("start", _U64),
+        ("end", _U64),
+        ("delta", _U64),
+        ("flags", _U64),
+        ("dirty", _U64),
+        ("spare", _U64),
+    ]
 
 
 SLOT_READONLY = 1
@@ -45,9 +52,9 @@ class MachineState(ctypes.Structure):
     ]
 
 
-OFFSET = {name: getattr(MachineState, name).offset for name, *_ in MachineState._fields_}
+OFFSET: dict[str, int] = {name: getattr(MachineState, name).offset for name, *_ in MachineState._fields_}
 SLOT_SIZE = ctypes.sizeof(Slot)
-SLOT_OFFSET = {name: getattr(Slot, name).offset for name, *_ in Slot._fields_}
+SLOT_OFFSET: dict[str, int] = {name: getattr(Slot, name).offset for name, *_ in Slot._fields_}
 
 # A decoded page: header, the guest page's bytes as they were decoded, records, the page-end record.
 PAGE_GPA = 0

@@ -1,9 +1,9 @@
 """Floating point on the host's SSE unit: exact flags and rounding, as kvmcore/isa/softfloat.py defines them.
 
-While guest code runs, MXCSR holds the guest's rounding mode and accrues its flags. Operations are LLVM's strict
-constrained intrinsics, which neither fold nor move. What SSE does otherwise than RISC-V is patched here: saturating
-conversions, unsigned conversions. Round-to-nearest-ties-away has no host mode: the reference does those.
-Host-specific: this file is the only one that knows MXCSR.
+While guest code runs, MXCSR holds the guest's rounding mode and accrues its flags. Operations are LLVM's
+strict constrained intrinsics, which neither fold nor move. What SSE does otherwise than RISC-V is patched
+here: saturating conversions, unsigned conversions. Round-to-nearest-ties-away has no host mode: the reference
+does those. Host-specific: this file is the only one that knows MXCSR.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FloatingPoint:
     def __init__(self, code: Code) -> None:
         self._code = code
 
-    # -- fcsr --------------------------------------------------------------------------------------------------
+    # -- fcsr ------------------------------------------------------------------------------------------------
     def _read(self) -> Value:
         return _effect("mxcsr_read", (self._code.s + hart_state.offset("mxcsr"),), 32)
 
@@ -70,9 +70,7 @@ class FloatingPoint:
     def enter(self) -> None:
         """Guest code begins: MXCSR from the hart's fields."""
         h = self._code
-        flags = value_module.active and self._load8("fflags")
-        assert flags is not None
-        self._write(self._flag_bits(flags) | self._rounding_bits(h.get("frm")) | _MASKED)
+        self._write(self._flag_bits(self._load8("fflags")) | self._rounding_bits(h.get("frm")) | _MASKED)
 
     def leave(self) -> None:
         """Guest code ends: the flags into the hart's field."""
@@ -81,9 +79,11 @@ class FloatingPoint:
     def _load8(self, name: str) -> Value:
         return _effect("load", (self._code.address(name),), 8, ("plain", 1))
 
-    # -- operations ------------------------------------------------------------------------------------------------
+    # -- operations ------------------------------------------------------------------------------------------
     def operation(self, h: HandlerHart, name: str, args: tuple[Value, ...], rm: Value | int | None) -> Value:
-        """One operation of softfloat.py ("f32.add"), rounded by rm, which is known, or by frm where rm is 7."""
+        """One operation of softfloat.py ("f32.add"), rounded by rm, which is known, or by frm where rm is
+        7.
+        """
         kind, _, operation = name.partition(".")
         width = {"f32": 32, "f64": 64}[kind]
         truncates = operation.startswith("to_") and operation[3] in "iu" and rm is not None and int(rm) == RTZ

@@ -1,9 +1,9 @@
 """The hart that semantics see while they are traced for native code (kvmcore/isa/hart.py's protocol).
 
-`Code` is what all native code shares: fields, calls, memory by host address. `HandlerHart` is code that runs between
-two instructions' records: entered and left by tail calls. `FunctionHart` is an ordinary function (a page walk).
-Memory: the fast form of a handler looks in the TLB and, on a miss, tail-calls its slow twin, which is the same
-semantics with a call for each access; so fast handlers have no stack frame.
+`Code` is what all native code shares: fields, calls, memory by host address. `HandlerHart` is code that runs
+between two instructions' records: entered and left by tail calls. `FunctionHart` is an ordinary function (a
+page walk). Memory: the fast form of a handler looks in the TLB and, on a miss, tail-calls its slow twin,
+which is the same semantics with a call for each access; so fast handlers have no stack frame.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Code:
         self.f = Registers(self, "f")
         self._fp = FloatingPoint(self)
 
-    # -- fields --------------------------------------------------------------------------------------------------
+    # -- fields ----------------------------------------------------------------------------------------------
     def address(self, name: str, index: Value | int = 0) -> Value:
         """Host address of a field's element."""
         size = hart_state.BY_NAME[name].bits // 8
@@ -103,7 +103,9 @@ class Code:
     def get(self, name: str) -> Value:
         if name == "fflags":
             return self._fp.read_flags()
-        return load(self.address(name), hart_state.BY_NAME[name].bits, "volatile" if name in _SHARED else "plain")
+        return load(
+            self.address(name), hart_state.BY_NAME[name].bits, "volatile" if name in _SHARED else "plain"
+        )
 
     def set(self, name: str, value: Value | int) -> None:
         field = as_value(value, hart_state.BY_NAME[name].bits)
@@ -143,7 +145,7 @@ class Code:
         """A function of isa that stands in routines.FUNCTIONS under its name."""
         return call(function.__name__, self.s)[0]
 
-    # -- physical memory ---------------------------------------------------------------------------------------
+    # -- physical memory -------------------------------------------------------------------------------------
     def load_physical(self, address: Value) -> Value:
         host, status = call("find_memory", self.s, address, u64(0))
         if status != OK:
@@ -181,11 +183,13 @@ class FunctionHart(Code):
 class HandlerHart(Code):
     """Code of one instruction, or of a routine between instructions.
 
-    memory: "fast" or "slow"; near: the instruction's branch stays in its page; at: where pc comes from when there is
-    no record (a parameter's name).
+    memory: "fast" or "slow"; near: the instruction's branch stays in its page; at: where pc comes from when
+    there is no record (a parameter's name).
     """
 
-    def __init__(self, name: str, length: int = 4, memory: str = "fast", near: bool = True, at: str = "") -> None:
+    def __init__(
+        self, name: str, length: int = 4, memory: str = "fast", near: bool = True, at: str = ""
+    ) -> None:
         super().__init__()
         self.name, self.length, self.memory, self.near = name, length, memory, near
         self.ip, self.ab, self.base = param("ip"), param("ab"), param("base")
@@ -201,8 +205,10 @@ class HandlerHart(Code):
     def instret(self) -> Value:
         return self.ic
 
-    # -- going on --------------------------------------------------------------------------------------------------
-    def tail(self, handler: str, a0: Value | int = 0, a1: Value | int = 0, ic: Value | None = None) -> NoReturn:
+    # -- going on --------------------------------------------------------------------------------------------
+    def tail(
+        self, handler: str, a0: Value | int = 0, a1: Value | int = 0, ic: Value | None = None
+    ) -> NoReturn:
         """Go to another handler with these registers."""
         words = (self.s, self.ip, self.ab, self.base, ic if ic is not None else self.ic, self.tlb)
         tracer().effect("tail", (*words, as_value(a0, 64), as_value(a1, 64)), 0, (handler,))
@@ -266,7 +272,7 @@ class HandlerHart(Code):
             self.tail("take_trap", self.pc)
         self.tail("leave_access", self.pc)
 
-    # -- virtual memory ------------------------------------------------------------------------------------------
+    # -- virtual memory --------------------------------------------------------------------------------------
     def _host(self, address: Value, size: int, write: bool) -> Value:
         """Host address by the TLB; a miss ends the path in the slow twin."""
         entry = self.tlb + ((address >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))

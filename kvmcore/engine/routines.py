@@ -1,14 +1,16 @@
 """Native routines beside the instructions: memory lookup, TLB fills, decoded pages, polling, traps.
 
-Written over Values like the semantics, so they are traced and compiled the same way; a loop is a function that
-calls itself last. `FUNCTIONS` are called and return two words (value, status), `HANDLERS` are entered by tail calls,
-with pc in a0. Read by build.py. What an access or a trap *means* is in kvmcore/isa; here is how it is made fast.
+Written over Values like the semantics, so they are traced and compiled the same way; a loop is a function
+that calls itself last. `FUNCTIONS` are called and return two words (value, status), `HANDLERS` are entered by
+tail calls, with pc in a0. Read by build.py. What an access or a trap *means* is in kvmcore/isa; here is how
+it is made fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from errno import EFAULT, EIO, EOPNOTSUPP
+from typing import NoReturn, cast
 
 from kvmcore.engine import hart_state, machine_state
 from kvmcore.engine.exits import ExitKind
@@ -31,13 +33,24 @@ from kvmcore.engine.native_hart import (
 )
 from kvmcore.ir.value import Value, const, select, u64
 from kvmcore.isa import imsic, paging, traps
+from kvmcore.isa.hart import Hart
 
 #: Instructions between two looks at time and other threads.
 SLICE = 20_000
 NEVER = (1 << 64) - 1  # a tag that no address has
-EFAULT = 14
 
-p1, p2, p3 = (lambda: param("p1")), (lambda: param("p2")), (lambda: param("p3"))
+
+def p1() -> Value:
+    """The first argument behind the hart's block; p2 and p3 follow."""
+    return param("p1")
+
+
+def p2() -> Value:
+    return param("p2")
+
+
+def p3() -> Value:
+    return param("p3")
 
 
 def slot_field(slot: Value, name: str) -> Value:
@@ -98,7 +111,7 @@ def log_dirty(h: Code, slot: Value, gpa: Value) -> None:
 def _walk(access: str) -> Callable[[FunctionHart], None]:
     def walk(h: FunctionHart) -> None:
         """(va) -> guest-physical address, leaf PTE | level << 60 in walk_pte; status TRAPPED."""
-        gpa, pte, level = paging.translate(h, p1(), access)
+        gpa, pte, level = paging.translate(cast(Hart, h), p1(), access)
         h.set("walk_pte", pte)
         h.set("walk_level", level)
         returns(gpa)
@@ -119,7 +132,10 @@ def _host_for(write: bool) -> Callable[[FunctionHart], None]:
     access = "store" if write else "load"
 
     def host_for(h: FunctionHart) -> None:
-        """(va, size) -> host address, TLB filled; the access stays in its page. TRAPPED, or EXITED with exit_*."""
+        """(va, size) -> host address, TLB filled; the access stays in its page.
+
+        TRAPPED, or EXITED with exit_*.
+        """
         va, size = p1(), p2()
         h.set("count_fill", h.get("count_fill") + 1)
         gpa, status = call(f"walk_{access}", h.s, va)
@@ -186,7 +202,7 @@ def crossing_exit(h: FunctionHart, status: Value, size: int) -> NoReturn:
     """An access across two pages met a trap, or no memory: devices are not accessed misaligned."""
     if status == EXITED:
         h.set("exit_kind", int(ExitKind.ERROR))
-        h.set("exit_errno", 5)  # EIO
+        h.set("exit_errno", EIO)
     returns(u64(0), status)
 
 
@@ -223,10 +239,10 @@ def atomic_address(h: FunctionHart) -> None:
         host, status = call("host_for_store", h.s, va, u64(8))
     else:
         host, status = call("host_for_load", h.s, va, u64(8))
-    if status == EXITED:
-        if (h.get("exit_kind") == int(ExitKind.MMIO_READ)) | (h.get("exit_kind") == int(ExitKind.MMIO_WRITE)):
-            h.set("exit_kind", int(ExitKind.ERROR))
-            h.set("exit_errno", 95)  # EOPNOTSUPP
+    kind = h.get("exit_kind")
+    if status == EXITED and (kind == int(ExitKind.MMIO_READ)) | (kind == int(ExitKind.MMIO_WRITE)):
+        h.set("exit_kind", int(ExitKind.ERROR))
+        h.set("exit_errno", EOPNOTSUPP)
     returns(host, status)
 
 
@@ -239,11 +255,12 @@ def check_block(h: FunctionHart) -> None:
     returns(u64(0), status)
 
 
-# -- forgetting translations ------------------------------------------------------------------------------------
+# -- forgetting translations ---------------------------------------------------------------------------------
 
 
 def flush_tlb(h: FunctionHart) -> None:
     """All translations of this hart."""
+    h.set("count_flush", h.get("count_flush") + 1)
     call("clear_tags", h.address("tlb_blocks"), u64(hart_state.TLB_BLOCKS))
     for half in (0, 1):
         h.set_at("large_low", half, u64(NEVER))
@@ -281,7 +298,9 @@ def flush_page(h: FunctionHart) -> None:
     """(va): its translation, and all of them if it may belong to a superpage."""
     va = p1()
     half = va >> 63
-    if (va >= (h.get_at("large_low", half) & ~0x3FFFFFFF)) & (va <= (h.get_at("large_high", half) | 0x3FFFFFFF)):
+    if (va >= (h.get_at("large_low", half) & ~0x3FFFFFFF)) & (
+        va <= (h.get_at("large_high", half) | 0x3FFFFFFF)
+    ):
         returns(*call("flush_tlb", h.s))
     for block in range(hart_state.TLB_BLOCKS):
         base = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
@@ -316,7 +335,7 @@ def choose_tlb(h: FunctionHart) -> None:
     returns(tlb)
 
 
-# -- decoded pages ----------------------------------------------------------------------------------------------
+# -- decoded pages -------------------------------------------------------------------------------------------
 
 
 def acquire(h: FunctionHart) -> None:
@@ -327,7 +346,8 @@ def acquire(h: FunctionHart) -> None:
 
 
 def code_page(h: FunctionHart) -> None:
-    """(gpa of a page) -> the decoded page, as memory is after this hart's last fence.i; 1: no memory, 0: no room.
+    """(gpa of a page) -> the decoded page, as memory is after this hart's last fence.i; 1: no memory, 0: no
+    room.
 
     2: a slot without host memory, exit_* are set.
     """
@@ -379,6 +399,7 @@ def decoded_page(h: FunctionHart) -> None:
     call("copy", fresh + machine_state.PAGE_COPY, host, u64(4096))
     store(fresh + (machine_state.PAGE_RECORDS + 2048 * machine_state.RECORD), handler_offset("page_end"))
     store(bucket, fresh)
+    h.set("count_page", h.get("count_page") + 1)
     returns(fresh)
 
 
@@ -393,9 +414,8 @@ def find_page(h: FunctionHart) -> None:
     page, gpa, host = param("p0"), p1(), p2()
     if page == 0:
         returns(page)
-    if load(page + machine_state.PAGE_GPA) == gpa:
-        if load(page + machine_state.PAGE_HOST) == host:
-            returns(page)
+    if load(page + machine_state.PAGE_GPA) == gpa and load(page + machine_state.PAGE_HOST) == host:
+        returns(page)
     returns(*call("find_page", load(page + machine_state.PAGE_NEXT), gpa, host))
 
 
@@ -471,7 +491,7 @@ def instruction_bits(h: FunctionHart) -> None:
     returns(low | (high << 16), status)
 
 
-# -- handlers beside the instructions --------------------------------------------------------------------------
+# -- handlers beside the instructions ------------------------------------------------------------------------
 
 
 def decode_here(h: HandlerHart) -> None:
@@ -590,7 +610,7 @@ def leave(h: HandlerHart) -> None:
 
 
 def _imsic_top(h: FunctionHart) -> None:
-    returns(imsic.top(h))
+    returns(imsic.top(cast(Hart, h)))
 
 
 def leave_access(h: HandlerHart) -> None:

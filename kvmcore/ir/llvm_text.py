@@ -12,7 +12,8 @@ from collections.abc import Callable
 from kvmcore.ir.trace import Block, Op
 from kvmcore.ir.value import Value
 
-#: The parameters that every handler has, in order. They live in machine registers for as long as guest code runs.
+#: The parameters that every handler has, in order. They live in machine registers for as long as guest code
+#: runs.
 HANDLER_PARAMETERS = ("s", "ip", "ab", "base", "ic", "tlb", "a0", "a1")
 _HANDLER_TYPES = ", ".join(f"i64 %{name}" for name in HANDLER_PARAMETERS)
 
@@ -23,8 +24,10 @@ _INTRINSICS = {"ctlz": True, "cttz": True, "ctpop": False, "bswap": False}
 
 def literal(value: Value) -> str:
     """The operand as LLVM writes it, without its type."""
-    return str(value.signed) if value.const is not None and value.width > 1 else (
-        ("true" if value.const else "false") if value.const is not None else f"%{value.name}"
+    return (
+        str(value.signed)
+        if value.const is not None and value.width > 1
+        else (("true" if value.const else "false") if value.const is not None else f"%{value.name}")
     )
 
 
@@ -46,10 +49,14 @@ class Emitter:
             f"define hidden preserve_nonecc void @{name}({_HANDLER_TYPES}) #0 {{\n{self._body(root)}}}\n"
         )
 
-    def function(self, name: str, parameters: int, root: Block, linkage: str = "hidden", cc: str = "fastcc ") -> None:
+    def function(
+        self, name: str, parameters: int, root: Block, linkage: str = "hidden", cc: str = "fastcc "
+    ) -> None:
         """An ordinary function of 64-bit parameters p0.. returning two 64-bit words."""
         types = ", ".join(f"i64 %p{i}" for i in range(parameters))
-        self._functions.append(f"define {linkage} {cc}{{i64, i64}} @{name}({types}) #1 {{\n{self._body(root)}}}\n")
+        self._functions.append(
+            f"define {linkage} {cc}{{i64, i64}} @{name}({types}) #1 {{\n{self._body(root)}}}\n"
+        )
 
     def raw(self, text: str) -> None:
         """A function written as text."""
@@ -65,7 +72,7 @@ class Emitter:
         )
         return "\n".join([*sorted(self._declarations), *self._functions, attributes])
 
-    # -- bodies ------------------------------------------------------------------------------------------------
+    # -- bodies ----------------------------------------------------------------------------------------------
     def _body(self, root: Block) -> str:
         lines: list[str] = []
         waiting = [root]
@@ -75,11 +82,11 @@ class Emitter:
             for op in block.ops:
                 lines.extend(f"  {line}" for line in self._op(op))
             if block.condition is not None:
-                assert block.if_true is not None and block.if_false is not None
-                weights = ""
+                assert block.if_true is not None
+                assert block.if_false is not None
                 lines.append(
                     f"  br i1 {literal(block.condition)}, label %b{block.if_true.number},"
-                    f" label %b{block.if_false.number}{weights}"
+                    f" label %b{block.if_false.number}"
                 )
                 waiting += [block.if_false, block.if_true]
             elif not block.ops or block.ops[-1].opcode not in _ENDS:
@@ -196,7 +203,9 @@ def _return(emitter: Emitter, op: Op, name: str) -> list[str]:
 
 
 def _tail(emitter: Emitter, op: Op, name: str) -> list[str]:
-    """args: the handler parameters, as many as matter; attrs: a handler's name, or none: args[-1] is its address."""
+    """args: the handler parameters, as many as matter; attrs: a handler's name, or none:
+    args[-1] is its address.
+    """
     args = list(op.args)
     lines = []
     if op.attrs:
@@ -216,14 +225,22 @@ def _leave(emitter: Emitter, op: Op, name: str) -> list[str]:
 def _mxcsr_read(emitter: Emitter, op: Op, name: str) -> list[str]:
     emitter.declare("declare void @llvm.x86.sse.stmxcsr(ptr)")
     cast, pointer = _pointer(name, op.args[0])
-    return [cast, f"call void @llvm.x86.sse.stmxcsr({pointer})", f"%{name} = load volatile i32, {pointer}, align 4"]
+    return [
+        cast,
+        f"call void @llvm.x86.sse.stmxcsr({pointer})",
+        f"%{name} = load volatile i32, {pointer}, align 4",
+    ]
 
 
 def _mxcsr_write(emitter: Emitter, op: Op, name: str) -> list[str]:
     """args: scratch address, 32-bit content."""
     emitter.declare("declare void @llvm.x86.sse.ldmxcsr(ptr)")
     cast, pointer = _pointer(_fresh(), op.args[0])
-    return [cast, f"store volatile {typed(op.args[1])}, {pointer}, align 4", f"call void @llvm.x86.sse.ldmxcsr({pointer})"]
+    return [
+        cast,
+        f"store volatile {typed(op.args[1])}, {pointer}, align 4",
+        f"call void @llvm.x86.sse.ldmxcsr({pointer})",
+    ]
 
 
 _FLOAT = {32: "float", 64: "double"}
@@ -250,7 +267,9 @@ def _fp(emitter: Emitter, op: Op, name: str) -> list[str]:
     if operation in ("oeq", "une", "olt", "ole", "quiet_olt", "quiet_ole"):
         call = "fcmps" if operation in ("olt", "ole") else "fcmp"
         predicate = str(operation).removeprefix("quiet_")
-        emitter.declare(f"declare i1 @llvm.experimental.constrained.{call}.{suffix}({ft}, {ft}, metadata, metadata)")
+        emitter.declare(
+            f"declare i1 @llvm.experimental.constrained.{call}.{suffix}({ft}, {ft}, metadata, metadata)"
+        )
         lines.append(
             f"%{name} = call i1 @llvm.experimental.constrained.{call}.{suffix}"
             f'({", ".join(operands)}, metadata !"{predicate}", {_STRICT}) #0'
@@ -269,7 +288,9 @@ def _fp(emitter: Emitter, op: Op, name: str) -> list[str]:
         lines.append(f"%{name}_f = call double {strict}.f64.f32({operands[0]}, {_STRICT}) #0")
         ft, width = "double", 64
     elif operation == "fptrunc":
-        emitter.declare("declare float @llvm.experimental.constrained.fptrunc.f32.f64(double, metadata, metadata)")
+        emitter.declare(
+            "declare float @llvm.experimental.constrained.fptrunc.f32.f64(double, metadata, metadata)"
+        )
         lines.append(f"%{name}_f = call float {strict}.f32.f64({operands[0]}, {_ROUNDED}) #0")
         ft, width = "float", 32
     else:

@@ -91,7 +91,9 @@ class Tracer:
             self._known[key] = result
         return self._known[key]
 
-    def effect(self, opcode: str, args: Sequence[Value], width: int = 0, attrs: tuple[object, ...] = ()) -> Value:
+    def effect(
+        self, opcode: str, args: Sequence[Value], width: int = 0, attrs: tuple[object, ...] = ()
+    ) -> Value:
         """An operation whose order matters (state, memory, flags, jumps); width 0 means no result."""
         result = self._record(opcode, tuple(args), width, attrs)
         return result if result is not None else Value(1, 0)
@@ -125,7 +127,9 @@ class Tracer:
         self.blocks.append(block)
         return block
 
-    def _record(self, opcode: str, args: tuple[Value, ...], width: int, attrs: tuple[object, ...]) -> Value | None:
+    def _record(
+        self, opcode: str, args: tuple[Value, ...], width: int, attrs: tuple[object, ...]
+    ) -> Value | None:
         block = self._block
         if self._cursor < len(block.ops):
             op = block.ops[self._cursor]

@@ -31,7 +31,11 @@ class Value:
         self.name = name
 
     def __repr__(self) -> str:
-        return f"{self.name or self.const:#x}:i{self.width}" if self.const is not None else f"{self.name}:i{self.width}"
+        return (
+            f"{self.name or self.const:#x}:i{self.width}"
+            if self.const is not None
+            else f"{self.name}:i{self.width}"
+        )
 
     __hash__ = None  # type: ignore[assignment]  # == builds a comparison, so a Value can be no dict key
 
