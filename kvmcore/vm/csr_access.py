@@ -84,7 +84,7 @@ def write(hart: Hart, name: str, value: int) -> None:
 
 
 def reset(hart: Hart) -> None:
-    """The state of a new vCPU: everything 0, S-mode, no timer. The interrupt file stays as it is: it is not
+    """The state of a new vCPU: 0 but for scounteren, S-mode, no timer. The interrupt file stays as it is: it is not
     the hart's, and other harts may be sending to it at this moment.
     """
     state = hart.state
@@ -93,6 +93,8 @@ def reset(hart: Hart) -> None:
     for array in (state.x, state.f):
         array[:] = [0] * len(array)
     state.mode, state.stimecmp = 1, U64
+    # CY, TM and IR, as kvm_arch_vcpu_create has it: guests' vDSOs read time, and no SBI call would open it.
+    state.scounteren = 7
     for interrupt in (SSI, SEI):
         hart.clear_pending(interrupt)
     hart.flush_tlb()
