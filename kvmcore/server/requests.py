@@ -158,6 +158,8 @@ def _control(ticket: Ticket) -> None:
         case control.CLOSE:
             session.table.close(request.handle)
             ticket.answer(0)
+        case control.DUP:
+            ticket.answer(session.install(session.table.handle(request.handle)))
         case control.PING:
             session.seen()
             ticket.answer(0)

@@ -49,7 +49,7 @@ class Router:
         self._quotas = quotas
         self._peers: dict[bytes, int] = {}
         self._thread = threading.get_ident()
-        loop.add_reader(int(sock.getsockopt(zmq.FD)), lambda: None)  # type: ignore[arg-type]
+        loop.add_reader(int(sock.getsockopt(zmq.FD)), lambda: None)
         loop.add_every_turn(self._turn)
 
     # -- in ---------------------------------------------------------------------------------------------------

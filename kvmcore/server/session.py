@@ -8,6 +8,7 @@ one session reach what another one holds.
 from __future__ import annotations
 
 import secrets
+import time
 from dataclasses import dataclass
 from errno import EINVAL, EMFILE, EOPNOTSUPP
 
@@ -47,12 +48,17 @@ class ClientSession:
         self.table = HandleTable(quotas.handles)
         self.in_flight = 0
         self.dead = False
+        self.last_seen = time.monotonic()
         self._segments_left = quotas.segments
 
     @staticmethod
     def new_id() -> bytes:
         """128 random bits: knowing them is what lets a message speak for the session."""
         return secrets.token_bytes(16)
+
+    def seen(self) -> None:
+        """The client has shown that it lives (tcp: its lease is renewed)."""
+        self.last_seen = time.monotonic()
 
     # -- kvmcore.vm.objects.Session ---------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ class Mapping:
             self.close()
             raise
         array = (ctypes.c_ubyte * size).from_address(self.address)
-        array.mapping = self  # a view keeps the memory it looks at
+        array.mapping = self  # type: ignore[attr-defined]  # a view keeps the memory it looks at
         view = memoryview(array).cast("B")
         self.view = view if prot & PROT_WRITE else view.toreadonly()
 

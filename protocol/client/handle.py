@@ -36,7 +36,7 @@ class Handle:
     def ioctl(
         self,
         request: str | int,
-        argument: int | bytes = 0,
+        argument: int | bytes | bytearray = 0,
         pointees: dict[int, bytes | bytearray] | None = None,
     ) -> int:
         """ioctl(2) as it is: an integer argument, or a struct's bytes. Returns the value; KvmError.

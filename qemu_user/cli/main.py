@@ -25,7 +25,8 @@ def usage() -> str:
     """The help of the command itself."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, (_, text) in VERBS.items())
-    return f"usage: softkvm VERB ...\n\nRuns real Linux guests where there is no /dev/kvm.\n\n{verbs}\n\nsoftkvm VERB --help says more.\n"
+    what = "Runs real Linux guests where there is no /dev/kvm."
+    return f"usage: softkvm VERB ...\n\n{what}\n\n{verbs}\n\nsoftkvm VERB --help says more.\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

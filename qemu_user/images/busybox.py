@@ -24,7 +24,7 @@ env expr false fdisk fgrep find free getty grep gunzip gzip halt head hexdump ho
 less ln login ls lsmod md5sum mkdir mkfifo mknod mktemp modprobe more mount mv nc netstat nproc nslookup od ping pkill
 poweroff printf ps pwd reboot reset rm rmdir rmmod route sed seq setsid sh sha256sum sleep sort stat stty su sync
 tail tar tee telnet test time timeout top touch tr true tty udhcpc umount uname uniq uptime usleep vi wc wget which
-whoami xargs xxd yes zcat cttyhack""".split()
+whoami xargs xxd yes zcat cttyhack"""
 
 
 def build(target: Path, progress: Progress) -> str:
@@ -60,7 +60,7 @@ def _unpack_kernel(path: Path, progress: Progress) -> tuple[bytes, list[tuple[st
     """The kernel, and the wanted modules in an order in which they can be loaded."""
     kernel, found = None, {}
     for count, (name, content) in enumerate(deb.members(path)):
-        if name.startswith("boot/vmlinux-") or name.startswith("boot/vmlinuz-"):
+        if name.startswith(("boot/vmlinux-", "boot/vmlinuz-")):
             kernel = content
         elif name.endswith(".ko.xz"):
             found[name.rpartition("/")[2].removesuffix(".ko.xz").replace("-", "_")] = content
@@ -101,7 +101,7 @@ def _initrd(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
     initrd.device("dev/console", 5, 1)
     initrd.device("dev/null", 1, 3, 0o666)
     initrd.file("bin/busybox", busybox, 0o755)
-    for applet in _APPLETS:
+    for applet in _APPLETS.split():
         initrd.symlink(f"bin/{applet}", "busybox")
     initrd.file("init", files("qemu_user.images").joinpath("init.sh").read_bytes(), 0o755)
     initrd.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")

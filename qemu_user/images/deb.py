@@ -41,7 +41,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
         with path.open("rb") as file:
             name, start, size = _data(file, path)
             raw = io.BufferedReader(_Window(file, start, size), 1 << 20)
-            stream: IO[bytes] = lzma.open(raw) if name.endswith(".xz") else raw  # type: ignore[assignment]
+            stream = lzma.LZMAFile(raw) if name.endswith(".xz") else raw
             mode = "r|" if name.endswith((".xz", ".tar")) else "r|*"
             with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
                 for member in archive:

@@ -1,0 +1,296 @@
+"""The kvmcore daemon: answers for /dev/kvm, opens sessions, has the zygote make VM processes, keeps the list of them.
+
+Started by kvmcore/__main__.py. One thread, one I/O loop. VM, vCPU and device ioctls never come here: CREATE_VM's reply names
+the VM's own door. Implements the acceptor's DoorOwner. Must never run anything on behalf of a VM.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from errno import EINVAL, EIO, EMFILE
+from pathlib import Path
+
+from kvmcore.server import requests, runtime_dir
+from kvmcore.server.acceptor import Acceptor, Connection, Refused
+from kvmcore.server.loop import EventLoop
+from kvmcore.server.quotas import Quotas
+from kvmcore.server.requests import Ticket
+from kvmcore.server.runtime_dir import PrivateDirectory
+from kvmcore.server.session import ClientSession, Peer
+from kvmcore.server.zygote import VmOrder, Zygote
+from kvmcore.vm.objects import Deferred, System
+from protocol.abi.compat import Compat
+from protocol.abi.errors import KvmError
+from protocol.channel import fd_passing
+from protocol.codec.session import Message
+
+log = logging.getLogger("kvmcore.daemon")
+
+MAX_NAME = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line said."""
+
+    path: str
+    compat: Compat = Compat.DEFAULT
+    accel: str = "native"
+    idle_timeout: float = 0.0
+    ready_fd: int = -1
+
+
+@dataclass(eq=False)
+class VmRecord:
+    """A VM process, as the daemon knows it. `ticket` is the CREATE_VM that waits for it, None once answered."""
+
+    session: ClientSession
+    control: socket.socket
+    order: VmOrder
+    ticket: Ticket | None
+    pidfd: int = -1
+    pid: int = 0
+    attached: bool = False
+    label: str = field(default="", init=False)
+
+
+class DaemonSystem(System):
+    """/dev/kvm in the daemon."""
+
+    def __init__(self, session: ClientSession, daemon: Daemon) -> None:
+        super().__init__(session)
+        self._daemon = daemon
+
+    def create_vm(self, machine_type: int) -> Deferred:
+        """Have a VM process made; its handle is the reply's value, its door in the reply's extra."""
+        return self._daemon.create_vm(requests.current[-1])
+
+
+def start_zygote(control: socket.socket, private: PrivateDirectory, path: str, close: Callable[[], None]) -> None:
+    """Fork the first zygote. `close` drops, in the child, what is the daemon's. No Context may exist yet."""
+    if os.fork() != 0:
+        return
+    try:
+        close()
+        Zygote(control, private.path, path).run()
+    finally:
+        os._exit(1)
+
+
+class Daemon:
+    """The whole of it. serve() returns when it has been told to stop."""
+
+    def __init__(
+        self, options: Options, listener: socket.socket, private: PrivateDirectory, zygote: socket.socket
+    ) -> None:
+        from kvmcore.server.router import Router
+        from protocol.channel import zmq_socket
+
+        self._options = options
+        self._private = private
+        self._zygote = zygote
+        self._quotas = Quotas.of_this_process()
+        self._incarnation = secrets.randbits(64)
+        self._sessions: dict[bytes, ClientSession] = {}
+        self._vms: set[VmRecord] = set()
+        self._loop = EventLoop()
+        self._idle_since = 0
+        self._context = zmq_socket.context()
+        self._endpoint = f"ipc://{private.name('r')}"
+        self._socket = zmq_socket.router(self._context, self._endpoint)
+        self._router = Router(self._loop, self._socket, self._incarnation, self._sessions, self._quotas)
+        self._acceptor = Acceptor(self._loop, listener, self, limit=self._quotas.sessions)
+        self._loop.add_reader(zygote.fileno(), self._zygote_is_gone)
+        self._wake_on_signals()
+
+    def serve(self) -> None:
+        """Until SIGTERM, SIGINT, or the idle timeout."""
+        log.info("listening on %s", self._options.path)
+        if self._options.ready_fd >= 0:
+            os.write(self._options.ready_fd, b"ready\n")
+            os.close(self._options.ready_fd)
+        self._note_idle()
+        self._loop.run()
+        self._close()
+
+    def _close(self) -> None:
+        self._acceptor.close()
+        self._socket.close(linger=0)
+        self._context.term()
+        self._zygote.close()  # the zygote kills the VM processes that are left
+        runtime_dir.remove_listener(self._options.path)
+        self._private.remove()
+
+    def _wake_on_signals(self) -> None:
+        read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        self._loop.add_reader(read, self._loop.stop)
+
+    # -- sessions (DoorOwner) ---------------------------------------------------------------------------------
+
+    def hello(
+        self, connection: Connection, message: Message
+    ) -> tuple[ClientSession, dict[str, object], list[int]]:
+        """Open a session for a local process."""
+        session = self.open_session(connection.peer, message.body)
+        return session, self.describe(session, self._endpoint), []
+
+    def open_session(self, peer: Peer, wishes: dict[str, object]) -> ClientSession:
+        """A new session. Refused: too many, or wishes that make no sense."""
+        if len(self._sessions) >= self._quotas.sessions:
+            raise Refused(EMFILE, f"at most {self._quotas.sessions} sessions")
+        name = wishes.get("name", "")
+        try:
+            compat = Compat(wishes.get("compat", self._options.compat.value))
+        except ValueError as error:
+            raise Refused(EINVAL, f"{error}; compat is one of {[c.value for c in Compat]}") from None
+        if not isinstance(name, str) or len(name) > MAX_NAME:
+            raise Refused(EINVAL, f"a name has at most {MAX_NAME} characters")
+        session = ClientSession(ClientSession.new_id(), peer, self._quotas, name=name, compat=compat)
+        self._sessions[session.id] = session
+        return session
+
+    def describe(self, session: ClientSession, endpoint: str) -> dict[str, object]:
+        """What a hello is answered with: how to reach the ROUTER, and the number of the /dev/kvm handle."""
+        return {
+            "session": session.id.hex(),
+            "incarnation": self._incarnation,
+            "router": endpoint,
+            "handle": session.install(DaemonSystem(session, self)),
+            "pid": os.getpid(),
+        }
+
+    def goodbye(self, connection: Connection, session: ClientSession) -> None:
+        """The client has closed its /dev/kvm, or died. VMs that it is attached to look after themselves."""
+        self.close_session(session)
+
+    def close_session(self, session: ClientSession) -> None:
+        """Forget a session; VMs that it has created but not attached to have nobody: they go."""
+        self._sessions.pop(session.id, None)
+        session.close()
+        for vm in [vm for vm in self._vms if vm.session is session and not vm.attached]:
+            self._forget_vm(vm)
+        self._note_idle()
+
+    # -- VMs --------------------------------------------------------------------------------------------------
+
+    def create_vm(self, ticket: Ticket) -> Deferred:
+        """Order a VM process. EMFILE: quota. EIO: the zygote does not answer."""
+        session = ticket.session
+        mine = sum(1 for vm in self._vms if vm.session is session)
+        if len(self._vms) >= self._quotas.vms or mine >= self._quotas.vms_per_session:
+            raise KvmError(EMFILE, "CREATE_VM", "too many VMs")
+        order = VmOrder(
+            session=session.id.hex(),
+            pid=session.peer.pid,
+            uid=session.peer.uid,
+            key=session.peer.key,
+            name=session.name,
+            compat=session.compat.value,
+            accel=self._options.accel,
+            incarnation=self._incarnation,
+            door=self._private.name("d"),
+            router=self._private.name("v"),
+        )
+        ours, theirs = fd_passing.pair()
+        try:
+            owner = [os.pidfd_open(session.peer.pid)] if session.peer.pid else []
+            try:
+                fd_passing.send(self._zygote, order.encode(), [theirs.fileno(), *owner])
+            finally:
+                fd_passing.close_all(owner)
+        except OSError as error:
+            ours.close()
+            raise KvmError(EIO, "CREATE_VM", f"no VM process: {error}") from error
+        finally:
+            theirs.close()
+        vm = VmRecord(session, ours, order, ticket)
+        self._vms.add(vm)
+        self._loop.add_reader(ours.fileno(), lambda: self._vm_says(vm))
+        return Deferred()
+
+    def _vm_says(self, vm: VmRecord) -> None:
+        """A packet of a VM process: ready, attached; or its end."""
+        try:
+            data, fds = fd_passing.receive(vm.control, 512, block=False)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            log.info("VM process %d has ended", vm.pid)
+            self._forget_vm(vm)
+            return
+        news = json.loads(data)
+        if news.get("attached"):
+            vm.attached = True
+        elif vm.ticket is not None and len(fds) == 1:
+            vm.pid, vm.pidfd = int(news["pid"]), fds[0]
+            extra = {"door": vm.order.door, "router": f"ipc://{vm.order.router}", "pid": vm.pid}
+            ticket, vm.ticket = vm.ticket, None
+            log.info("VM process %d %s for %s", vm.pid, vm.order.name, vm.session.peer)
+            ticket.answer(int(news["handle"]), json.dumps(extra).encode())
+            if vm.session.dead:
+                self._forget_vm(vm)
+            return
+        fd_passing.close_all(fds)
+
+    def _forget_vm(self, vm: VmRecord) -> None:
+        """The process has ended, or shall: closing its control socket ends it."""
+        if vm not in self._vms:
+            return
+        self._vms.discard(vm)
+        self._loop.remove_reader(vm.control.fileno())
+        vm.control.close()
+        if vm.pidfd >= 0:
+            os.close(vm.pidfd)
+        for left in (vm.order.door, vm.order.router):
+            Path(left).unlink(missing_ok=True)  # a killed one leaves its sockets
+        if vm.ticket is not None:
+            ticket, vm.ticket = vm.ticket, None
+            ticket.fail(EIO, b"the VM process did not start, see kvmcore's log")
+        self._note_idle()
+
+    # -- the zygote, and the end ------------------------------------------------------------------------------
+
+    def _zygote_is_gone(self) -> None:
+        """It was killed, and its VMs with it. A new one, by exec: this process has a Context."""
+        log.error("the zygote has died; starting another one")
+        self._loop.remove_reader(self._zygote.fileno())
+        self._zygote.close()
+        self._zygote, theirs = fd_passing.pair()
+        command = [
+            sys.executable, "-m", "kvmcore.server.zygote", str(theirs.fileno()), str(self._private.path), self._options.path
+        ]  # fmt: skip
+        os.set_inheritable(self._private.fd, True)
+        subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno(), self._private.fd],
+            stdin=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[2],
+        )
+        theirs.close()
+        self._loop.add_reader(self._zygote.fileno(), self._zygote_is_gone)
+
+    def _note_idle(self) -> None:
+        """Start counting idle time if there is no session and no VM."""
+        self._idle_since += 1
+        if self._options.idle_timeout > 0 and not self._sessions and not self._vms:
+            mark = self._idle_since
+            self._loop.call_later(self._options.idle_timeout, lambda: self._stop_if_idle(mark))
+
+    def _stop_if_idle(self, mark: int) -> None:
+        if mark == self._idle_since and not self._sessions and not self._vms:
+            log.info("idle for %g s: done", self._options.idle_timeout)
+            self._loop.stop()

@@ -1,0 +1,144 @@
+"""The main loop of a VM process: its door, its ROUTER, its one session, its Vm.
+
+Forked from the zygote. The main thread is the I/O loop; each vCPU has a thread of its own (kvmcore/vm/vcpu.py). It ends,
+and everything with it, when the VM is destroyed, its owner dies, or the daemon is gone. Must never import llvmlite.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from errno import EIO, EPERM
+
+from kvmcore.server import process, runtime_dir
+from kvmcore.server.acceptor import Acceptor, Connection, Refused
+from kvmcore.server.loop import EventLoop
+from kvmcore.server.quotas import Quotas
+from kvmcore.server.session import ClientSession, Peer
+from kvmcore.server.zygote import VmOrder
+from kvmcore.vm.vm import Vm
+from protocol.abi.compat import Compat
+from protocol.channel import fd_passing
+from protocol.codec.session import Message
+
+log = logging.getLogger("kvmcore.vm")
+
+#: A vCPU thread gets this long to leave the guest before the process ends regardless.
+_JOIN_SECONDS = 0.1
+
+
+def preload() -> None:
+    """In the zygote: what every VM process needs and what is safe to inherit over fork."""
+    import kvmcore.vm.vcpu  # noqa: F401
+    from kvmcore.vm.accelerator import preload_image
+
+    preload_image()
+
+
+class VmProcess:
+    """One VM and what surrounds it. Implements the acceptor's DoorOwner."""
+
+    def __init__(self, order: VmOrder, control: socket.socket, owner_pidfd: int | None) -> None:
+        from kvmcore.server.router import Router
+        from protocol.channel import zmq_socket
+
+        self._order = order
+        self._control = control
+        self._loop = EventLoop()
+        quotas = Quotas.of_this_process()
+        self._session = ClientSession(
+            bytes.fromhex(order.session),
+            Peer(order.pid, order.uid, order.key),
+            quotas,
+            name=order.name,
+            compat=Compat(order.compat),
+        )
+        self._files = [order.door, order.router]
+        self._acceptor = Acceptor(self._loop, runtime_dir.bind_inside(order.door), self, limit=8)
+        self._context = zmq_socket.context()
+        self._socket = zmq_socket.router(self._context, f"ipc://{order.router}")
+        sessions = {self._session.id: self._session}
+        self._router = Router(self._loop, self._socket, order.incarnation, sessions, quotas)
+        self._vm = Vm(self._session, self._loop, name=order.name, accel=order.accel)
+        self._vm.on_destroyed = lambda: self._loop.call_soon_threadsafe(self._end)
+        self._number = self._session.install(self._vm)
+        self._connection: Connection | None = None
+        self._loop.add_reader(control.fileno(), self._daemon_is_gone)
+        if owner_pidfd is not None:
+            self._loop.add_reader(owner_pidfd, self._owner_is_gone)
+
+    def run(self) -> None:
+        """Say that we are ready, then serve until the end."""
+        pidfd = os.pidfd_open(os.getpid())
+        ready = {"handle": self._number, "pid": os.getpid()}
+        fd_passing.send(self._control, json.dumps(ready).encode(), [pidfd])
+        os.close(pidfd)
+        self._loop.run()
+
+    # -- DoorOwner --------------------------------------------------------------------------------------------
+
+    def hello(
+        self, connection: Connection, message: Message
+    ) -> tuple[ClientSession, dict[str, object], list[int]]:
+        """Only the process that created the VM gets in, once at a time."""
+        if connection.peer.pid != self._session.peer.pid or message.body.get("session") != self._order.session:
+            raise Refused(EPERM, "this VM belongs to another session")
+        if self._connection is not None:
+            raise Refused(EPERM, "this VM's session is connected")
+        if self._session.dead:
+            raise Refused(EIO, "this VM is dead")
+        self._connection = connection
+        fd_passing.send(self._control, b'{"attached": true}', block=False)
+        return self._session, {"handle": self._number, "router": f"ipc://{self._order.router}"}, []
+
+    def goodbye(self, connection: Connection, session: ClientSession) -> None:
+        """The owner has hung up: what it held is closed, which ends the VM."""
+        log.info("VM %s: its session has ended", self._order.name or self._number)
+        session.close()
+        self._end()
+
+    # -- the end ----------------------------------------------------------------------------------------------
+
+    def _daemon_is_gone(self) -> None:
+        try:
+            data, fds = fd_passing.receive(self._control, 256, block=False)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        fd_passing.close_all(fds)
+        if not data:
+            log.info("VM %s: the daemon is gone", self._order.name or self._number)
+            self._end()
+
+    def _owner_is_gone(self) -> None:
+        log.info("VM %s: process %d has died", self._order.name or self._number, self._order.pid)
+        self._end()
+
+    def _end(self) -> None:
+        """Leave nothing: stop the vCPUs, remove the sockets, exit. The kernel frees memory and descriptors."""
+        self._vm.destroy()
+        for vcpu in self._vm.vcpus:
+            vcpu.join(_JOIN_SECONDS)
+        self._socket.close(linger=100)  # the reply to the CLOSE that ended the VM may be on its way
+        self._context.term()
+        for path in self._files:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def main(order: VmOrder, fds: list[int]) -> None:
+    """Be the VM process of `order`. `fds`: control socket, then the owner's pidfd if it is a local process."""
+    process.set_title(f"kvmcore-vm {order.name}" if order.name else "kvmcore-vm")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    control = socket.socket(fileno=fds[0])
+    VmProcess(order, control, fds[1] if len(fds) > 1 else None).run()
