@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from .oracle.backend import ClientBackend
-from .oracle.port import Port
-from .oracle.record import recorded
-from .oracle.replay import replay
+from tests.conformance.oracle.backend import ClientBackend
+from tests.conformance.oracle.port import Port
+from tests.conformance.oracle.record import recorded
+from tests.conformance.oracle.replay import replay
 
 DEVIATIONS = Path(__file__).resolve().parents[2] / "docs" / "deviations.md"
 KERNELS = {"7.2": "7.2.13", "6.12": "6.12.107"}
