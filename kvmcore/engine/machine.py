@@ -210,9 +210,6 @@ class Hart:
                     return kind
             elif kind == ExitKind.POOL_FULL:
                 self.machine.reclaim_decoded()
-            elif kind == ExitKind.CSR:
-                self._describe_csr()
-                return kind
             elif kind in (ExitKind.MMIO_READ, ExitKind.MMIO_WRITE) and not is_plain(self.state.exit_insn):
                 # As KVM: devices are read and written by integer loads and stores only.
                 self.state.exit_errno = EOPNOTSUPP
@@ -220,13 +217,6 @@ class Hart:
                 return int(ExitKind.ERROR)
             else:
                 return kind
-
-    def _describe_csr(self) -> None:
-        """exit_csr, exit_data, exit_mask of a CSR instruction that left; only csrrw does (Zkr's seed)."""
-        state = self.state
-        state.exit_csr = state.exit_insn >> 20
-        state.exit_data = state.x[state.exit_insn >> 15 & 31]
-        state.exit_mask = U64
 
     def _served(self) -> bool:
         """Out because of `attention`: whether the caller has to know."""

@@ -25,7 +25,8 @@ ROUNDINGS = ("rne", "rtz", "rdn", "rup", "rmm")
 #: Form of an instruction -> its operands in the loop.
 TEXTS = {
     "FR": "f0, f1, f2", "FRM": "f0, f1, f2, {rm}", "FR1M": "f0, f1, {rm}", "FR4": "f0, f1, f2, f3, {rm}",
-    "FCMP": "x9, f1, f2", "FTOX": "x9, f1", "FTOXM": "x9, f1, {rm}", "XTOF": "f0, x10", "XTOFM": "f0, x10, {rm}",
+    "FCMP": "x9, f1, f2", "FTOX": "x9, f1", "FTOXM": "x9, f1, {rm}", "XTOF": "f0, x10",
+    "XTOFM": "f0, x10, {rm}",
 }  # fmt: skip
 NAMES = [row.name for row in ENCODINGS.values() if row.form in TEXTS]
 

@@ -18,7 +18,13 @@ class Guest:
     """RAM at RAM with `source` at its start; `harts` harts that begin there in S-mode."""
 
     def __init__(
-        self, image: Image, source: str, harts: int = 1, pool_bytes: int = POOL_BYTES, bitmap: int = 0
+        self,
+        image: Image,
+        source: str,
+        harts: int = 1,
+        pool_bytes: int = POOL_BYTES,
+        bitmap: int = 0,
+        kind: type[Hart] = Hart,
     ) -> None:
         self.memory = mmap.mmap(-1, SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
@@ -27,7 +33,7 @@ class Guest:
         self.machine = Machine(image, pool_bytes=pool_bytes)
         with self.machine.quiesce():
             self.machine.set_slots([SlotView(RAM, SIZE, self.address, dirty_bitmap=bitmap)])
-        self.harts = [Hart(self.machine, number, number) for number in range(harts)]
+        self.harts = [kind(self.machine, number, number) for number in range(harts)]
         for number, hart in enumerate(self.harts):
             hart.state.pc, hart.state.x[10] = RAM, number
 
