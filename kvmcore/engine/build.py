@@ -40,16 +40,40 @@ in:
   %tp = getelementptr i8, ptr %sp, i64 {tlb}
   %t = load i64, ptr %tp
   %base = ptrtoint ptr @decode to i64
-  call preserve_nonecc void @enter(i64 %s, i64 poison, i64 poison, i64 %base, i64 %ic, i64 %t, i64 poison, i64
-  poison) call void @llvm.x86.sse.ldmxcsr(ptr %hp) store atomic i32 0, ptr %inp release, align 4 %k = load
-  i32, ptr %kp %k64 = zext i32 %k to i64 ret i64 %k64 out: store atomic i32 0, ptr %inp release, align 4 ret
-  i64 {stopped} }} define i64 @atomic_or64(i64 %p, i64 %v) #1 {{ %pp = inttoptr i64 %p to ptr %r = atomicrmw
-  or ptr %pp, i64 %v seq_cst ret i64 %r }} define i64 @atomic_and64(i64 %p, i64 %v) #1 {{ %pp = inttoptr i64
-  %p to ptr %r = atomicrmw and ptr %pp, i64 %v seq_cst ret i64 %r }} define i64 @signal(i64 %s, i64 %flags) #1
-  {{ %sp = inttoptr i64 %s to ptr %ap = getelementptr i8, ptr %sp, i64 {attention} %f = trunc i64 %flags to
-  i32 %r = atomicrmw or ptr %ap, i32 %f seq_cst %lp = getelementptr i8, ptr %sp, i64 {limit} store atomic i64
-  0, ptr %lp seq_cst, align 8 ret i64 0 }} define i64 @ticks() #1 {{ %r = call i64 @llvm.readcyclecounter()
-  ret i64 %r }}
+  call preserve_nonecc void @enter(i64 %s, i64 poison, i64 poison,
+      i64 %base, i64 %ic, i64 %t, i64 poison, i64 poison)
+  call void @llvm.x86.sse.ldmxcsr(ptr %hp)
+  %left = atomicrmw xchg ptr %inp, i32 0 seq_cst
+  %k = load i32, ptr %kp
+  %k64 = zext i32 %k to i64
+  ret i64 %k64
+out:
+  store atomic i32 0, ptr %inp release, align 4
+  ret i64 {stopped}
+}}
+define i64 @atomic_or64(i64 %p, i64 %v) #1 {{
+  %pp = inttoptr i64 %p to ptr
+  %r = atomicrmw or ptr %pp, i64 %v seq_cst
+  ret i64 %r
+}}
+define i64 @atomic_and64(i64 %p, i64 %v) #1 {{
+  %pp = inttoptr i64 %p to ptr
+  %r = atomicrmw and ptr %pp, i64 %v seq_cst
+  ret i64 %r
+}}
+define i64 @signal(i64 %s, i64 %flags) #1 {{
+  %sp = inttoptr i64 %s to ptr
+  %ap = getelementptr i8, ptr %sp, i64 {attention}
+  %f = trunc i64 %flags to i32
+  %r = atomicrmw or ptr %ap, i32 %f seq_cst
+  %lp = getelementptr i8, ptr %sp, i64 {limit}
+  store atomic i64 0, ptr %lp seq_cst, align 8
+  ret i64 0
+}}
+define i64 @ticks() #1 {{
+  %r = call i64 @llvm.readcyclecounter()
+  ret i64 %r
+}}
 """
 
 
@@ -62,14 +86,10 @@ def build() -> bytes:
     emitter.declare("declare void @llvm.x86.sse.stmxcsr(ptr)")
     emitter.declare("declare void @llvm.x86.sse.ldmxcsr(ptr)")
     emitter.declare("declare i64 @llvm.readcyclecounter()")
-    emitter.raw(
-        _ENTRY.format(stopped=int(ExitKind.STOPPED), **{field.name: offset(field.name) for field in FIELDS})
-    )
+    emitter.raw(_ENTRY.format(stopped=int(ExitKind.STOPPED), **{field.name: offset(field.name) for field in FIELDS}))
     code, functions = compile_text(emitter.module())
     decode = functions["decode"]
-    return image.pack(
-        code, {name: offset - decode for name, offset in functions.items()} | {"_decode_at": decode}
-    )
+    return image.pack(code, {name: offset - decode for name, offset in functions.items()} | {"_decode_at": decode})
 
 
 def compile_text(text: str) -> tuple[bytes, dict[str, int]]:

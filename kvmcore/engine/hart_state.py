@@ -148,10 +148,7 @@ _TYPES = {8: ctypes.c_uint8, 16: ctypes.c_uint16, 32: ctypes.c_uint32, 64: ctype
 class HartState(ctypes.Structure):
     """The state of one hart as Python sees it; fields as in FIELDS, all unsigned."""
 
-    _fields_ = [
-        (field.name, _TYPES[field.bits] * field.count if field.count else _TYPES[field.bits])
-        for field in FIELDS
-    ]
+    _fields_ = [(field.name, _TYPES[field.bits] * field.count if field.count else _TYPES[field.bits]) for field in FIELDS]
 
     def __getattr__(self, name: str) -> Any:  # for the type checker: fields are made from the table
         raise AttributeError(name)

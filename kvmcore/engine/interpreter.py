@@ -61,9 +61,7 @@ def handlers() -> dict[tuple[str, int, int], Handler]:
         for value in values:
             key = (_function(row), row.length, value)
             if key not in found:
-                found[key] = Handler(
-                    f"{_function(row)}.{row.length}" + (f".{operand}{value:x}" if operand else "")
-                )
+                found[key] = Handler(f"{_function(row)}.{row.length}" + (f".{operand}{value:x}" if operand else ""))
                 if operand:
                     found[key].constants[operand] = const(64 if operand == "csr" else 8, value)
             found[key].rows.append(row)
@@ -94,11 +92,7 @@ def _special(row: Insn) -> tuple[str, Sequence[int]]:
 
 
 def _small(operand: Operand) -> bool:
-    return (
-        operand.is_register
-        or operand.width == 8
-        or (not operand.signed and operand.name in ("shamt", "zimm"))
-    )
+    return operand.is_register or operand.width == 8 or (not operand.signed and operand.name in ("shamt", "zimm"))
 
 
 def _place(handler: Handler) -> None:
@@ -221,9 +215,7 @@ def _run(h: HandlerHart, handler: Handler) -> None:
         h.trap(trap)
 
 
-def _emit_instruction(
-    emitter: Emitter, handler: Handler, name: str, near: bool, memory: str, suffix: str
-) -> None:
+def _emit_instruction(emitter: Emitter, handler: Handler, name: str, near: bool, memory: str, suffix: str) -> None:
     tracer = Tracer()
     tracer.trace(lambda: _run(HandlerHart(name, handler.length, memory, near), handler))
     emitter.handler(name + suffix, tracer.root)
@@ -243,9 +235,7 @@ def _emit_handler(emitter: Emitter, name: str, function: Callable[[HandlerHart],
     emitter.handler(name, tracer.root)
 
 
-def _emit_function(
-    emitter: Emitter, name: str, parameters: int, function: Callable[[FunctionHart], None]
-) -> None:
+def _emit_function(emitter: Emitter, name: str, parameters: int, function: Callable[[FunctionHart], None]) -> None:
     tracer = Tracer()
     access = name.removeprefix("walk_")
     fault = {"load": 5, "store": 7, "fetch": 1}.get(access, 0)

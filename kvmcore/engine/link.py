@@ -39,9 +39,7 @@ def link(obj: bytes) -> tuple[bytes, dict[str, int]]:
     count, names_index = struct.unpack_from("<HH", obj, 60)
     raw = [struct.unpack_from("<IIQQQQIIQQ", obj, table + 64 * i) for i in range(count)]
     names_at = raw[names_index][4]
-    sections = [
-        _Section(_string(obj, names_at + r[0]), r[1], r[2], r[4], r[5], r[6], r[7], r[8]) for r in raw
-    ]
+    sections = [_Section(_string(obj, names_at + r[0]), r[1], r[2], r[4], r[5], r[6], r[7], r[8]) for r in raw]
     blob, placed = bytearray(), {}
     loaded = [
         (index, section)

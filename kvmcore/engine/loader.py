@@ -68,9 +68,7 @@ class Image:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         libc = ctypes.CDLL(None, use_errno=True)
         length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        if libc.mprotect(
-            ctypes.c_void_p(self._base), ctypes.c_size_t(length), mmap.PROT_READ | mmap.PROT_EXEC
-        ):
+        if libc.mprotect(ctypes.c_void_p(self._base), ctypes.c_size_t(length), mmap.PROT_READ | mmap.PROT_EXEC):
             raise EngineError(f"cannot map the engine image executable: {os.strerror(ctypes.get_errno())}")
         word = ctypes.c_uint64
         self.run = ctypes.CFUNCTYPE(word, word)(self.address("run"))

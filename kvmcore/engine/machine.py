@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EOPNOTSUPP
@@ -25,9 +25,11 @@ from kvmcore.engine.loader import Image
 
 STIP = 1 << 5
 U64 = (1 << 64) - 1
+PAGE = 4096
 #: Bytes of decoded pages that one machine may hold.
 POOL_BYTES = 24 << 20
 _MAP_NORESERVE = 0x4000
+_IMSIC_SPAN = 64 << 20
 #: Ticks of the time CSR in a second.
 FREQUENCY = 10_000_000
 
@@ -64,6 +66,7 @@ class Machine:
         self.state.pool = _address(self._pool)
         self.state.pool_size = pool_bytes
         self._slots = (machine_state.Slot * 0)()
+        self._imsics = (ctypes.c_uint64 * 0)()
         self.flushes_of_pool = 0
         self.clock = HostClock.shared(image)
         self.set_time(0)
@@ -97,6 +100,19 @@ class Machine:
         self._forget_decoded()
         for hart in self.harts:
             hart.flush_tlb()
+
+    def set_imsics(self, pages: Mapping[int, Hart]) -> None:
+        """Guest-physical addresses of IMSIC pages: stores to running harts' pages need no exit."""
+        start, end = min(pages, default=0), max(pages, default=-PAGE) + PAGE
+        if end - start > _IMSIC_SPAN:
+            return  # far apart: they work all the same, by exits
+        table = (ctypes.c_uint64 * ((end - start) // PAGE))()
+        for gpa, hart in pages.items():
+            table[(gpa - start) // PAGE] = hart.address
+        with self.quiesce():
+            self.state.imsic_start, self.state.imsic_size = start, end - start
+            self.state.imsic_harts = ctypes.addressof(table)
+            self._imsics = table
 
     def _forget_decoded(self) -> None:
         """Drop all decoded pages; no hart is in native code."""
@@ -188,11 +204,15 @@ class Hart:
         state = self.state
         state.extensions, state.icount, state.imsic_present, state.imsic_identities = keep
         state.mode, state.stimecmp, state.hartid = 1, U64, self.hartid
-        state.scounteren = 7  # CY, TM, IR: what Linux's KVM resets it to; guests' vDSOs read time
         state.machine = self.machine.address
         state.dirty_budget = 1 << 62
         state.tlb = self._address + hart_state.offset("tlb_blocks")
         state.context_satp = U64  # no satp: the first entry flushes
+
+    @property
+    def address(self) -> int:
+        """Host address of the hart's block."""
+        return self._address
 
     # -- running ---------------------------------------------------------------------------------------------
     def run(self) -> int:
@@ -204,6 +224,8 @@ class Hart:
             elif kind == ExitKind.KICK:
                 if self._served():
                     return kind
+            elif kind == ExitKind.WFI and self.state.attention & hart_state.ATTENTION_INTERRUPT:
+                continue  # an interrupt came between the guest's look and our leaving
             elif kind == ExitKind.EMULATE:
                 kind = self.emulate()
                 if kind != ExitKind.NONE:

@@ -48,6 +48,9 @@ class MachineState(ctypes.Structure):
         ("time_base", _U64),  # guest time at host tick 0
         ("harts", _U64),
         ("retired", _U64),  # decoded pages whose bytes changed
+        ("imsic_start", _U64),  # guest-physical address of the first IMSIC page
+        ("imsic_size", _U64),  # bytes from there to the end of the last one
+        ("imsic_harts", _U64),  # address of a table: the hart's block for each of these pages, or 0
         ("buckets", _U64 * PAGE_BUCKETS),  # address of the first decoded page, or 0
     ]
 

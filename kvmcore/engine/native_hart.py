@@ -103,9 +103,7 @@ class Code:
     def get(self, name: str) -> Value:
         if name == "fflags":
             return self._fp.read_flags()
-        return load(
-            self.address(name), hart_state.BY_NAME[name].bits, "volatile" if name in _SHARED else "plain"
-        )
+        return load(self.address(name), hart_state.BY_NAME[name].bits, "volatile" if name in _SHARED else "plain")
 
     def set(self, name: str, value: Value | int) -> None:
         field = as_value(value, hart_state.BY_NAME[name].bits)
@@ -187,9 +185,7 @@ class HandlerHart(Code):
     there is no record (a parameter's name).
     """
 
-    def __init__(
-        self, name: str, length: int = 4, memory: str = "fast", near: bool = True, at: str = ""
-    ) -> None:
+    def __init__(self, name: str, length: int = 4, memory: str = "fast", near: bool = True, at: str = "") -> None:
         super().__init__()
         self.name, self.length, self.memory, self.near = name, length, memory, near
         self.ip, self.ab, self.base = param("ip"), param("ab"), param("base")
@@ -206,9 +202,7 @@ class HandlerHart(Code):
         return self.ic
 
     # -- going on --------------------------------------------------------------------------------------------
-    def tail(
-        self, handler: str, a0: Value | int = 0, a1: Value | int = 0, ic: Value | None = None
-    ) -> NoReturn:
+    def tail(self, handler: str, a0: Value | int = 0, a1: Value | int = 0, ic: Value | None = None) -> NoReturn:
         """Go to another handler with these registers."""
         words = (self.s, self.ip, self.ab, self.base, ic if ic is not None else self.ic, self.tlb)
         tracer().effect("tail", (*words, as_value(a0, 64), as_value(a1, 64)), 0, (handler,))

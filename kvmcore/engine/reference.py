@@ -58,9 +58,7 @@ class _Decoded:
 
     def __init__(self, row: Insn, raw: int) -> None:
         self.function, self.length = row.function, row.length
-        self.arguments = [
-            o.decode(raw) if o.is_register else const(o.width, o.decode(raw)) for o in row.operands
-        ]
+        self.arguments = [o.decode(raw) if o.is_register else const(o.width, o.decode(raw)) for o in row.operands]
 
 
 class ReferenceHart:

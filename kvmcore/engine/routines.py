@@ -225,11 +225,36 @@ def _slow_store(size: int) -> Callable[[FunctionHart], None]:
             returns(u64(0))
         host, status = call("host_for_store", h.s, va, u64(size))
         if status != OK:
+            if size == 4 and status == EXITED and h.get("exit_kind") == int(ExitKind.MMIO_WRITE):
+                returns(*call("send_msi", h.s, value & 0xFFFFFFFF))
             returns(host, status)
         store(host, value.trunc(8 * size), "volatile", 1)
         returns(u64(0))
 
     return slow_store
+
+
+def send_msi(h: FunctionHart) -> None:
+    """(identity), exit_gpa: a store to seteipnum_le of a hart that runs; EXITED if it is not that.
+
+    A hart that sleeps must be woken, which is Python's business. If it goes to sleep at this moment, either it sees
+    the request (Hart.run looks after leaving) or we see that it has left.
+    """
+    identity = p1()
+    offset = h.get("exit_gpa") - load(h.machine("imsic_start"))
+    if offset >= load(h.machine("imsic_size")) or (offset & 4095) != 0:
+        returns(u64(0), EXITED)
+    target = load(load(h.machine("imsic_harts")) + (offset >> 9))
+    if target == 0:
+        returns(u64(0), EXITED)
+    running = target + hart_state.offset("running")
+    known = (identity != 0) & (identity <= load(target + hart_state.offset("imsic_identities")))
+    if ~known or load(running, 32, "volatile") == 0:
+        returns(u64(0), EXITED)
+    atomic("or", target + hart_state.offset("eip") + ((identity >> 6) << 3), const(64, 1) << (identity & 63))
+    atomic("or", target + hart_state.offset("attention"), const(32, hart_state.ATTENTION_INTERRUPT))
+    store(target + hart_state.offset("limit"), u64(0), "atomic")
+    returns(u64(0), select(load(running, 32, "atomic") == 0, u64(EXITED), u64(OK)))
 
 
 def atomic_address(h: FunctionHart) -> None:
@@ -298,9 +323,7 @@ def flush_page(h: FunctionHart) -> None:
     """(va): its translation, and all of them if it may belong to a superpage."""
     va = p1()
     half = va >> 63
-    if (va >= (h.get_at("large_low", half) & ~0x3FFFFFFF)) & (
-        va <= (h.get_at("large_high", half) | 0x3FFFFFFF)
-    ):
+    if (va >= (h.get_at("large_low", half) & ~0x3FFFFFFF)) & (va <= (h.get_at("large_high", half) | 0x3FFFFFFF)):
         returns(*call("flush_tlb", h.s))
     for block in range(hart_state.TLB_BLOCKS):
         base = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
@@ -633,6 +656,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "host_for_store": (3, _host_for(True)),
     **{f"slow_load_{size}": (2, _slow_load(size)) for size in (1, 2, 4, 8)},
     **{f"slow_store_{size}": (3, _slow_store(size)) for size in (1, 2, 4, 8)},
+    "send_msi": (2, send_msi),
     "atomic_address": (3, atomic_address),
     "check_block": (2, check_block),
     "flush_tlb": (1, flush_tlb),

@@ -212,6 +212,8 @@ class Aia(Device):
             self._aplic = Aplic(sources, self._send, self._retriggered)
         for vcpu, address in zip(self.vm.vcpus, addresses, strict=True):
             self._add_imsic(vcpu, address, ids)
+        harts = [vcpu.hart for vcpu in self.vm.vcpus]
+        self.vm.machine.set_imsics(dict(zip(addresses, harts, strict=True)))
         self._routes = default_table(sources)
         self.initialized = True
 

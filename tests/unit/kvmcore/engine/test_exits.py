@@ -45,9 +45,7 @@ def test_a_compressed_store_to_a_device_advances_by_two(guest):
     assert g.run() == ExitKind.ECALL
 
 
-@pytest.mark.parametrize(
-    "access", ["amoadd.w a1, a1, (t0)", "lr.w a1, (t0)", "fld fa0, 0(t0)", "fsd fa0, 0(t0)"]
-)
+@pytest.mark.parametrize("access", ["amoadd.w a1, a1, (t0)", "lr.w a1, (t0)", "fld fa0, 0(t0)", "fsd fa0, 0(t0)"])
 def test_devices_know_integer_loads_and_stores_only(guest, access):
     g = guest(f"li t1, 0x6000\n csrs sstatus, t1\n li t0, 0x10000000\n here: {access}\n ecall")
     for _ in range(2):  # repeatable, and nothing has happened
@@ -68,9 +66,7 @@ def test_a_slot_without_memory_is_the_callers_fault(guest, access):
 def test_a_store_to_read_only_memory_is_a_devices_business(guest):
     g = guest("li t0, 0x90000000\n li a1, 7\n ld a2, 0(t0)\n sd a1, 0(t0)\n ecall")
     with g.machine.quiesce():
-        g.machine.set_slots(
-            [SlotView(RAM, SIZE, g.address), SlotView(0x90000000, 4096, g.address + 0x8000, readonly=True)]
-        )
+        g.machine.set_slots([SlotView(RAM, SIZE, g.address), SlotView(0x90000000, 4096, g.address + 0x8000, readonly=True)])
     g[RAM + 0x8000] = 99
     assert g.run() == ExitKind.MMIO_WRITE
     assert (g.harts[0].state.x[12], g[RAM + 0x8000]) == (99, 99)
@@ -96,10 +92,7 @@ def test_wfi_sleeps_unless_something_is_pending(guest):
 
 
 def test_the_timer_wakes(guest):
-    g = guest(
-        "rdtime t0\n li t1, 20000\n add t0, t0, t1\n csrw stimecmp, t0\n li t0, 32\n csrs sie, t0\n"
-        "wfi\n ecall"
-    )
+    g = guest("rdtime t0\n li t1, 20000\n add t0, t0, t1\n csrw stimecmp, t0\n li t0, 32\n csrs sie, t0\nwfi\n ecall")
     assert g.run() == ExitKind.WFI
     assert 0 < g.harts[0].deadline_ns() <= 2_000_000
 

@@ -114,8 +114,7 @@ def test_increments_of_all_harts_add_up(guest, how):
 
 def test_eight_harts_run_at_once(guest):
     g = guest(
-        f"li t0, {COUNTER}\n li t1, 1\n amoadd.d zero, t1, (t0)\n li t2, 8\n"
-        "1: ld t3, 0(t0)\n bltu t3, t2, 1b\n ecall",
+        f"li t0, {COUNTER}\n li t1, 1\n amoadd.d zero, t1, (t0)\n li t2, 8\n1: ld t3, 0(t0)\n bltu t3, t2, 1b\n ecall",
         harts=8,
     )
     assert g.run_all() == [ExitKind.ECALL] * 8
@@ -157,10 +156,130 @@ def test_requested_flushes_are_done_soon(guest):
 
 
 def test_an_interrupt_from_another_thread_is_taken(guest):
-    g = guest(
-        f"la t0, handler\n csrw stvec, t0\n csrsi sie, 2\n csrsi sstatus, 2\n {SPIN}\n .balign 4\n"
-        f"handler: ecall"
-    )
+    g = guest(f"la t0, handler\n csrw stvec, t0\n csrsi sie, 2\n csrsi sstatus, 2\n {SPIN}\n .balign 4\nhandler: ecall")
     threading.Timer(0.1, g.harts[0].set_pending, (1,)).start()
     assert g.run() == ExitKind.ECALL
     assert g.harts[0].state.scause == 1 << 63 | 1
+
+
+IMSIC = 0x2800_0000
+
+
+def interrupt_file(g, number: int) -> None:
+    """Hart `number` gets an IMSIC that delivers identity 5."""
+    hart = g.harts[number]
+    hart.enable_imsic(63)
+    hart.write_imsic("eie", 0, 1 << 5)
+    hart.write_imsic("eidelivery", 0, 1)
+
+
+def test_an_msi_to_a_running_hart_needs_no_exit(guest):
+    """Hart 0 waits for hart 1 to run, then sends; hart 1 takes the interrupt, claims it and says so."""
+    g = guest(
+        f"""li s0, {COUNTER}
+        li s1, {IMSIC + 4096}
+        li s2, 200
+        bnez a0, second
+        1: ld t0, 0(s0)
+        beq t0, s3, 1b
+        mv s3, t0
+        li t1, 5
+        sw t1, 0(s1)
+        bne s3, s2, 1b
+        ecall
+        second: la t0, handler
+        csrw stvec, t0
+        li t0, 512
+        csrs sie, t0
+        csrsi sstatus, 2
+        2: addi s3, s3, 1
+        sd s3, 0(s0)
+        li s4, 0
+        3: beqz s4, 3b
+        bne s3, s2, 2b
+        ecall
+        .balign 4
+        handler: csrrw t2, stopei, zero
+        srli s4, t2, 16
+        sret""",
+        harts=2,
+    )
+    interrupt_file(g, 1)
+    g.machine.set_imsics({IMSIC: g.harts[0], IMSIC + 4096: g.harts[1]})
+    exits: list[int] = []
+
+    def first() -> None:
+        while (kind := g.run(20)) == ExitKind.MMIO_WRITE:  # hart 1's thread was not there at that moment
+            exits.append(g.harts[0].state.exit_gpa)
+            g.harts[1].inject_msi(5)
+            g.harts[0].complete_mmio(0)
+        assert kind == ExitKind.ECALL
+
+    threads = [threading.Thread(target=first), threading.Thread(target=g.run, args=(20.0, 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert g.harts[1].state.x[19] == 200
+    assert g.harts[1].state.exit_kind == ExitKind.ECALL
+    assert len(exits) < 5
+
+
+def test_an_msi_to_a_sleeping_hart_is_an_exit(guest):
+    g = guest(f"li s1, {IMSIC + 4096}\n li t1, 5\n sw t1, 0(s1)\n ecall", harts=2)
+    interrupt_file(g, 1)
+    g.machine.set_imsics({IMSIC: g.harts[0], IMSIC + 4096: g.harts[1]})
+    assert g.run() == ExitKind.MMIO_WRITE
+    assert (g.harts[0].state.exit_gpa, g.harts[0].state.exit_data) == (IMSIC + 4096, 5)
+    assert g.harts[1].read_imsic("eip", 0) == 0
+
+
+def test_no_msi_is_lost_on_the_way_to_sleep(guest):
+    """Hart 1 does nothing but wfi; each MSI must end one, whether or not it slept already."""
+    g = guest(
+        f"""li s0, {COUNTER}
+        li s1, {IMSIC + 4096}
+        li s2, 2000
+        bnez a0, second
+        1: addi s3, s3, 1
+        li t1, 5
+        sw t1, 0(s1)
+        2: ld t0, 0(s0)
+        bne t0, s3, 2b
+        bne s3, s2, 1b
+        ecall
+        second: li t0, 512
+        csrs sie, t0
+        3: wfi
+        csrrw t2, stopei, zero
+        beqz t2, 3b
+        addi s3, s3, 1
+        sd s3, 0(s0)
+        bne s3, s2, 3b
+        ecall""",
+        harts=2,
+    )
+    interrupt_file(g, 1)
+    g.machine.set_imsics({IMSIC: g.harts[0], IMSIC + 4096: g.harts[1]})
+    bell = threading.Event()
+    slept = 0
+
+    def first() -> None:
+        while g.run(20) == ExitKind.MMIO_WRITE:
+            g.harts[1].inject_msi(5)
+            g.harts[0].complete_mmio(0)
+            bell.set()
+
+    def second() -> None:
+        nonlocal slept
+        while g.run(20, 1) == ExitKind.WFI:
+            slept += 1
+            assert bell.wait(10), "an MSI was lost"
+            bell.clear()
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert g.harts[1].state.x[19] == 2000

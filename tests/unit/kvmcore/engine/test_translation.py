@@ -117,8 +117,7 @@ def test_one_address_of_a_superpage_flushes_all_of_it(guest):
 def test_sum_decides_over_user_pages(guest):
     g, tables = start(
         guest,
-        "li t1, 0x1000\n li t2, 0x40000\n csrs sstatus, t2\n ld a1, 0(t1)\n csrc sstatus, t2\n"
-        "here: ld a2, 0(t1)",
+        "li t1, 0x1000\n li t2, 0x40000\n csrs sstatus, t2\n ld a1, 0(t1)\n csrc sstatus, t2\nhere: ld a2, 0(t1)",
     )
     tables.map(0x1000, DATA, LEAF | U)
     g[DATA] = 5
@@ -138,9 +137,7 @@ def test_satp_is_in_force_at_the_next_instruction(guest):
     g[ROOT + 8 * (RAM >> 30 & 511)] = 0
     tables.map(0x4000_0000, RAM, LEAF, level=2)
     state = g.harts[0].state
-    assert (
-        g.run(seconds=0.3) == ExitKind.KICK
-    )  # the handler is not mapped either: it faults for ever, kickably
+    assert g.run(seconds=0.3) == ExitKind.KICK  # the handler is not mapped either: it faults for ever, kickably
     assert (state.scause, state.x[11]) == (12, 0)
 
 
@@ -211,16 +208,13 @@ def test_the_dirty_log_names_the_pages_that_were_written(guest):
     tables.map(0x3000, DATA + 0x8000, LEAF)
     assert g.run() == ExitKind.ECALL
     page = (DATA + 0x8000 - RAM) >> 12
-    assert [bitmap[index] for index in range(64)] == [
-        1 << page % 64 if index == page // 64 else 0 for index in range(64)
-    ]
+    assert [bitmap[index] for index in range(64)] == [1 << page % 64 if index == page // 64 else 0 for index in range(64)]
 
 
 def test_the_dirty_budget_stops_before_the_store(guest):
     bitmap = (ctypes.c_uint64 * 64)()
     g = guest(
-        f"li t0, {DATA}\n li t2, 4096\n li t3, 5\n 1: sd t3, 0(t0)\n add t0, t0, t2\n addi t3, t3, -1\n"
-        f"bnez t3, 1b\n ecall",
+        f"li t0, {DATA}\n li t2, 4096\n li t3, 5\n 1: sd t3, 0(t0)\n add t0, t0, t2\n addi t3, t3, -1\nbnez t3, 1b\n ecall",
         bitmap=ctypes.addressof(bitmap),
     )
     state = g.harts[0].state
