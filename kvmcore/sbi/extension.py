@@ -39,8 +39,8 @@ class Caller(Protocol):
     def harts(self) -> Sequence[int]:
         """The ids of all harts."""
 
-    def set_timer(self, time: int) -> None:
-        """Timer interrupt at `time`; clears a pending one."""
+    def set_timer(self, when: int) -> None:
+        """Timer interrupt at `when`; clears a pending one."""
 
     def send_ipi(self, hart: int) -> None:
         """Make the supervisor software interrupt of a hart pending."""

@@ -40,7 +40,7 @@ class GuestMemfd(GuestMemfdBase):
             raise KvmError(ENOMEM, reason=str(error)) from error
         self._mapping: Mapping | None = None
         self._bound: list[tuple[int, int]] = []
-        self._is_open = True
+        self._numbers = 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -80,15 +80,19 @@ class GuestMemfd(GuestMemfdBase):
 
     def shared_fds(self) -> list[int]:
         """The memfd, when it was made with the MMAP flag."""
-        return [self.fd] if self.flags & structs.GUEST_MEMFD_FLAG_MMAP and self._is_open else []
+        return [self.fd] if self.flags & structs.GUEST_MEMFD_FLAG_MMAP and self._numbers else []
+
+    def opened(self) -> None:
+        self._numbers += 1
+        super().opened()
 
     def closed(self) -> None:
-        self._is_open = False
+        self._numbers -= 1
         self._release()
         super().closed()
 
     def _release(self) -> None:
-        if self._is_open or self._bound:
+        if self._numbers or self._bound:
             return
         with self._lock:
             mapping, self._mapping = self._mapping, None

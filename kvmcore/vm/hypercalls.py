@@ -7,7 +7,7 @@ guest code while it waits, and whoever waits for this one sees that.
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ _LINUX_6_12_107, _LINUX_7_2_13 = 0x060C6B, 0x07020D
 PAGES_WORTH_NAMING = 16
 """A range of more pages than this is fenced as a whole address space."""
 _PAGE = 4096
+_PAUSE_SECONDS = 20e-6
 
 
 class Hypercalls:
@@ -70,8 +71,8 @@ class Hypercalls:
     def harts(self) -> Sequence[int]:
         return list(self._vm.vcpus_by_id)
 
-    def set_timer(self, time: int) -> None:
-        self._vcpu.hart.state.stimecmp = time
+    def set_timer(self, when: int) -> None:
+        self._vcpu.hart.state.stimecmp = when
 
     def send_ipi(self, hart: int) -> None:
         target = self._vm.vcpus_by_id[hart]
@@ -105,9 +106,11 @@ class Hypercalls:
         for target in targets:
             if target is self._vcpu:
                 continue
+            pause = 0.0
             while target.hart.flush_pending and target.hart.running and not self._vm.dead:
                 waited = True
-                os.sched_yield()
+                time.sleep(pause)  # the first time only a yield; later long enough to give the GIL away
+                pause = _PAUSE_SECONDS
         if waited:
             self._vm.stats.remote_tlb_flush += 1
 

@@ -13,7 +13,7 @@ X = IsaExt
 OFFERED: frozenset[IsaExt] = frozenset(
     (
         X.A, X.C, X.D, X.F, X.I, X.M,
-        X.SSTC, X.SSAIA, X.SVADU, X.SVVPTC,
+        X.SSTC, X.SSAIA, X.SVADU, X.SVVPTC, X.ZKR,
         X.ZICBOM, X.ZICBOP, X.ZICBOZ, X.ZICNTR, X.ZICSR, X.ZIFENCEI, X.ZIHPM, X.ZIHINTPAUSE,
         X.ZBA, X.ZBB, X.ZBS,
         X.ZCA, X.ZCD, X.ZICCRSE, X.ZAAMO, X.ZALRSC,

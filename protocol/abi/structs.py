@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import construct  # type: ignore[import-untyped]
+    import construct
 
 _WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}
 _FIELD = re.compile(r"(\w+):(u8|u16|u32|s32|u64|bytes)(?:\[(\d+)\])?\Z")

@@ -15,6 +15,7 @@ from errno import EINVAL
 PAGE = 4096
 PROT_READ = 1
 PROT_WRITE = 2
+PROT_EXEC = 4
 MAP_SHARED = 0x01
 MAP_PRIVATE = 0x02
 MAP_FIXED = 0x10
@@ -75,8 +76,12 @@ class Mapping:
     caller promises that no view is used afterwards) or with the object.
     """
 
-    def __init__(self, pieces: list[tuple[int, int, int]], prot: int = PROT_READ | PROT_WRITE) -> None:
-        """`pieces`: (fd, file offset, bytes), each page aligned. The descriptors are not kept."""
+    def __init__(
+        self, pieces: list[tuple[int, int, int]], prot: int = PROT_READ | PROT_WRITE, *, private: bool = False
+    ) -> None:
+        """`pieces`: (fd, file offset, bytes), each page aligned. The descriptors are not kept. `private`: writes
+        stay here.
+        """
         size = sum(length for _, _, length in pieces)
         if size <= 0 or any(offset % PAGE or length % PAGE for _, offset, length in pieces):
             raise OSError(EINVAL, "mappings are page aligned and not empty")
@@ -87,7 +92,7 @@ class Mapping:
         at = self.address
         try:
             for fd, offset, length in pieces:
-                _map(at, length, prot, MAP_SHARED | MAP_FIXED, fd, offset)
+                _map(at, length, prot, (MAP_PRIVATE if private else MAP_SHARED) | MAP_FIXED, fd, offset)
                 at += length
         except OSError:
             self.close()

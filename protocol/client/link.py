@@ -13,7 +13,7 @@ import os
 import select
 import socket
 import threading
-from errno import ECONNREFUSED, ECONNRESET, EINVAL, ENOENT, EPROTO
+from errno import ECONNREFUSED, ECONNRESET, EINVAL, EIO, ENOENT, EPROTO
 from typing import Any
 
 import zmq
@@ -65,6 +65,7 @@ class Channel:
         """The reply to a request. KvmError: the errno that came back, or ECONNRESET when the server is
         gone.
         """
+        self._link.check_owner(name)
         with self._lock:
             sequence = next(self._sequence)
             request = Request(
@@ -127,6 +128,7 @@ class Link:
         self._sequence = itertools.count(1)
         self._channels: list[Channel] = []
         self.closed = False
+        self._owner = os.getpid()
         self.session = b""
         self.incarnation = 0
         try:
@@ -134,6 +136,11 @@ class Link:
         except BaseException:
             self._socket.close()
             raise
+
+    def check_owner(self, name: str) -> None:
+        """KvmError(EIO) in a forked child: a session belongs to the process that opened it (KVM_ABI 1.1 b)."""
+        if os.getpid() != self._owner:
+            raise KvmError(EIO, name, "the session belongs to another process")
 
     def channel(self) -> Channel:
         """A new way to send requests."""
@@ -158,6 +165,7 @@ class Link:
         fds: list[int] | None = None,
         body: dict[str, Any] | None = None,
     ) -> tuple[Message, list[int]]:
+        self.check_owner(name)
         with self._lock:
             message = Message(op, next(self._sequence), 0, a, b, c, d, body or {})
             try:

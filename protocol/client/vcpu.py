@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from errno import ECONNRESET
+from errno import ECONNRESET, EINVAL, EPERM
 
 from protocol.abi import run_page, structs
+from protocol.abi.capabilities import DIRTY_RING_PAGE
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
 from protocol.abi.structs_riscv import one_reg_size
 from protocol.channel.doorbell import Doorbell
-from protocol.channel.shared_memory import Mapping
+from protocol.channel.shared_memory import PROT_EXEC, Mapping, create_memfd
 from protocol.client.handle import ARGUMENT, POINTEE, Handle
 from protocol.client.link import Channel, Link
 from protocol.codec.envelope import COPY_IN, Copy
@@ -37,10 +38,37 @@ class Vcpu(Handle):
         """kvm_run with the doorbell words, then the VM's coalesced ring; 8192 bytes."""
         self.doorbell = Doorbell(self.run_page, self._mapping.address, run_page.DOORBELL_BELL)
 
+    def mmap(self, offset: int, size: int, prot: int = 3, *, private: bool = False) -> Mapping:
+        """mmap(2) of the vCPU, bytes of whole pages: page 0 kvm_run, 1 the coalesced ring, from 64 on the dirty ring.
+
+        What lies between is SIGBUS when it is touched. The dirty ring may not be private (EINVAL) or executable
+        (EPERM). Linux's rules (KVM_ABI 1.3).
+        """
+        first, end = offset // run_page.PAGE, (offset + size) // run_page.PAGE
+        fds = self.link.say(Op.SHARE, "mmap", self.number)
+        fds.append(create_memfd("kvm-nothing", 0))
+        try:
+            ring_pages = os.fstat(fds[2]).st_size // run_page.PAGE
+            ring = range(DIRTY_RING_PAGE, DIRTY_RING_PAGE + ring_pages)
+            if first in ring or end - 1 in ring:
+                if private:
+                    raise KvmError(EINVAL, "mmap", "a dirty ring is shared")
+                if prot & PROT_EXEC:
+                    raise KvmError(EPERM, "mmap", "a dirty ring is not executable")
+            pieces: list[tuple[int, int, int]] = []
+            for page in range(first, end):
+                where = (fds[page], 0) if page < 2 else (fds[2], page - ring.start) if page in ring else (fds[-1], 0)
+                pieces.append((where[0], where[1] * run_page.PAGE, run_page.PAGE))
+            return Mapping(pieces, prot, private=private)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
     def run(self) -> int:
         """KVM_RUN: enter the guest; returns exit_reason. KvmError: EINTR (kicked), EIO, EFAULT, EOPNOTSUPP,
         or ECONNRESET when the VM's process is gone.
         """
+        self.link.check_owner("RUN")
         doorbell = self.doorbell
         sequence = doorbell.request()
         while (answer := doorbell.wait_reply(sequence)) is None:

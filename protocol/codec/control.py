@@ -28,10 +28,13 @@ WRITE_GPA = _BASE | 6
 GOODBYE = _BASE | 7
 """End the session: all its handles are closed."""
 
+DUP = _BASE | 8
+"""dup() of `handle`: a second number for the same object, which lives until both are closed."""
+
 LENGTH = struct.Struct("<I")
 
 NAMES = {HELLO: "HELLO", PING: "PING", CLOSE: "CLOSE", READ: "READ", KICK: "KICK", READ_GPA: "READ_GPA",
-         WRITE_GPA: "WRITE_GPA", GOODBYE: "GOODBYE"}  # fmt: skip
+         WRITE_GPA: "WRITE_GPA", GOODBYE: "GOODBYE", DUP: "DUP"}  # fmt: skip
 
 
 def is_control(request: int) -> bool:

@@ -11,16 +11,15 @@ from pathlib import Path
 from types import TracebackType
 
 from protocol.abi import run_page
+from protocol.abi.capabilities import DIRTY_RING_PAGE
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
-from protocol.channel.shared_memory import Mapping, create_memfd
+from protocol.channel.shared_memory import PROT_EXEC, PROT_READ, PROT_WRITE, Mapping, create_memfd
 from protocol.client import Device, Kvm, Vcpu, Vm
 from protocol.client.handle import Handle
 from protocol.codec import control
 from protocol.codec.session import Op
-
-from .port import mapping_errno
 
 _RUN = BY_NAME["RUN"].number
 _START_SECONDS = 60.0
@@ -36,7 +35,6 @@ class ClientBackend:
         self._socket = directory / "kvmcore.sock"
         self._log = open(directory / "kvmcore.log", "wb")  # closed in __exit__
         self._daemon: subprocess.Popen[bytes] | None = None
-        self._handles: dict[int, list[Handle]] = {}
         self._rings: dict[int, Mapping] = {}
 
     def __enter__(self) -> ClientBackend:
@@ -137,30 +135,21 @@ class ClientBackend:
     def page(self, vcpu: Vcpu) -> memoryview:
         return vcpu.run_page
 
-    def _ring(self, vcpu: Vcpu) -> Mapping | None:
-        """The dirty ring is what the server shares beyond kvm_run and the coalesced ring."""
+    def ring(self, vcpu: Vcpu, size: int) -> memoryview:
         if vcpu.number not in self._rings:
-            fds = vcpu.link.say(Op.SHARE, "mmap", vcpu.number)
-            try:
-                if len(fds) < 3:
-                    return None
-                self._rings[vcpu.number] = Mapping([(fds[2], 0, os.fstat(fds[2]).st_size)])
-            finally:
-                for fd in fds:
-                    os.close(fd)
-        return self._rings[vcpu.number]
-
-    def ring(self, vcpu: Vcpu) -> memoryview:
-        ring = self._ring(vcpu)
-        assert ring is not None
-        return ring.view
+            self._rings[vcpu.number] = vcpu.mmap(DIRTY_RING_PAGE * run_page.PAGE, size)
+        return self._rings[vcpu.number].view
 
     def unmap_page(self, vcpu: Vcpu) -> None:
         vcpu.run_page = memoryview(bytearray(run_page.MMAP_SIZE))
 
     def mmap(self, vcpu: Vcpu, offset: int, size: int, private: bool, executable: bool) -> int:
-        ring = self._ring(vcpu)
-        return mapping_errno(ring is not None, ring.size if ring else 0, offset, size, private, executable)
+        prot = PROT_READ | PROT_WRITE | (PROT_EXEC if executable else 0)
+        try:
+            vcpu.mmap(offset, size, prot, private=private).close()
+        except OSError as error:
+            return error.errno or 0
+        return 0
 
     def kick(self, vcpu: Vcpu) -> None:
         vcpu.doorbell.set_kick()

@@ -11,7 +11,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EINVAL, EPERM
 from typing import Any, Protocol
 
 from protocol.abi import run_page, structs
@@ -67,8 +66,8 @@ class Backend(Protocol):
     def page(self, vcpu: Any) -> memoryview:
         """The shared mapping: 8192 bytes."""
 
-    def ring(self, vcpu: Any) -> memoryview:
-        """The dirty ring."""
+    def ring(self, vcpu: Any, size: int) -> memoryview:
+        """The dirty ring, which has `size` bytes."""
 
     def unmap_page(self, vcpu: Any) -> None: ...
 
@@ -467,9 +466,9 @@ class Guest:
         assert self.vm.region(0, 0, guest.BASE, 0, RAM) == "0"
         assert self.vm.region(0, self._flags, guest.BASE, RAM_SIZE, RAM) == "0"
 
-    def harvest(self) -> list[tuple[int, int, int]]:
-        """Take every dirty entry of the ring, as (flags, slot, offset), and mark it as harvested."""
-        ring, found = self.port.backend.ring(self.cpu.inner), []
+    def harvest(self, size: int) -> list[tuple[int, int, int]]:
+        """Take every dirty entry of a ring of `size` bytes, as (flags, slot, offset); mark it as harvested."""
+        ring, found = self.port.backend.ring(self.cpu.inner, size), []
         for at in range(0, len(ring), run_page.DIRTY_GFN_SIZE):
             entry = run_page.DIRTY_GFN.unpack_from(ring, at)
             if entry[0] != structs.DIRTY_GFN_DIRTY:
@@ -477,17 +476,3 @@ class Guest:
             run_page.U32.pack_into(ring, at, structs.DIRTY_GFN_DIRTY | structs.DIRTY_GFN_RESET)
             found.append(entry)
         return found
-
-
-def mapping_errno(
-    has_ring: bool, ring_bytes: int, offset: int, size: int, private: bool, executable: bool
-) -> int:
-    """Linux's rules for mmap() of a vCPU: pages of the ring are shared and never executable."""
-    first, last = offset // 4096, (offset + size - 1) // 4096
-    ring = range(64, 64 + ring_bytes // 4096) if has_ring else range(0)
-    if first in ring or last in ring:
-        if private:
-            return EINVAL
-        if executable:
-            return EPERM
-    return 0

@@ -212,7 +212,7 @@ def dirty_ring(port: Port, say) -> None:
         say("mmap ring PRIVATE", cpu.mmap(64 * 4096, 4096, private=True))
         say("mmap across ring", cpu.mmap(63 * 4096, 8192))
         line = write_from(g, guest.BASE + 0x10000, 1000)
-        entries = g.harvest()
+        entries = g.harvest(4096)
         flags, slot, offset = entries[0]
         say(
             "RUN ring full",
