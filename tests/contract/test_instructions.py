@@ -56,10 +56,10 @@ def words(row: Insn, count: int) -> list[int]:
     return [raw for raw in tried if row.matches(raw)]
 
 
-@pytest.mark.parametrize("row", INSTRUCTIONS, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [row for row in INSTRUCTIONS if row.extension not in UNKNOWN_TO_CAPSTONE], ids=lambda row: row.name
+)
 def test_capstone_gives_it_the_same_name(row: Insn, disassembler: capstone.Cs) -> None:
-    if row.extension in UNKNOWN_TO_CAPSTONE:
-        pytest.skip(f"capstone knows no {row.extension}")
     used = row.mask
     for operand in row.operands:
         for part in operand.parts:
