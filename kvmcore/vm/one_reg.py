@@ -355,6 +355,14 @@ def _ignore(regs: Registers, value: int) -> None:
     """Interrupt priorities and the high halves of 64-bit CSRs on RV32: read-only zero."""
 
 
+def _set_pc(regs: Registers, value: int) -> None:
+    """Who moves pc from outside has often put new code and page tables in place too: look afresh at both."""
+    hart = regs._vcpu.hart
+    hart.state.pc = value
+    hart.flush_tlb()
+    hart.flush_icache()
+
+
 def _set_mode(regs: Registers, value: int) -> None:
     regs._vcpu.hart.state.mode = ids.MODE_S if value == ids.MODE_S else ids.MODE_U
 
@@ -372,7 +380,7 @@ def _table() -> Iterator[tuple[int, _Register]]:
     }
     for name, register in config.items():
         yield ids.CONFIG_ID[name], register
-    yield ids.CORE_ID["pc"], _state("pc")
+    yield ids.CORE_ID["pc"], _Register(8, lambda regs: int(regs._vcpu.hart.state.pc), _set_pc)
     for index, name in enumerate(ids.CORE_NAMES[1:-1], 1):
         yield ids.CORE_ID[name], _array("x", index)
     yield ids.CORE_ID["mode"], _Register(8, lambda regs: int(regs._vcpu.hart.state.mode), _set_mode)

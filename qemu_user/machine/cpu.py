@@ -122,9 +122,10 @@ def reset_state(vcpus: list[Vcpu]) -> None:
     """All registers as after creation, the first hart runnable, the rest stopped: before set_boot_state at a
     reset of the machine."""
     zero = [*riscv.CORE_ID.values(), *riscv.CSR_ID.values()]
+    fresh = {riscv.MODE: riscv.MODE_S, riscv.CSR_ID["scounteren"]: 7}
     for vcpu in vcpus:
         for register in zero:
-            vcpu.set_one_reg(register, 1 if register == riscv.MODE else 0)
+            vcpu.set_one_reg(register, fresh.get(register, 0))
         if _number(vcpu, riscv.TIMER_ID["state"]):
             vcpu.set_one_reg(riscv.TIMER_ID["state"], 0)
         vcpu.set_mp_state(MP_STATE_RUNNABLE if vcpu is vcpus[0] else MP_STATE_STOPPED)
