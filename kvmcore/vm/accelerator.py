@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvmcore.engine.loader import Image
+    from kvmcore.engine.machine import Hart, Machine
 
 log = logging.getLogger("kvmcore.engine")
 
@@ -22,6 +23,17 @@ def native_image() -> Image:
     from kvmcore.engine.loader import Image, ensure_image
 
     return Image.load(ensure_image())
+
+
+def make_hart(accel: str, machine: Machine, index: int, hartid: int) -> Hart:
+    """A hart that runs as `accel` says: "native" or "reference"."""
+    if accel == "reference":
+        from kvmcore.engine.reference_hart import InterpretedHart
+
+        return InterpretedHart(machine, index, hartid)
+    from kvmcore.engine.machine import Hart
+
+    return Hart(machine, index, hartid)
 
 
 def preload_image() -> None:

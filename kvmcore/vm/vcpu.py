@@ -17,8 +17,8 @@ from errno import EINTR, EIO
 from typing import TYPE_CHECKING
 
 from kvmcore.engine.exits import ExitKind
-from kvmcore.engine.machine import Hart
 from kvmcore.vm import exits
+from kvmcore.vm.accelerator import make_hart
 from kvmcore.vm.dirty import DirtyRing
 from kvmcore.vm.hypercalls import Hypercalls
 from kvmcore.vm.objects import VmChild
@@ -50,7 +50,7 @@ class Vcpu(VmChild):
         self.id = vcpu_id
         self.index = index
         self.mutex = threading.Lock()
-        self.hart = Hart(vm.machine, index, vcpu_id)
+        self.hart = make_hart(vm.accel, vm.machine, index, vcpu_id)
         self.mp_state = RUNNABLE if index == 0 else STOPPED
         self.ran_once = False
         self.pending: exits.Pending | None = None
