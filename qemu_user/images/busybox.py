@@ -94,6 +94,13 @@ def _busybox(path: Path) -> bytes:
     raise ImageError(f"{path.name}: no busybox inside")
 
 
+def add_scripts(initrd: cpio.Archive) -> None:
+    """/init and what it uses. Added again at every start, so that a cached image runs this version's."""
+    folder = files("qemu_user.images")
+    initrd.file("init", folder.joinpath("init.sh").read_bytes(), 0o755)
+    initrd.file("etc/udhcpc.script", folder.joinpath("udhcpc.sh").read_bytes(), 0o755)
+
+
 def _initrd(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
     initrd = cpio.Archive()
     for folder in ("dev", "proc", "sys", "tmp", "root", "etc", "mnt", "run", "sbin", "usr/bin", "usr/sbin"):
@@ -103,10 +110,9 @@ def _initrd(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
     initrd.file("bin/busybox", busybox, 0o755)
     for applet in _APPLETS.split():
         initrd.symlink(f"bin/{applet}", "busybox")
-    initrd.file("init", files("qemu_user.images").joinpath("init.sh").read_bytes(), 0o755)
+    add_scripts(initrd)
     initrd.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     initrd.file("etc/group", b"root:x:0:\n")
-    initrd.file("etc/udhcpc.script", files("qemu_user.images").joinpath("udhcpc.sh").read_bytes(), 0o755)
     for name, content in modules:
         initrd.file(f"lib/modules/{name}.ko", content)
     initrd.file("lib/modules/order", "\n".join(name for name, _ in modules).encode() + b"\n")

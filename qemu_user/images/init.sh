@@ -55,22 +55,27 @@ if [ -z "$control" ]; then
 fi
 
 exec 3<>"$control"
-echo ready >&3
-if [ -n "$TTY" ]; then
-    setsid -c sh -c "$COMMAND" </dev/hvc0 >/dev/hvc0 2>&1 &
-else
-    setsid sh -c "$COMMAND" <"$stdin" >"$stdout" 2>"$stderr" &
-fi
-command=$!
-# What the host says: signals for the command and everything that it has started.
+# What the host says: signals for the command and everything that it has started, or that the VM is to end.
+# The command runs in the foreground: a shell makes what it starts with & deaf to SIGINT.
 (
-    while read -r verb argument rest <&3; do
+    while read -r verb argument <&3; do
         case "$verb" in
-            signal) kill -"$argument" -"$command" 2>/dev/null || kill -"$argument" "$command" 2>/dev/null ;;
-            winsize) stty rows "$argument" cols "$rest" </dev/hvc0 ;;
+            signal) kill -"$argument" -"$(cat /run/command)" ;;
+            powerdown)
+                kill -TERM -"$(cat /run/command)"
+                sleep 1
+                poweroff -f ;;
         esac
     done
-) &
-wait "$command"
+) 2>/dev/null &
+if [ -n "$TTY" ]; then
+    exec </dev/hvc0 >/dev/hvc0 2>&1
+    ctty=-c
+else
+    exec <"$stdin" >"$stdout" 2>"$stderr"
+    ctty=
+fi
+export COMMAND
+setsid $ctty sh -c 'echo $$ >/run/command; echo ready >&3; exec 3>&-; eval "$COMMAND"' 3>&3
 echo "exit $?" >&3
 poweroff -f

@@ -118,9 +118,10 @@ class Store:
 
 
 def settings(values: Mapping[str, str]) -> bytes:
-    """A cpio archive with /softkvm.conf: shell assignments that the guest's /init reads."""
+    """A cpio archive with /init and /softkvm.conf: shell assignments that it reads."""
     text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
     extra = cpio.Archive()
+    busybox.add_scripts(extra)
     extra.file("softkvm.conf", text.encode(), 0o600)
     return extra.finish()
 

@@ -263,9 +263,8 @@ class VirtioConsole(VirtioDevice):
 
     def _say_size(self) -> None:
         if self._rows and self._columns:
-            # 5.3.6.2 has columns first, but Linux reads rows first (virtio_console.c,
-            # handle_control_message).
-            self._say(0, RESIZE, 1, struct.pack("<HH", self._rows, self._columns))
+            # 5.3.6.2. Kernels before 6.12's stable updates of 2025 read them the other way round.
+            self._say(0, RESIZE, 1, struct.pack("<HH", self._columns, self._rows))
 
     def _say(self, number: int, event: int, value: int, data: bytes = b"") -> None:
         if not self.multiport:
