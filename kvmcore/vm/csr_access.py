@@ -84,8 +84,8 @@ def write(hart: Hart, name: str, value: int) -> None:
 
 
 def reset(hart: Hart) -> None:
-    """The state of a new vCPU: 0 but for scounteren, S-mode, no timer. The interrupt file stays as it is: it is not
-    the hart's, and other harts may be sending to it at this moment.
+    """The state of a new vCPU: 0 but for scounteren, S-mode, no timer. The interrupt file stays as it is: it
+    is not the hart's, and other harts may be sending to it at this moment.
     """
     state = hart.state
     for field in _ZERO_AT_RESET:
@@ -98,6 +98,7 @@ def reset(hart: Hart) -> None:
     for interrupt in (SSI, SEI):
         hart.clear_pending(interrupt)
     hart.flush_tlb()
+    hart.flush_icache()
 
 
 def pending(hart: Hart) -> int:

@@ -118,6 +118,8 @@ class DirtyTracking:
         self._memory = memory
         self.manual = 0
         """Flags of MANUAL_DIRTY_LOG_PROTECT2 in force: 0, 1 or 3."""
+        self.wrote = False
+        """Whether kvmcore itself has dirtied pages since a ring last collected."""
         self.ring_bytes = 0
         """Bytes of each vCPU's dirty ring; 0: the log is used instead."""
 
@@ -239,6 +241,7 @@ class DirtyTracking:
     def collect(self, ring: DirtyRing) -> None:
         """Put pages that became dirty since the last time into `ring`, as far as there is room."""
         with self._memory.lock:
+            self.wrote = False
             for slot in self._memory:
                 if slot.bitmap is not None and ring.free:
                     for page in slot.bitmap.new_since(self._shadow(slot), ring.free):
@@ -256,6 +259,8 @@ class DirtyRing:
     def __init__(self, size: int, name: str) -> None:
         self.entries = size // run_page.DIRTY_GFN_SIZE
         self.soft_limit = self.entries - RING_RESERVED
+        self.budget = 0
+        """What the hart's dirty_budget was set to: less there means that it has dirtied pages."""
         self.fd = create_memfd(name, size)
         self._mapping = Mapping([(self.fd, 0, size)])
         self._pushed: list[tuple[int, int]] = []

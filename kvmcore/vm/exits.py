@@ -23,6 +23,7 @@ from protocol.abi.exits import Exit, SystemEvent
 from protocol.abi.structs_riscv import SBI_NOT_SUPPORTED
 
 if TYPE_CHECKING:
+    from kvmcore.vm.dirty import DirtyRing
     from kvmcore.vm.vcpu import Vcpu
 
 _U64 = (1 << 64) - 1
@@ -64,18 +65,25 @@ def before_entry(vcpu: Vcpu) -> bool:
     ring = vcpu.dirty_ring
     if ring is None:
         return True
-    vcpu.vm.memory.dirty.collect(ring)
+    _harvest(vcpu, ring)
     if ring.full:
         vcpu.set_exit_reason(Exit.DIRTY_RING_FULL)
         return False
-    vcpu.hart.state.dirty_budget = ring.soft_limit - ring.used
+    vcpu.hart.state.dirty_budget = ring.budget = ring.soft_limit - ring.used
     return True
 
 
 def after_run(vcpu: Vcpu) -> None:
     """RUN returns: what the guest has dirtied so far is in the ring when the client looks."""
     if vcpu.dirty_ring is not None:
-        vcpu.vm.memory.dirty.collect(vcpu.dirty_ring)
+        _harvest(vcpu, vcpu.dirty_ring)
+
+
+def _harvest(vcpu: Vcpu, ring: DirtyRing) -> None:
+    """Look for newly dirty pages, unless this hart has made none since the last look."""
+    dirty = vcpu.vm.memory.dirty
+    if dirty.wrote or vcpu.hart.state.dirty_budget != ring.budget:
+        dirty.collect(ring)
 
 
 # -- leaving native code ---------------------------------------------------------------------------

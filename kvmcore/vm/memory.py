@@ -118,8 +118,8 @@ class Memory:
         self.lock = threading.RLock()
         self.dirty = DirtyTracking(self)
         self._slots: dict[int, Slot] = {}
-        self._sorted: list[Slot] = []
-        self._starts: list[int] = []
+        self._map: tuple[list[Slot], list[int]] = ([], [])
+        """Slots by guest address, and where they start. Replaced as a whole: vCPU threads look without a lock."""
         vm.session.mm.listeners.append(self._remapped)
 
     # -- looking -----------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Memory:
         return len(self._slots)
 
     def __iter__(self) -> Iterator[Slot]:
-        return iter(self._sorted)
+        return iter(self._map[0])
 
     def slot(self, number: int) -> Slot | None:
         """The slot with this number (address space 0)."""
@@ -136,7 +136,7 @@ class Memory:
 
     def lookup(self, gpa: int) -> Slot | None:
         """The slot that covers a guest-physical address."""
-        slots, starts = self._sorted, self._starts
+        slots, starts = self._map
         index = bisect_right(starts, gpa) - 1
         if index >= 0 and index < len(slots) and gpa < slots[index].end:
             return slots[index]
@@ -156,6 +156,7 @@ class Memory:
             for host, length, slot in list(self._walk(gpa, len(data), writable=True)):
                 ctypes.memmove(host, data[at : at + length], length)
                 if slot.bitmap is not None:
+                    self.dirty.wrote = True
                     slot.bitmap.set_range(
                         (gpa + at - slot.gpa) // PAGE, (gpa + at + length - 1 - slot.gpa) // PAGE
                     )
@@ -249,8 +250,8 @@ class Memory:
         return False
 
     def _overlaps(self, number: int, gpa: int, end: int) -> bool:
-        index = bisect_right(self._starts, gpa)
-        for slot in self._sorted[max(index - 1, 0) :]:
+        slots, starts = self._map
+        for slot in slots[max(bisect_right(starts, gpa) - 1, 0) :]:
             if slot.gpa >= end:
                 return False
             if slot.end > gpa and slot.number != number:
@@ -280,7 +281,7 @@ class Memory:
             elif old is not None:
                 del self._slots[old.number]
             slots = sorted(self._slots.values(), key=lambda slot: slot.gpa)
-            self._sorted, self._starts = slots, [slot.gpa for slot in slots]
+            self._map = (slots, [slot.gpa for slot in slots])
             self._hand_over()
         if old is not None and old.gmem is not None and (new is None or new.gmem is None):
             old.gmem.unbind(old.gmem_offset, old.size)
@@ -314,7 +315,7 @@ class Memory:
         from kvmcore.engine.machine import SlotView
 
         views = []
-        for slot in self._sorted:
+        for slot in self._map[0]:
             if slot.bitmap is not None:
                 slot.bitmap.gather()
             for piece in slot.pieces:
@@ -326,7 +327,7 @@ class Memory:
 
     def hand_over_parts(self) -> None:
         """After DirtyBitmap.gather(): give the engine new parts, if there were unaligned ones."""
-        if any(len(slot.pieces) > 1 for slot in self._sorted):
+        if any(len(slot.pieces) > 1 for slot in self._map[0]):
             self._hand_over()
 
     def _remapped(self, va: int, size: int) -> None:
@@ -334,7 +335,7 @@ class Memory:
         with self.lock:
             touched = [
                 slot
-                for slot in self._sorted
+                for slot in self._map[0]
                 if slot.gmem is None and slot.hva < va + size and va < slot.hva + slot.size
             ]
             if not touched:
@@ -351,4 +352,4 @@ class Memory:
             listeners.remove(self._remapped)
         with self.lock:
             self._slots.clear()
-            self._sorted, self._starts = [], []
+            self._map = ([], [])

@@ -73,8 +73,11 @@ class HostFile:
             return any(line.startswith("eventfd-count:") for line in info)
 
     def dup(self) -> int:
-        """A new close-on-exec descriptor of the same open file, owned by the caller."""
-        return os.dup(self.fd)
+        """A new close-on-exec descriptor of the same open file, owned by the caller. KvmError(EMFILE)."""
+        try:
+            return os.dup(self.fd)
+        except OSError as error:
+            raise KvmError(error.errno or EBADF, reason="no descriptor left for it") from error
 
     def close(self) -> None:
         os.close(self.fd)
