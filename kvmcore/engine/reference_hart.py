@@ -9,7 +9,7 @@ from __future__ import annotations
 from kvmcore.engine import hart_state
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.machine import Hart, Machine
-from kvmcore.engine.reference import ReferenceHart
+from kvmcore.engine.reference import U64, ReferenceHart
 
 _LEAVE = hart_state.ATTENTION_KICK | hart_state.ATTENTION_STOP
 _ATTENTION = hart_state.offset("attention")
@@ -32,10 +32,12 @@ class InterpretedHart(Hart):
                 return int(ExitKind.STOPPED)
             reference.forget()  # Python may have changed anything since the last exit
             while True:
-                if state.attention:
-                    if state.attention & _LEAVE:
+                attention = state.attention
+                if attention:
+                    if attention & _LEAVE:
                         return int(ExitKind.KICK)
-                    self.machine.image.atomic_and(self._address + _ATTENTION, 0)
+                    # 64 bits: `running` stands behind it and stays.
+                    self.machine.image.atomic_and(self._address + _ATTENTION, ~attention & U64)
                     reference.forget()
                 reference.interrupt()
                 kind = reference.step()
