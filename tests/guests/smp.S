@@ -16,6 +16,13 @@
 .macro barrier
     call wait_for_all
 .endm
+.macro relax                 # in waiting loops: after a thousand rounds sleep a little, there may be few host CPUs
+    addi t5, t5, 1
+    andi t6, t5, 1023
+    bnez t6, 97f
+    jal t4, sleep
+97:
+.endm
 
 main:
     addi sp, sp, -16
@@ -193,7 +200,12 @@ restarted:
     fence
     li a0, 1
     call poke
-1:  la t1, hart_ids
+1:  load t0, suspending      # a hart that idles in wfi may count as suspended
+    bnez t0, 3f
+    relax
+    j 1b
+3:
+    la t1, hart_ids
     ld a0, 8(t1)
     sbi EXT_HSM, 2
     li t0, 4
@@ -290,8 +302,10 @@ on_all_harts:                # a0 = function
     slli t1, s2, 3
     add t0, t0, t1
 4:  ld t1, 0(t0)
-    bnez t1, 4b
-    addi s2, s2, 1
+    beqz t1, 6f
+    relax
+    j 4b
+6:  addi s2, s2, 1
     j 3b
 5:  fence
     ld ra, 0(sp)
@@ -321,10 +335,35 @@ wait_for_all:                # a barrier; t0 to t2 are lost
     ret
 1:  la t0, generation
 2:  ld t2, 0(t0)
-    pause
-    beq t2, t1, 2b
-    fence
+    bne t2, t1, 3f
+    relax
+    j 2b
+3:  fence
     ret
+
+sleep:                       # 100 us, or until an IPI; returns to t4, keeps everything but t5 and t6
+    addi sp, sp, -48
+    sd a0, 0(sp)
+    sd a1, 8(sp)
+    sd a6, 16(sp)
+    sd a7, 24(sp)
+    rdtime a0
+    li t6, 1000
+    add a0, a0, t6
+    sbi EXT_TIME, 0
+    li t6, STI
+    csrs sie, t6
+    wfi
+    li t6, STI
+    csrc sie, t6
+    li a0, -1
+    sbi EXT_TIME, 0
+    ld a0, 0(sp)
+    ld a1, 8(sp)
+    ld a6, 16(sp)
+    ld a7, 24(sp)
+    addi sp, sp, 48
+    jr t4
 
 say_hello:
     ret
@@ -335,6 +374,10 @@ stop_me:
 
 suspend_me:
     csrci sip, SSI
+    la t0, suspending
+    li t1, 1
+    sd t1, 0(t0)
+    fence
     li a0, 0
     li a1, 0
     li a2, 0
@@ -367,8 +410,10 @@ atomics:
     sc.w.rl t1, t0, (a4)
     bnez t1, 3b
 4:  amoswap.w.aq t0, a7, (a5)
-    bnez t0, 4b
-    ld t0, 0(a6)             # an ordinary variable under the lock
+    beqz t0, 5f
+    relax
+    j 4b
+5:  ld t0, 0(a6)             # an ordinary variable under the lock
     addi t0, t0, 1
     sd t0, 0(a6)
     amoswap.w.rl zero, zero, (a5)
@@ -571,6 +616,10 @@ pingpong:                    # the boot hart sends IPIs to one hart, which answe
     li s0, 0
     csrci sstatus, SIE
     csrwi sie, SSI
+7:  load t0, ready           # its idle loop would swallow an IPI that comes too early
+    bnez t0, 2f
+    relax
+    j 7b
 2:  la t0, pong
     sd zero, 0(t0)
     la t0, ping
@@ -588,12 +637,17 @@ pingpong:                    # the boot hart sends IPIs to one hart, which answe
     blt s0, t0, 2b
     csrci sip, SSI
     csrwi sie, 0
+    la t0, ready
+    sd zero, 0(t0)
     ld ra, 0(sp)
     ld s0, 8(sp)
     ld s1, 16(sp)
     addi sp, sp, 32
     ret
-3:  load s0, pings           # until PINGS more of them have come
+3:  la t0, ready
+    li t1, 1
+    sd t1, 0(t0)
+    load s0, pings           # until PINGS more of them have come
     li t0, PINGS
     add s0, s0, t0
     csrsi sstatus, SIE
@@ -644,9 +698,11 @@ generation: .dword 0
 bad_start: .dword 0
 ping_target: .dword 0
 pings: .dword 0
+ready: .dword 0
 ping: .dword 0
 pong: .dword 0
 suspend_result: .dword -1
+suspending: .dword 0
     .balign 64
 arrived: .dword 0
     .balign 64
