@@ -37,8 +37,14 @@ def make_hart(accel: str, machine: Machine, index: int, hartid: int) -> Hart:
 
 
 def preload_image() -> None:
-    """Map the image now. A failure is told now, and again, as an error, by the first VM that needs it."""
+    """Map the image now, and import what runs it; start the measurement of the host's clock, which takes a while.
+
+    A failure is told now, and again, as an error, by the first VM that needs the image.
+    """
     try:
-        native_image()
+        import kvmcore.engine.machine  # noqa: F401
+        from kvmcore.engine.host_clock import HostClock
+
+        HostClock.shared(native_image()).hz()
     except Exception as error:
         log.warning("the engine's image is not usable: %s", error)
