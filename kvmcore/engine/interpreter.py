@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import gcd
 
+from kvmcore.engine.fusion import PAIRS
 from kvmcore.engine.native_hart import FunctionHart, HandlerHart, call, load, param, returns
 from kvmcore.engine.routines import FUNCTIONS, HANDLERS, handler_offset
 from kvmcore.ir.llvm_text import Emitter
@@ -179,7 +181,45 @@ def emit(emitter: Emitter) -> list[str]:
     for name, (parameters, function) in FUNCTIONS.items():
         _emit_function(emitter, name, parameters, function)
     _emit_decoder(emitter)
+    _emit_pairs(emitter)
     return names
+
+
+def _emit_pairs(emitter: Emitter) -> None:
+    """The handlers of fusion.py's pairs, and @fuse, which finds them."""
+    by_name = {handler.name: handler for handler in handlers().values()}
+    for first, second in PAIRS:
+        tracer = Tracer()
+        tracer.trace(partial(_run_pair, by_name[first], by_name[second]))
+        emitter.handler(f"{first}-{second}", tracer.root)
+
+    def fuse() -> None:
+        """(offset of a handler, of the next one) -> offset of the handler for both, 1 if there is one."""
+        a, b = param("p0"), param("p1")
+        for first in dict.fromkeys(pair[0] for pair in PAIRS):
+            if a == handler_offset(first):
+                for other, second in PAIRS:
+                    if other == first and b == handler_offset(second):
+                        returns(handler_offset(f"{first}-{second}"), 1)
+                returns(u64(0))
+        returns(u64(0))
+
+    tracer = Tracer()
+    tracer.trace(fuse)
+    emitter.function("fuse", 2, tracer.root)
+
+
+def _run_pair(first: Handler, second: Handler) -> None:
+    """Both of them, each at its own record: a miss or a trap of the second finds the first one done."""
+    h = HandlerHart(first.name, first.length)
+    try:
+        first.rows[0].function(h, *_operands(h, first))
+        h.name, h.length = second.name, second.length
+        h.ip, h.ic = h.ip + 4 * first.length, h.ic + 1
+        second.rows[0].function(h, *_operands(h, second))
+        h.finish()
+    except Trap as trap:
+        h.trap(trap)
 
 
 def _variants(handler: Handler) -> Iterator[tuple[str, bool]]:
@@ -203,13 +243,16 @@ def _memories(handler: Handler) -> tuple[str, ...]:
     return ("fast", "slow") if used else ("fast",)
 
 
-def _run(h: HandlerHart, handler: Handler) -> None:
-    operands = [
+def _operands(h: HandlerHart, handler: Handler) -> list[Value]:
+    return [
         handler.constants[o.name] if o.name in handler.constants else read_operand(h, handler.places[o.name])
         for o in handler.rows[0].operands
     ]
+
+
+def _run(h: HandlerHart, handler: Handler) -> None:
     try:
-        handler.rows[0].function(h, *operands)
+        handler.rows[0].function(h, *_operands(h, handler))
         h.finish()
     except Trap as trap:
         h.trap(trap)

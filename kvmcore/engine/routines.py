@@ -37,6 +37,7 @@ from kvmcore.isa.hart import Hart
 
 #: Instructions between two looks at time and other threads.
 SLICE = 20_000
+OFFSET_MASK = (1 << 32) - 1  # of a record: the handler's offset
 NEVER = (1 << 64) - 1  # a tag that no address has
 
 
@@ -529,6 +530,19 @@ def decode_here(h: HandlerHart) -> None:
             h.tail("straddle", pc, raw.zext(64))
         raw = load(at, 32, "plain", 1)
     record, _ = call("decode_word", raw.zext(64), offset)
+    length = select((raw & 3) == 3, u64(4), u64(2))
+    if offset + length < 4094:  # the next one is on this page, whatever its length
+        after = load(at + length, 32, "plain", 1)
+        after = select((after & 3) == 3, after, after & 0xFFFF)
+        second, _ = call("decode_word", after.zext(64), offset + length)
+        both, found = call("fuse", record & OFFSET_MASK, second & OFFSET_MASK)
+        if found != 0:
+            place = h.ip + (length << 2)
+            if load(place, 64, "volatile") == 0:  # the pair's handler takes its operands from there
+                store(place, second, "volatile")
+            record = (record & ~OFFSET_MASK) | both
+            store(h.ip, record, "volatile")
+            h.dispatch(h.ip, h.ab, h.ic)
     store(h.ip, record, "volatile")
     h.dispatch(h.ip, h.ab, h.ic)
 
