@@ -9,6 +9,7 @@ import time
 
 
 def main(arguments: list[str]) -> int:
+    from qemu_user.images.builtin import GUESTS
     from qemu_user.images.store import CATALOGUE, Store
 
     parser = argparse.ArgumentParser(prog="softkvm images", description="List images.")
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> int:
     if options.format == "json":
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return 0
+    for name, (text, _) in GUESTS.items():
+        sys.stdout.write(f"{name:12}  {'built in':24}  {text}\n")
     for row in rows:
         state = "not pulled"
         if row["built"] is not None:
