@@ -10,7 +10,6 @@ from protocol.abi.structs_riscv import AiaGroup as Group
 from protocol.abi.structs_riscv import aia_addr_imsic, aia_imsic_attr
 
 from .port import Guest, Port
-from .run_checks import KICK_AFTER
 
 APLIC, IMSIC = 0x0D000000, 0x28000000
 MSI, PIN = 2, 1
@@ -118,10 +117,10 @@ def interrupts(port: Port, say) -> None:
         registers(aia, say)
         routing(vm, say)
         g.cpu.set_pc("loop")
-        say("RUN run", g.run(kick=KICK_AFTER))
+        say("RUN run", g.loop())
     with Guest(port) as g:
         g.cpu.set_pc("loop")
-        g.run(kick=KICK_AFTER)
+        g.loop()
         say("AIA create after ran_once", g.vm.create_device(11)[0])
 
 

@@ -21,11 +21,11 @@ from protocol.abi.structs_riscv import (
 )  # fmt: skip
 
 from . import guest
-from .port import HUNG_AFTER, RAM, Guest, Port
+from .port import RAM, Guest, Port
 
 DEVICE = 0x10000000
 DBCN, BASE_EXTENSION = 0x4442434E, 0x10
-KICK_AFTER = 0.02
+WFI_KICK_AFTER = 0.3
 HSM_NUMBERS = (
     SBI_TIME, SBI_IPI, SBI_RFENCE, SBI_HSM, SBI_SRST, 0x504D55, DBCN, 0x53555350, 0x535441, 0x46574654,
     0x43505043, 0x4E41434C, 0x535345, 0x4D505859, 0x44425452, 0, 1, 8, 0x0A000000,
@@ -75,23 +75,23 @@ def mmio(port: Port, say) -> None:
         say("SET sbi_ext after run", cpu.set(one_reg(SBI_EXT, 9), 1))
         say("SET core pc after run", cpu.set_pc("loop"))
         say("GET_MP", cpu.mp_state_result())
-        say("RUN infinite loop + SIGALRM", g.run(kick=KICK_AFTER))
+        say("RUN infinite loop + SIGALRM", g.loop())
         say("SET_MP_STATE STOPPED", cpu.set_mp_state(5))
-        say("RUN stopped vcpu + SIGALRM", g.run(kick=KICK_AFTER))
+        say("RUN stopped vcpu + SIGALRM", g.loop())
         say("fork: vm ioctl", g.vm.from_another_process("CHECK_EXTENSION", 3))
         say("fork: vcpu ioctl", cpu.from_another_process("GET_MP_STATE", bytes(4)))
         g.vm.close_handle()
         say("vcpu ioctl after close(vm)", cpu.mp_state_result())
 
 
-def call_sbi(g: Guest, eid: int, fid: int = 0, *args: int, kick: float = KICK_AFTER) -> str:
-    """ecall with a7, a6, a0.. set; for those that the kernel answers, kicked out of the loop behind it."""
+def call_sbi(g: Guest, eid: int, fid: int = 0, *args: int, forwarded: bool = False) -> str:
+    """ecall with a7, a6, a0.. set. Those that are not forwarded are kicked out of the loop behind it."""
     for index in range(6):
         g.cpu.set_x(f"a{index}", args[index] if index < len(args) else 0)
     g.cpu.set_x("a6", fid)
     g.cpu.set_x("a7", eid)
     g.cpu.set_pc("do_ecall")
-    return g.run(kick=kick)
+    return g.run() if forwarded else g.loop()
 
 
 def sbi(port: Port, say) -> None:
@@ -100,7 +100,7 @@ def sbi(port: Port, say) -> None:
     with Guest(port) as g:
         cpu = g.cpu
         say("enable DBCN", cpu.set(one_reg(SBI_EXT, 9), 1))
-        line = call_sbi(g, DBCN, kick=HUNG_AFTER)
+        line = call_sbi(g, DBCN, forwarded=True)
         say("RUN ecall DBCN enabled", f"{line} |pc=+{cpu.pc() - guest.BASE:x} a0={cpu.x('a0'):x}")
         g.answer_sbi(-7, 42)
         g.immediate_exit = True
@@ -108,16 +108,16 @@ def sbi(port: Port, say) -> None:
         g.immediate_exit = False
         say("RUN complete SBI", f"{line} |a0={cpu.signed('a0')} a1={cpu.signed('a1')}")
         say("RUN ecall vendor ext 0x0A000001", call_sbi(g, 0x0A000001))
-        say("RUN ecall vendor ext 0x09000001", call_sbi(g, 0x09000001, kick=HUNG_AFTER))
+        say("RUN ecall vendor ext 0x09000001", call_sbi(g, 0x09000001, forwarded=True))
         g.finish()
-        say("RUN ecall experimental 0x08000001", call_sbi(g, 0x08000001, kick=HUNG_AFTER))
+        say("RUN ecall experimental 0x08000001", call_sbi(g, 0x08000001, forwarded=True))
         g.finish()
         say("RUN ecall legacy putchar", call_sbi(g, 1))
-        line = call_sbi(g, SBI_SRST, 0, 0, 1, kick=HUNG_AFTER)
+        line = call_sbi(g, SBI_SRST, 0, 0, 1, forwarded=True)
         say("RUN ecall SRST shutdown reason 1", f"{line} |mp after SRST={cpu.mp_state()}")
-        say("RUN RUN after SRST", g.run(kick=KICK_AFTER))
+        say("RUN RUN after SRST", g.loop())
         cpu.set_mp_state(0)
-        say("RUN ecall SRST cold reboot", call_sbi(g, SBI_SRST, 0, 1, 0, kick=HUNG_AFTER))
+        say("RUN ecall SRST cold reboot", call_sbi(g, SBI_SRST, 0, 1, 0, forwarded=True))
         cpu.set_mp_state(0)
         for fid in (0, 1, 2, 4):
             line = call_sbi(g, BASE_EXTENSION, fid)
@@ -150,7 +150,7 @@ def traps(port: Port, say) -> None:
             for register, value in regs.items():
                 cpu.set_x(register, value)
             cpu.set_pc(label)
-            line = g.run(kick=KICK_AFTER)
+            line = g.loop()
             shown = " ".join(f"{csr}={cpu.get(CSR_ID[csr]):x}" for csr in show.split())
             say(f"RUN {name}", f"{line} |{shown}" if shown else line)
 
@@ -166,7 +166,7 @@ def traps(port: Port, say) -> None:
         say("RUN fld from MMIO", g.run())
         cpu.set(port.core("pc"), 0x40000000)
         cpu.set(CSR_ID["scause"], 0)
-        line = g.run(kick=KICK_AFTER)
+        line = g.loop()
         say("RUN fetch from unmapped gpa", f"{line} |scause={cpu.get(CSR_ID['scause']):x}")
 
 
@@ -255,7 +255,7 @@ def waiting(port: Port, say) -> None:
     with Guest(port) as g:
         cpu = g.cpu
         cpu.set_pc("wait")
-        say("RUN wfi no irq + SIGALRM", g.run(kick=KICK_AFTER))
+        say("RUN wfi no irq + SIGALRM", g.run(kick=WFI_KICK_AFTER))
         cpu.set(CSR_ID["sie"], 1 << 9)
         cpu.result("INTERRUPT", structs.INTERRUPT.build(irq=0xFFFFFFFF))
         cpu.set_pc("wait")
@@ -267,7 +267,7 @@ def lost_memory(port: Port, say) -> None:
         g.cpu.set_pc("loop")
         g.cpu.set(CSR_ID["stvec"], 0x1000)
         g.vm.region(0, 0, guest.BASE, 0, RAM)
-        say("RUN run after memslot deletion", g.run(kick=KICK_AFTER))
+        say("RUN run after memslot deletion", g.loop())
     with Guest(port) as g:
         g.cpu.set_pc("loop")
         g.vm.unmap(RAM, g.size)
@@ -311,7 +311,7 @@ def hart_states(port: Port, say) -> None:
         say("RUN vcpu1 first store a0", g.run())
         say("RUN vcpu1 a1", g.run())
         say("RUN vcpu1 satp", g.run())
-        line = g.run(kick=KICK_AFTER)
+        line = g.loop()
         say(
             "RUN vcpu1 HSM stop -> sleeps",
             f"{line} |vcpu1 mp={second.mp_state()} pc=+{second.pc() - guest.BASE:x}",
@@ -326,7 +326,7 @@ def user_mode(port: Port, say) -> None:
         assert not answers
         cpu.set(CSR_ID["stvec"], guest.at("loop"))
         cpu.set_pc("do_ecall")
-        line = g.run(kick=KICK_AFTER)
+        line = g.loop()
         say(
             "RUN ecall from U mode",
             f"{line} |scause={cpu.get(CSR_ID['scause']):x} mode={cpu.get(port.core('mode'))}",
