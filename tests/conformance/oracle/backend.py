@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from protocol.codec.session import Op
 
 _RUN = BY_NAME["RUN"].number
 _START_SECONDS = 60.0
+_DESCRIPTORS = 400
+"""Limit of the daemon, from which follows how many VMs it makes: some 40, so that the last check is quick."""
 _READ_SIZE = 65536
 
 
@@ -39,7 +42,10 @@ class ClientBackend:
 
     def __enter__(self) -> ClientBackend:
         self._daemon = subprocess.Popen(
-            [sys.executable, "-m", "kvmcore", "--listen", self._endpoint], stdout=self._log, stderr=self._log
+            [sys.executable, "-m", "kvmcore", "--listen", self._endpoint],
+            stdout=self._log,
+            stderr=self._log,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, _DESCRIPTORS)),
         )
         deadline = time.monotonic() + _START_SECONDS
         while True:
