@@ -115,13 +115,21 @@ class VcpuThread(threading.Thread):
                 if error.errno in _AGAIN:
                     continue
                 if gate.order != QUIT:
-                    context.fail(describe(error, self._vm.alive, self._where()))
+                    context.fail(describe(error, self._still_alive(error), self._where()))
                 return
             handler = table.get(reason)
             if handler is None:
                 unknown_exit(context, reason)
                 return
             handler()
+
+    def _still_alive(self, error: KvmError) -> bool:
+        """Whether the VM's process goes on. EIO is also the last word of one that is about to end: look twice."""
+        for _ in range(10 if error.errno == errno.EIO else 1):
+            if not self._vm.alive:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _where(self) -> str:
         try:

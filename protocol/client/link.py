@@ -93,6 +93,9 @@ class Channel:
         if self._socket is None:
             self._socket = zmq_socket.dealer(shared_context(), self._endpoint)
         try:
+            while not self._socket.poll(_LOOK_MS, zmq.POLLOUT):  # a socket without a peer takes nothing
+                if not self._link.alive:
+                    raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
             self._socket.send(frame)
             while True:
                 if not self._socket.poll(_LOOK_MS):
