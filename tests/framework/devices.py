@@ -54,13 +54,17 @@ class Bench:
         self.memory, self.mapping = make_memory()
         self.power: list[tuple[str, int]] = []
         self.outputs: dict[int, bool] = {}
+        self._open: dict[str, RawImage] = {}
         self.now = 1_700_000_000_123_456_789
 
     def image(self, name: str = "disk", size: int = 1 << 20, **options: Any) -> RawImage:
+        if name in self._open:
+            self._open[name].close()  # its lock would be in the way
         path = self.tmp_path / name
         if not path.exists():
             path.write_bytes(bytes(range(256)) * (size // 256))
-        return RawImage(str(path), **options)
+        self._open[name] = RawImage(str(path), **options)
+        return self._open[name]
 
     def virtio(self, device: VirtioDevice) -> VirtioMmio:
         return VirtioMmio(device.name, self.line, self.memory, device)
