@@ -218,9 +218,7 @@ class Assembler:
 
             self._add(size * len(operands), data)
         elif word in (".ascii", ".asciz", ".string"):
-            text = b"".join(
-                ast.literal_eval(o).encode("latin-1") + b"\0" * (word != ".ascii") for o in operands
-            )
+            text = b"".join(ast.literal_eval(o).encode("latin-1") + b"\0" * (word != ".ascii") for o in operands)
             self._add(len(text), lambda: text)
         elif word in (".zero", ".skip", ".space"):
             self._fill(self.value(operands[0]))
@@ -289,9 +287,7 @@ class Assembler:
     def _word(self, name: str, operands: list[str], ordering: int = 0) -> None:
         where = self.address
         size = ENCODINGS[name].length
-        self._add(
-            size, lambda: encode(name, self._values(name, operands, where), ordering).to_bytes(size, "little")
-        )
+        self._add(size, lambda: encode(name, self._values(name, operands, where), ordering).to_bytes(size, "little"))
 
     def _values(self, name: str, operands: list[str], where: int) -> list[int]:
         wanted = kinds(name)
@@ -318,9 +314,7 @@ class Assembler:
             elif kind == "csr":
                 values.append(CSRS[text] if text in CSRS else self.value(text, where))
             elif kind in ("pred", "succ"):
-                values.append(
-                    sum(1 << "wroi".index(letter) for letter in text) if text.isalpha() else int(text, 0)
-                )
+                values.append(sum(1 << "wroi".index(letter) for letter in text) if text.isalpha() else int(text, 0))
             elif kind.startswith(("f", "cfrs")):
                 values.append(F_REGISTERS[text])
             elif kind.startswith(("rd", "rs", "crs", "sp")):

@@ -112,12 +112,8 @@ for _name, _number in {"addi": 0, "slti": 2, "sltiu": 3, "xori": 4, "ori": 6, "a
 _add("I", "I", addiw=0x1B)
 _add("I", "SH6", slli=_f3(0x13, 1), srli=_f3(0x13, 5), srai=_f3(0x13, 5, 0x20))
 _add("I", "SH5", slliw=_f3(0x1B, 1), srliw=_f3(0x1B, 5), sraiw=_f3(0x1B, 5, 0x20))
-_add(
-    "I", "R", add=_f3(0x33, 0), sub=_f3(0x33, 0, 0x20), sll=_f3(0x33, 1), slt=_f3(0x33, 2), sltu=_f3(0x33, 3)
-)
-_add(
-    "I", "R", xor=_f3(0x33, 4), srl=_f3(0x33, 5), sra=_f3(0x33, 5, 0x20), or_=_f3(0x33, 6), and_=_f3(0x33, 7)
-)
+_add("I", "R", add=_f3(0x33, 0), sub=_f3(0x33, 0, 0x20), sll=_f3(0x33, 1), slt=_f3(0x33, 2), sltu=_f3(0x33, 3))
+_add("I", "R", xor=_f3(0x33, 4), srl=_f3(0x33, 5), sra=_f3(0x33, 5, 0x20), or_=_f3(0x33, 6), and_=_f3(0x33, 7))
 _add("I", "R", addw=_f3(0x3B, 0), subw=_f3(0x3B, 0, 0x20), sllw=_f3(0x3B, 1), srlw=_f3(0x3B, 5))
 _add("I", "R", sraw=_f3(0x3B, 5, 0x20))
 _add("I", "FENCE", fence=0x0F)
@@ -231,9 +227,7 @@ def _numbered(names: str) -> dict[str, int]:
 
 
 X_REGISTERS: dict[str, int] = {f"x{i}": i for i in range(32)} | {"fp": 8}
-X_REGISTERS |= _numbered(
-    "zero ra sp gp tp t0 t1 t2 s0 s1 a0 a1 a2 a3 a4 a5 a6 a7 s2 s3 s4 s5 s6 s7 s8 s9 s10 s11 t3 t4 t5 t6"
-)
+X_REGISTERS |= _numbered("zero ra sp gp tp t0 t1 t2 s0 s1 a0 a1 a2 a3 a4 a5 a6 a7 s2 s3 s4 s5 s6 s7 s8 s9 s10 s11 t3 t4 t5 t6")
 F_REGISTERS: dict[str, int] = {f"f{i}": i for i in range(32)}
 F_REGISTERS |= _numbered(
     "ft0 ft1 ft2 ft3 ft4 ft5 ft6 ft7 fs0 fs1 fa0 fa1 fa2 fa3 fa4 fa5 fa6 fa7 "

@@ -40,7 +40,7 @@ def native_image() -> Image:
 class EnginePeer:
     """One machine with one hart. run() may be called any number of times."""
 
-    def __init__(self, limit: float = 0.2, reference: bool = False) -> None:
+    def __init__(self, limit: float = 1.0, reference: bool = False) -> None:
         """`limit`: seconds for a case. `reference`: Python instead of native code."""
         self._limit = limit
         self._reference = reference

@@ -47,9 +47,7 @@ class Daemon:
     def __enter__(self) -> Daemon:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -145,9 +143,7 @@ class GuestMachine:
                 error, value = riscv.SBI_SUCCESS, count if function == 0 else 0
                 if function == 0:
                     self._write(self.memory[start : start + count])
-        page[run_page.SBI_RET : run_page.SBI_RET + 16] = (error % (1 << 64)).to_bytes(
-            8, "little"
-        ) + value.to_bytes(8, "little")
+        page[run_page.SBI_RET : run_page.SBI_RET + 16] = (error % (1 << 64)).to_bytes(8, "little") + value.to_bytes(8, "little")
 
     def _write(self, data: bytes) -> None:
         with self._lock:

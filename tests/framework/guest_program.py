@@ -60,9 +60,7 @@ def run_in_qemu(image: bytes, harts: int = 1, seconds: float = 60, cpu: str = "r
         command = ["qemu-system-riscv64", "-M", "virt", "-cpu", cpu, "-m", "128", "-smp", str(harts)]
         command += ["-kernel", str(path), "-nographic", "-monitor", "none", "-no-reboot"]
         try:
-            done = subprocess.run(
-                command, capture_output=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL
-            )
+            done = subprocess.run(command, capture_output=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired as error:
             return read_result((error.stdout or b"").decode(errors="replace") + "\n(timeout)")
         return read_result(done.stdout.decode(errors="replace"))

@@ -41,7 +41,7 @@ _TICKS_PER_SECOND = 10_000_000
 class QemuPeer:
     """One QEMU process. A context manager; run() may be called any number of times."""
 
-    def __init__(self, limit: float = 0.05, cpu: str = _CPU) -> None:
+    def __init__(self, limit: float = 0.5, cpu: str = _CPU) -> None:
         """`limit`: seconds after which a case counts as "timeout"."""
         if QEMU is None:
             raise RuntimeError("qemu-system-riscv64 is not installed")
@@ -68,9 +68,7 @@ class QemuPeer:
     def __enter__(self) -> QemuPeer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:

@@ -60,12 +60,13 @@ def random_bits(rng: random.Random) -> int:
     return bits
 
 
-def random_base(rng: random.Random, mode: int) -> int:
-    """A canonical address, aligned to 2 MiB, away from the identity-mapped window."""
+def random_base(rng: random.Random, mode: int, edges: bool = True) -> int:
+    """A canonical address, aligned to 2 MiB, away from the identity-mapped window; also at the edges of
+    halves."""
     width = 12 + 9 * LEVELS[mode]
     while True:
         va = rng.getrandbits(width) >> 21 << 21
-        if rng.random() < 0.3:
+        if edges and rng.random() < 0.3:
             va = rng.choice((0, (1 << width - 1) - (1 << 21), 1 << width - 1, (1 << width) - (1 << 21)))
         if va >> 30 != 2:
             return va - (va >> width - 1 << width) & (1 << 64) - 1

@@ -23,6 +23,11 @@ class Profile:
     qemu: bool = True
     """Whether QEMU 7.2 has everything in it."""
 
+    @property
+    def patches(self) -> bool:
+        """Whether it writes code."""
+        return any(maker is items.patch for maker, _ in self.makers)
+
 
 PROFILES: dict[str, Profile] = {
     "integer": Profile(((items.compute, 6), (items.multiply, 4), (items.branch, 4), (items.memory, 1))),

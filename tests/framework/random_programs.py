@@ -76,9 +76,7 @@ class Surroundings:
 @cache
 def handler() -> Assembled:
     """The trap handler's page."""
-    return assemble_files(
-        Path(__file__).with_name("random_handler.S"), base=HANDLER, END=END, TO_SUPERVISOR=TO_SUPERVISOR
-    )
+    return assemble_files(Path(__file__).with_name("random_handler.S"), base=HANDLER, END=END, TO_SUPERVISOR=TO_SUPERVISOR)
 
 
 class Program:
@@ -109,7 +107,7 @@ class Program:
         )
         here.data = [(DATA, DATA_PAGES * PAGE)]
         if here.mode:
-            self._map(here)
+            self._map(here, weights)
         case = Case(b"", user=here.user, name=f"{self.profile} {self.seed}")
         case.x = [0] + [random_values.integer(rng) for _ in range(31)]
         case.f = [random_values.floating(rng) for _ in range(32)]
@@ -128,7 +126,7 @@ class Program:
         }
         return case
 
-    def _map(self, here: Surroundings) -> None:
+    def _map(self, here: Surroundings, weights: random_profiles.Profile) -> None:
         """Identity for S-mode, an alias of code and trace for U-mode, and a region of random entries."""
         rng = here.rng
         pool = [POOL + i * PAGE for i in range(POOL_PAGES)]
@@ -138,10 +136,12 @@ class Program:
             tables.map(page, page, V | X | ad | rng.choice((0, G)) | rng.choice((R, 0, R | W)))
         for page in range(CONTROL, WINDOW + WINDOW_SIZE, PAGE):
             tables.map(page, page, V | R | W | ad)
-        alias = random_base(rng, here.mode)
+        # Code that is writable for U-mode must not be where random stores go: they come without fence.i.
+        writable = weights.patches and rng.random() < 0.5
+        alias = random_base(rng, here.mode, edges=not writable)
         for index in range(CODE_PAGES + 1):
-            bits = V | X | U | rng.choice((A, 0)) | rng.choice((R, 0)) | rng.choice((W | R, 0, 0))
-            tables.map(alias + index * PAGE, CODE + index * PAGE, bits)
+            bits = V | X | U | rng.choice((A, 0)) | rng.choice((R, 0))
+            tables.map(alias + index * PAGE, CODE + index * PAGE, bits | (W | R if writable else 0))
         here.delta = alias - CODE
         while (region := random_base(rng, here.mode)) == alias:
             pass
@@ -152,9 +152,7 @@ class Program:
             high = rng.choice((1 << 54, 1 << 63, 3 << 61)) if rng.random() < 0.03 else 0
             entry = tables.map(va, pa, bits | high)
             here.entries.append((entry, va))
-        if (
-            rng.random() < 0.3
-        ):  # somewhere a superpage with an address that it cannot have, or bits on a branch
+        if rng.random() < 0.3:  # somewhere a superpage with an address that it cannot have, or bits on a branch
             slot = tables.slot(region + (1 << 21) & (1 << 64) - 1, 1)
             kind = rng.choice((V | R | W | ad, V | A, V | D, V | U, V | W, V | R | W | U | ad))
             tables.write(slot, DATA >> 12 << 10 | kind)

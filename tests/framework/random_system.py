@@ -49,7 +49,7 @@ def _write(here: Surroundings, name: str, rd: int, number: int) -> str:
     if rng.random() < 0.25 and name not in ("satp", "stvec", "stimecmp", "sepc", "senvcfg"):
         immediate = rng.randrange(32)
         return f"{rng.choice(('csrrwi', 'csrrsi', 'csrrci'))} x{rd}, {name}, {immediate}"
-    operation = "csrrw" if name in ("satp", "stvec", "stimecmp") else rng.choice(("csrrw", "csrrs", "csrrc"))
+    operation = "csrrw" if name in ("satp", "stvec", "stimecmp", "senvcfg") else rng.choice(("csrrw", "csrrs", "csrrc"))
     return f"li x{number}, {_value(here, name):#x}\n{operation} x{rd}, {name}, x{number}"
 
 
@@ -73,11 +73,7 @@ def csr(here: Surroundings) -> str:
         name = "sie"
     text = _write(here, name, first, second)
     if rng.random() < 0.5:
-        text += (
-            random_items.trace(here, first)
-            + f"\ncsrrs x{third}, {name}, x0"
-            + random_items.trace(here, third)
-        )
+        text += random_items.trace(here, first) + f"\ncsrrs x{third}, {name}, x0" + random_items.trace(here, third)
     if name == "sstatus" and here.fpu:
         text += f"\nli x{second}, 0x6000\ncsrrs x0, sstatus, x{second}" if rng.random() < 0.7 else ""
     return text
@@ -144,11 +140,7 @@ def paging(here: Surroundings) -> str:
     if rng.random() < 0.3:
         fence = "sfence.vma"
     access = rng.choice(("ld", "lb", "sd", "sb", "lwu", "sw", "amoadd.d"))
-    touch = (
-        f"{access} x{third}, 8(x{address})"
-        if access != "amoadd.d"
-        else f"amoadd.d x{third}, x0, (x{address})"
-    )
+    touch = f"{access} x{third}, 8(x{address})" if access != "amoadd.d" else f"amoadd.d x{third}, x0, (x{address})"
     text = f"li x{number}, {pte:#x}\nli x{address}, {page:#x}\n"
     text += f"ld x{third}, 8(x{address})\n" if rng.random() < 0.6 else ""
     text += f"li x{third}, {entry:#x}\nsd x{number}, 0(x{third})\n{fence}\n{touch}\n"
