@@ -13,6 +13,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from protocol.abi.errors import KvmError
+from protocol.abi.run_page import IMMEDIATE_EXIT
 from qemu_user.exits import handlers
 from qemu_user.exits.context import ExitContext
 from qemu_user.exits.internal_error import describe, unknown_exit
@@ -75,9 +76,7 @@ class Gate:
                 except (KvmError, OSError):
                     pass  # it is gone: its RUN fails as well, which is all that we want
             with self._condition:
-                if self._condition.wait_for(
-                    self._all_stopped, min(_REPEAT_KICK_SECONDS, until - time.monotonic())
-                ):
+                if self._condition.wait_for(self._all_stopped, min(_REPEAT_KICK_SECONDS, until - time.monotonic())):
                     return True
             if time.monotonic() >= until:
                 return False
@@ -100,15 +99,17 @@ class VcpuThread(threading.Thread):
         try:
             self._loop()
         except Exception as error:
-            self._context.fail(
-                f"internal error on CPU {self._context.cpu}: {error!r}\n{traceback.format_exc()}"
-            )
+            self._context.fail(f"internal error on CPU {self._context.cpu}: {error!r}\n{traceback.format_exc()}")
         finally:
             self._gate.leave()
 
     def _loop(self) -> None:
         gate, run, table, context = self._gate, self._vcpu.run, handlers(self._context), self._context
-        while gate.order == RUN or gate.wait():
+        while True:
+            if gate.order != RUN:
+                self._settle()
+                if not gate.wait():
+                    return
             try:
                 reason = run()
             except KvmError as error:
@@ -124,12 +125,27 @@ class VcpuThread(threading.Thread):
             handler()
 
     def _still_alive(self, error: KvmError) -> bool:
-        """Whether the VM's process goes on. EIO is also the last word of one that is about to end: look twice."""
+        """Whether the VM's process goes on. EIO is also the last word of one that is about to end: look
+        twice.
+        """
         for _ in range(10 if error.errno == errno.EIO else 1):
             if not self._vm.alive:
                 return False
             time.sleep(0.05)
         return True
+
+    def _settle(self) -> None:
+        """Complete the exit that was just handled: whoever reads or changes a parked vCPU must not find half
+        an instruction (KVM_ABI 1.5: the completion would move a pc that was set meanwhile).
+        """
+        page = self._context.page
+        page[IMMEDIATE_EXIT] = 1
+        try:
+            self._vcpu.run()
+        except KvmError:
+            pass  # EINTR, as was asked for; anything else comes again with the next RUN
+        finally:
+            page[IMMEDIATE_EXIT] = 0
 
     def _where(self) -> str:
         try:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 EDGE_RISING, LEVEL_HIGH = 1, 4
 """Second interrupt cell under the APLIC (RISC-V AIA device-tree binding)."""
 _SUPERVISOR_EXTERNAL = 9
+_EIDELIVERY, _EITHRESHOLD, _EIP, _EIE = 0x70, 0x72, 0x80, 0xC0
+"""Registers of an IMSIC interrupt file (AIA specification, section 3.8)."""
 PHANDLE_CONTROLLER, PHANDLE_IMSIC = 1, 2
 PHANDLE_TEST = 3
 PHANDLE_CPU = 0x10
@@ -78,6 +80,9 @@ class Interrupts(Protocol):
 
     def nodes(self) -> list[FdtNode]:
         """The controllers' tree nodes."""
+
+    def reset(self) -> None:
+        """The machine is reset, the vCPUs are parked: nothing is pending or enabled any more."""
 
     def close(self) -> None:
         """Give descriptors back."""
@@ -157,6 +162,14 @@ class AiaInterrupts:
             ),
         ]
 
+    def reset(self) -> None:
+        words = range(0, (virt.IMSIC_IDENTITIES + 1) // 32, 2)  # 64-bit registers have even numbers
+        registers = [_EIDELIVERY, _EITHRESHOLD, *(_EIP + word for word in words), *(_EIE + word for word in words)]
+        for cpu in range(self._cpus):
+            for register in registers:
+                attribute = riscv.aia_imsic_attr(cpu, register)
+                self._device.set_attr(riscv.AiaGroup.IMSIC, attribute, bytes(8))
+
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)
@@ -181,6 +194,9 @@ class PlicInterrupts:
 
     def nodes(self) -> list[FdtNode]:
         return []  # the PLIC describes itself, being a device
+
+    def reset(self) -> None:
+        pass  # the PLIC is reset with the other devices
 
     def close(self) -> None:
         pass

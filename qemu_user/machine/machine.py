@@ -147,9 +147,7 @@ class Machine:
             self._kick_fds.append(fd)
             self.vm.ioeventfd(fd, address, 4, datamatch=index)
 
-            def serve(
-                fd: int = fd, kicked: Callable[[int], None] = transport.kicked, index: int = index
-            ) -> None:
+            def serve(fd: int = fd, kicked: Callable[[int], None] = transport.kicked, index: int = index) -> None:
                 try:
                     os.eventfd_read(fd)
                 except BlockingIOError:
@@ -263,6 +261,8 @@ class Machine:
                 self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS)
                 for device in self.parts.devices:
                     device.reset()
+                if self._interrupts is not None:
+                    self._interrupts.reset()
                 reset_state(self.vcpus)
                 self._load()
             except (KvmError, OSError, boot.BootError) as error:

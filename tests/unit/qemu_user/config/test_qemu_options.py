@@ -1,0 +1,136 @@
+"""QEMU's command lines into configurations, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qemu_user.config.errors import ConfigError
+from qemu_user.config.keyvals import KeyValues, parse_size, split_commas
+from qemu_user.config.machine_config import Boot, MachineConfig
+from qemu_user.config.qemu_options import OPTIONS, parse
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> str:
+    path = tmp_path / "Image"
+    path.write_bytes(b"x")
+    return str(path)
+
+
+def _parse(kernel: str, line: str) -> MachineConfig:
+    return parse(["-kernel", kernel, *line.split()])[0]
+
+
+def test_one_and_two_dashes(kernel: str) -> None:
+    one = _parse(kernel, "-m 1G -smp 2 -M virt,aia=none -nographic -name web -S -no-reboot")
+    two = _parse(kernel, "--m 1024M --smp cpus=2 --machine virt,aia=none --nographic --name guest=web --S --no-reboot")
+    assert one == two
+    assert (one.memory, one.cpus, one.aia, one.name, one.paused, one.no_reboot) == (1 << 30, 2, "none", "web", True, True)
+
+
+def test_append_is_taken_as_it_is(kernel: str) -> None:
+    config, _ = parse(["-kernel", kernel, "-append", "console=ttyS0,115200 root=/dev/vda"])
+    assert config.boot.append == "console=ttyS0,115200 root=/dev/vda"
+
+
+def test_disks(kernel: str) -> None:
+    config = _parse(
+        kernel,
+        "-drive file=/a,,b,format=raw,readonly=on,discard=unmap,if=virtio "
+        "-drive file=/c,if=none,id=x0 -device virtio-blk-device,drive=x0,bus=virtio-mmio-bus.0,serial=S1",
+    )
+    first, second = config.drives
+    assert (first.file, first.readonly, first.discard) == ("/a,b", True, True)
+    assert (second.file, second.slot, second.serial) == ("/c", 0, "S1")
+
+
+def test_networks(kernel: str) -> None:
+    config = _parse(
+        kernel,
+        "-netdev user,id=n,hostfwd=tcp::2222-:22,hostfwd=udp:127.0.0.1:53-:53 "
+        "-device virtio-net-device,netdev=n,mac=52:54:00:00:00:01 "
+        "-netdev stream,id=s,addr.type=unix,addr.path=/tmp/s,server=on -nic tap,ifname=tap7",
+    )
+    kinds = {net.id: net for net in config.nets}
+    assert kinds["n"].forwards == ("tcp::2222-:22", "udp:127.0.0.1:53-:53")
+    assert kinds["n"].mac == "52:54:00:00:00:01"
+    assert (kinds["s"].kind, kinds["s"].path, kinds["s"].server) == ("stream", "/tmp/s", True)
+    assert sorted(net.kind for net in config.nets) == ["stream", "tap", "user"]
+    assert _parse(kernel, "-nic none").nets == ()
+
+
+def test_characters(kernel: str) -> None:
+    config = _parse(
+        kernel,
+        "-serial unix:/tmp/u,server=on,wait=off -chardev pty,id=p -device virtio-serial-device "
+        "-device virtconsole,chardev=p -chardev file,id=f,path=/tmp/f -device virtserialport,chardev=f,name=org.x,nr=3",
+    )
+    assert config.chardev(config.serial).kind == "socket"
+    assert not config.chardev(config.serial).wait
+    assert config.console == "p"
+    assert [(port.id, port.name, port.chardev) for port in config.ports] == [(3, "org.x", "f")]
+    assert config.rng
+    assert not _parse(kernel, "-rng off").rng
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("-m 1", "memory"),
+        ("-m lots", "size"),
+        ("-smp 0", "CPUs"),
+        ("-smp many", "number"),
+        ("-M microvm", "virt"),
+        ("-M virt,gic=3", "gic"),
+        ("-drive format=qcow2,file=x", "raw"),
+        ("-drive file=x,if=none,id=a", "uses it"),
+        ("-drive readonly=on", "file"),
+        ("-device virtio-blk-pci,drive=a", "PCI"),
+        ("-device e1000", "no such device"),
+        ("-netdev user,id=a -netdev user,id=a", "already"),
+        ("-netdev user,id=a,speed=9", "speed"),
+        ("-nic user,mac=1:2", "mac"),
+        ("-nic user,mac=01:00:00:00:00:00", "multicast"),
+        ("-name a/b", "name"),
+        ("-serial warp", "serial"),
+        ("-serial chardev:nope", "nope"),
+        ("-bios fw.bin", "M-mode"),
+        ("-accel tcg", "kvmcore"),
+        ("-qmp tcp:1", "unix"),
+        ("-initrd /does/not/exist", "initrd"),
+    ],
+)
+def test_what_is_wrong_is_said(kernel: str, line: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        _parse(kernel, line)
+
+
+def test_no_kernel() -> None:
+    with pytest.raises(ConfigError, match="-kernel"):
+        parse([])
+
+
+def test_too_many_devices(kernel: str) -> None:
+    with pytest.raises(ConfigError, match="slots"):
+        _parse(kernel, " ".join(f"-drive file=d{n}" for n in range(8)))
+
+
+def test_configuration_by_hand(kernel: str) -> None:
+    config = MachineConfig(boot=Boot(kernel=kernel)).validate()
+    assert config.chardev("console").kind == "hub"
+
+
+def test_every_option_has_help() -> None:
+    assert all(option.help for option in OPTIONS)
+    names = [name for option in OPTIONS for name in option.names]
+    assert len(names) == len(set(names))
+
+
+def test_commas_and_sizes() -> None:
+    assert split_commas("a,,b,c") == ["a,b", "c"]
+    assert KeyValues("-x", "stdio,id=a,nowait", "kind").values == {"kind": ["stdio"], "id": ["a"], "wait": ["off"]}
+    assert parse_size("-m", "1.5G") == 3 << 29
+    with pytest.raises(ConfigError):
+        KeyValues("-x", "a,,,")
