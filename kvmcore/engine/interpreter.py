@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
 
+from kvmcore.engine.code_pages import handler_offset
 from kvmcore.engine.fusion import PAIRS
 from kvmcore.engine.native_hart import FunctionHart, HandlerHart, call, load, param, returns
-from kvmcore.engine.routines import FUNCTIONS, HANDLERS, handler_offset
+from kvmcore.engine.routines import FUNCTIONS, HANDLERS
 from kvmcore.ir.llvm_text import Emitter
 from kvmcore.ir.trace import PathEnd, Tracer
 from kvmcore.ir.value import Value, const, u64

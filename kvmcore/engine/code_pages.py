@@ -1,0 +1,251 @@
+"""Decoded pages: found by guest-physical address, checked against memory, decoded record by record. Native code.
+
+A page is a header, a copy of the bytes that it was decoded from, a record for each halfword (machine_state.py). A
+zeroed record is an undecoded one. With several harts a record never changes once it is there; a page whose
+bytes have changed is not used again. Written as softmmu.py is; collected by routines.py.
+"""
+
+from __future__ import annotations
+
+from errno import EFAULT
+
+from kvmcore.engine import hart_state, machine_state
+from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.native_hart import (
+    EXITED,
+    OK,
+    PAGE_MASK,
+    TRAPPED,
+    FunctionHart,
+    HandlerHart,
+    call,
+    compare_exchange,
+    load,
+    param,
+    returns,
+    store,
+    tracer,
+)
+from kvmcore.engine.softmmu import NEVER, lookup, note_superpage, p1, p2
+from kvmcore.ir.value import Value, select, u64
+from kvmcore.isa import traps
+
+OFFSET_MASK = (1 << 32) - 1
+"""Of a record: the handler's offset."""
+
+
+def acquire(h: FunctionHart) -> None:
+    """(address): spin until the lock is ours."""
+    if compare_exchange(param("p0"), u64(0), u64(1)):
+        returns(u64(0))
+    returns(*call("acquire", param("p0")))
+
+
+def code_page(h: FunctionHart) -> None:
+    """(gpa of a page) -> the decoded page, as memory is after this hart's last fence.i; 1: no memory, 0: no
+    room.
+
+    2: a slot without host memory, exit_* are set.
+    """
+    gpa = p1()
+    host, status = call("find_memory", h.s, gpa, u64(0))
+    if status != OK:
+        if lookup(h, gpa) == 0:
+            returns(u64(1))
+        h.set("exit_kind", int(ExitKind.ERROR))
+        h.set("exit_errno", EFAULT)
+        h.set("exit_gpa", gpa)
+        returns(u64(2))
+    lock = h.machine("lock")
+    call("acquire", lock)
+    page, _ = call("decoded_page", h.s, gpa, host)
+    store(lock, u64(0), "atomic")
+    returns(page)
+
+
+def decoded_page(h: FunctionHart) -> None:
+    """code_page with the lock held; (gpa, host)."""
+    gpa, host = p1(), p2()
+    bucket = h.machine("buckets") + (((gpa >> 12) & (machine_state.PAGE_BUCKETS - 1)) << 3)
+    page, _ = call("find_page", load(bucket), gpa, host)
+    if page != 0:
+        if load(page + machine_state.PAGE_CHECKED) >= h.get("code_epoch"):
+            returns(page)
+        epoch = load(h.machine("epoch"), 64, "volatile")
+        changed, _ = call("differ", page + machine_state.PAGE_COPY, host, u64(4096))
+        if changed == 0:
+            store(page + machine_state.PAGE_CHECKED, epoch)
+            returns(page)
+        if load(h.machine("harts")) == 1:
+            call("zero", page + machine_state.PAGE_RECORDS, u64(2048 * machine_state.RECORD))
+            call("copy", page + machine_state.PAGE_COPY, host, u64(4096))
+            store(page + machine_state.PAGE_CHECKED, epoch)
+            returns(page)
+        store(page + machine_state.PAGE_GPA, u64(NEVER))  # others may be in it: it is not used again
+        store(h.machine("retired"), load(h.machine("retired")) + 1)
+    used = load(h.machine("pool_used"))
+    if used + machine_state.PAGE_STRIDE > load(h.machine("pool_size")):
+        returns(u64(0))
+    store(h.machine("pool_used"), used + machine_state.PAGE_STRIDE)
+    fresh = load(h.machine("pool")) + used
+    store(fresh + machine_state.PAGE_GPA, gpa)
+    store(fresh + machine_state.PAGE_HOST, host)
+    store(fresh + machine_state.PAGE_NEXT, load(bucket))
+    store(fresh + machine_state.PAGE_CHECKED, load(h.machine("epoch"), 64, "volatile"))
+    call("copy", fresh + machine_state.PAGE_COPY, host, u64(4096))
+    store(fresh + (machine_state.PAGE_RECORDS + 2048 * machine_state.RECORD), handler_offset("page_end"))
+    store(bucket, fresh)
+    h.set("count_page", h.get("count_page") + 1)
+    returns(fresh)
+
+
+def handler_offset(name: str) -> Value:
+    """A record that does nothing but run this handler."""
+    address = tracer().pure("address", (), 64, (name,))
+    return address - tracer().pure("address", (), 64, ("decode",))
+
+
+def find_page(h: FunctionHart) -> None:
+    """(page, gpa, host) -> the page of this gpa and host address in the chain, or 0."""
+    page, gpa, host = param("p0"), p1(), p2()
+    if page == 0:
+        returns(page)
+    if load(page + machine_state.PAGE_GPA) == gpa and load(page + machine_state.PAGE_HOST) == host:
+        returns(page)
+    returns(*call("find_page", load(page + machine_state.PAGE_NEXT), gpa, host))
+
+
+def differ(h: FunctionHart) -> None:
+    """(a, b, size, a multiple of 64) -> whether the bytes differ."""
+    a, b, size = param("p0"), p1(), p2()
+    if size == 0:
+        returns(u64(0))
+    difference = u64(0)
+    for offset in range(0, 64, 8):
+        difference = difference | (load(a + offset) ^ load(b + offset, 64, "volatile"))
+    if difference != 0:
+        returns(u64(1))
+    returns(*call("differ", a + 64, b + 64, size - 64))
+
+
+def copy(h: FunctionHart) -> None:
+    """(to, from, size, a multiple of 64)."""
+    to, source, size = param("p0"), p1(), p2()
+    if size == 0:
+        returns(u64(0))
+    for offset in range(0, 64, 8):
+        store(to + offset, load(source + offset, 64, "volatile"))
+    returns(*call("copy", to + 64, source + 64, size - 64))
+
+
+def zero(h: FunctionHart) -> None:
+    """(at, size, a multiple of 64)."""
+    at, size = param("p0"), p1()
+    if size == 0:
+        returns(u64(0))
+    for offset in range(0, 64, 8):
+        store(at + offset, u64(0), "volatile")
+    returns(*call("zero", at + 64, size - 64))
+
+
+def fetch_halfword(h: FunctionHart) -> None:
+    """(va) -> the 16 bits of code there, from the decoded page; TRAPPED with the cause of a fetch."""
+    va = p1()
+    page, status = call("fetch_page", h.s, va)
+    if status != OK:
+        returns(page, status)
+    returns(load(page + machine_state.PAGE_COPY + (va & 4095), 16, "plain", 1).zext(64))
+
+
+def fetch_page(h: FunctionHart) -> None:
+    """(va) -> the decoded page to run at va; TRAPPED; EXITED with exit_kind."""
+    va = p1()
+    gpa, status = call("walk_fetch", h.s, va)
+    if status != OK:
+        returns(gpa, status)
+    note_superpage(h, va)
+    page, _ = call("code_page", h.s, gpa & PAGE_MASK)
+    if page == 1:
+        h.set("trap_cause", traps.INSTRUCTION_ACCESS_FAULT)
+        h.set("trap_value", va)
+        returns(u64(0), TRAPPED)
+    if page == 2:
+        returns(u64(0), EXITED)
+    if page == 0:
+        h.set("exit_kind", int(ExitKind.POOL_FULL))
+        returns(u64(0), EXITED)
+    returns(page)
+
+
+def instruction_bits(h: FunctionHart) -> None:
+    """(pc) -> the bits of the instruction there, 16 or 32."""
+    pc = p1()
+    low, status = call("fetch_halfword", h.s, pc)
+    if (status != OK) | ((low & 3) != 3):
+        returns(low, status)
+    high, status = call("fetch_halfword", h.s, pc + 2)
+    returns(low | (high << 16), status)
+
+
+# -- handlers ----------------------------------------------------------------------------------------------
+
+
+def decode_here(h: HandlerHart) -> None:
+    """An undecoded record: decode it and run it."""
+    pc = h.pc
+    offset = pc & 4095
+    page = h.ip - (offset << 2) - machine_state.PAGE_RECORDS
+    at = page + machine_state.PAGE_COPY + offset
+    raw = load(at, 16, "plain", 1).zext(32)
+    if (raw & 3) == 3:
+        if offset == 4094:
+            h.tail("straddle", pc, raw.zext(64))
+        raw = load(at, 32, "plain", 1)
+    record, _ = call("decode_word", raw.zext(64), offset)
+    length = select((raw & 3) == 3, u64(4), u64(2))
+    if offset + length < 4094:  # the next one is on this page, whatever its length
+        after = load(at + length, 32, "plain", 1)
+        after = select((after & 3) == 3, after, after & 0xFFFF)
+        second, _ = call("decode_word", after.zext(64), offset + length)
+        both, found = call("fuse", record & OFFSET_MASK, second & OFFSET_MASK)
+        if found != 0:
+            place = h.ip + (length << 2)
+            if load(place, 64, "volatile") == 0:  # the pair's handler takes its operands from there
+                store(place, second, "volatile")
+            record = (record & ~OFFSET_MASK) | both
+            store(h.ip, record, "volatile")
+            h.dispatch(h.ip, h.ab, h.ic)
+    store(h.ip, record, "volatile")
+    h.dispatch(h.ip, h.ab, h.ic)
+
+
+def straddle(h: HandlerHart) -> None:
+    """(a0 pc, a1 low half): an instruction on two pages is decoded each time, into a record of the hart."""
+    pc = param("a0")
+    high, status = call("fetch_halfword", h.s, pc + 2)
+    if status != OK:
+        h.failed(status)
+    record, _ = call("decode_word", param("a1") | (high << 16), u64(1 << 40))
+    at = h.address("straddle")
+    store(at, record, "volatile")
+    store(at + 16, handler_offset("page_end"), "volatile")
+    h.dispatch(at, at - (pc << 2), h.ic)
+
+
+def page_end(h: HandlerHart) -> None:
+    """Behind the last record of a page."""
+    h.go(h.pc, h.ic)
+
+
+def fetch_miss(h: HandlerHart) -> None:
+    """(a0 pc): fill the fetch TLB and go on."""
+    pc = param("a0")
+    h.set("count_fetch_fill", h.get("count_fetch_fill") + 1)
+    page, status = call("fetch_page", h.s, pc)
+    if status != OK:
+        h.failed(status)
+    ab = page + machine_state.PAGE_RECORDS - ((pc & PAGE_MASK) << 2)
+    entry = h.tlb + (((pc >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) << 4)
+    store(entry + hart_state.FETCH_TLB_OFFSET, pc & PAGE_MASK)
+    store(entry + (hart_state.FETCH_TLB_OFFSET + 8), ab)
+    h.dispatch((pc << 2) + ab, ab, h.ic)

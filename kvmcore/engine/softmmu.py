@@ -1,0 +1,340 @@
+"""The slow half of guest memory: slots, TLB fills, accesses over two pages, MSIs, flushes. Native code.
+
+Written over Values like the semantics, so it is traced and compiled the same way; a loop is a function that calls
+itself last. The fast half, a TLB hit, is in native_hart.py; what a walk means is isa/paging.py. Collected by
+routines.py; runs only on the hart's own thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import EFAULT, EIO, EOPNOTSUPP
+from typing import NoReturn, cast
+
+from kvmcore.engine import hart_state, machine_state
+from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.native_hart import EXITED, OK, PAGE_MASK, Code, FunctionHart, atomic, call, load, param, returns, store
+from kvmcore.ir.value import Value, const, select, u64
+from kvmcore.isa import paging
+from kvmcore.isa.hart import Hart
+
+NEVER = (1 << 64) - 1
+"""A tag that no address has."""
+
+
+def p1() -> Value:
+    """The first argument behind the hart's block; p2 and p3 follow."""
+    return param("p1")
+
+
+def p2() -> Value:
+    return param("p2")
+
+
+def p3() -> Value:
+    return param("p3")
+
+
+def slot_field(slot: Value, name: str) -> Value:
+    return load(slot + machine_state.SLOT_OFFSET[name])
+
+
+# -- guest-physical memory -----------------------------------------------------------------------------------
+
+
+def find_slot(h: FunctionHart) -> None:
+    """(gpa, index below, index above) -> address of the slot, or 0: binary search."""
+    gpa, low, high = p1(), p2(), p3()
+    if low >= high:
+        returns(u64(0))
+    middle = (low + high) >> 1
+    slot = load(h.machine("slots")) + middle * machine_state.SLOT_SIZE
+    if gpa < slot_field(slot, "start"):
+        returns(*call("find_slot", h.s, gpa, low, middle))
+    if gpa >= slot_field(slot, "end"):
+        returns(*call("find_slot", h.s, gpa, middle + 1, high))
+    returns(slot)
+
+
+def lookup(h: Code, gpa: Value) -> Value:
+    """Address of the slot of a guest-physical address, or 0."""
+    return call("find_slot", h.s, gpa, u64(0), load(h.machine("slot_count")))[0]
+
+
+def find_memory(h: FunctionHart) -> None:
+    """(gpa, write) -> host address; status EXITED where there is no memory (that may be written)."""
+    gpa, write = p1(), p2()
+    slot = lookup(h, gpa)
+    if slot == 0:
+        returns(u64(0), EXITED)
+    if (slot_field(slot, "flags") & machine_state.SLOT_ABSENT) != 0:
+        returns(u64(0), EXITED)
+    if write != 0:
+        if (slot_field(slot, "flags") & machine_state.SLOT_READONLY) != 0:
+            returns(u64(0), EXITED)
+        log_dirty(h, slot, gpa)
+    returns(gpa + slot_field(slot, "delta"))
+
+
+def log_dirty(h: Code, slot: Value, gpa: Value) -> None:
+    """Note a write in the slot's dirty log, if it has one."""
+    bitmap = slot_field(slot, "dirty")
+    if bitmap != 0:
+        page = (gpa - slot_field(slot, "start")) >> 12
+        mask = const(64, 1) << (page & 63)
+        old = atomic("or", bitmap + ((page >> 6) << 3), mask)
+        if (old & mask) == 0:
+            h.set("dirty_budget", h.get("dirty_budget") - 1)
+
+
+# -- translation and the data TLB ----------------------------------------------------------------------------
+
+
+def walk_function(access: str) -> Callable[[FunctionHart], None]:
+    def walk(h: FunctionHart) -> None:
+        """(va) -> guest-physical address, leaf PTE | level << 60 in walk_pte; status TRAPPED."""
+        gpa, pte, level = paging.translate(cast(Hart, h), p1(), access)
+        h.set("walk_pte", pte)
+        h.set("walk_level", level)
+        returns(gpa)
+
+    return walk
+
+
+def note_superpage(h: Code, va: Value) -> None:
+    """Remember where superpages are in the TLB: one address of them stands for many entries."""
+    if h.get("walk_level") != 0:
+        half = va >> 63
+        low, high = h.get_at("large_low", half), h.get_at("large_high", half)
+        h.set_at("large_low", half, select(va < low, va, low))
+        h.set_at("large_high", half, select(va > high, va, high))
+
+
+def host_for_function(write: bool) -> Callable[[FunctionHart], None]:
+    access = "store" if write else "load"
+
+    def host_for(h: FunctionHart) -> None:
+        """(va, size) -> host address, TLB filled; the access stays in its page.
+
+        TRAPPED, or EXITED with exit_*.
+        """
+        va, size = p1(), p2()
+        h.set("count_fill", h.get("count_fill") + 1)
+        gpa, status = call(f"walk_{access}", h.s, va)
+        if status != OK:
+            returns(gpa, status)
+        slot = lookup(h, gpa)
+        h.set("exit_gpa", gpa)
+        h.set("exit_va", va)
+        h.set("exit_len", size.trunc(32))
+        h.set("exit_kind", int(ExitKind.MMIO_WRITE if write else ExitKind.MMIO_READ))
+        if slot == 0:
+            returns(u64(0), EXITED)
+        flags = slot_field(slot, "flags")
+        if flags & machine_state.SLOT_ABSENT != 0:
+            h.set("exit_kind", int(ExitKind.ERROR))
+            h.set("exit_errno", EFAULT)
+            returns(u64(0), EXITED)
+        host = gpa + slot_field(slot, "delta")
+        entry = h.get("tlb") + ((va >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))
+        tag = va & PAGE_MASK
+        if write:
+            if flags & machine_state.SLOT_READONLY != 0:
+                returns(u64(0), EXITED)
+            if slot_field(slot, "dirty") != 0:
+                if h.get("dirty_budget").slt(1):
+                    h.set("exit_kind", int(ExitKind.DIRTY_BUDGET))
+                    returns(u64(0), EXITED)
+                log_dirty(h, slot, gpa)
+            store(entry, tag)
+            store(entry + 8, tag)
+        else:
+            writable = paging.pte_writable(h.get("walk_pte"))
+            plain = (slot_field(slot, "dirty") == 0) & (flags & machine_state.SLOT_READONLY == 0)
+            store(entry, tag)
+            store(entry + 8, select(writable & plain, tag, u64(NEVER)))
+        store(entry + 16, host - va)
+        note_superpage(h, va)
+        returns(host)
+
+    return host_for
+
+
+def slow_load_function(size: int) -> Callable[[FunctionHart], None]:
+    def slow_load(h: FunctionHart) -> None:
+        """(va) -> the value; across two pages byte by byte."""
+        va = p1()
+        if (va & 4095) > 4096 - size:
+            value = u64(0)
+            for index in range(size):
+                byte, status = call("slow_load_1", h.s, va + index)
+                if status != OK:
+                    crossing_exit(h, status, size)
+                value = value | (byte << (8 * index))
+            returns(value)
+        host, status = call("host_for_load", h.s, va, u64(size))
+        if status != OK:
+            returns(host, status)
+        returns(load(host, 8 * size, "volatile", 1).zext(64))
+
+    return slow_load
+
+
+def crossing_exit(h: FunctionHart, status: Value, size: int) -> NoReturn:
+    """An access across two pages met a trap, or no memory: devices are not accessed misaligned."""
+    if status == EXITED:
+        h.set("exit_kind", int(ExitKind.ERROR))
+        h.set("exit_errno", EIO)
+    returns(u64(0), status)
+
+
+def slow_store_function(size: int) -> Callable[[FunctionHart], None]:
+    def slow_store(h: FunctionHart) -> None:
+        """(va, value): nothing is stored unless all of it can be."""
+        va, value = p1(), p2()
+        h.set("exit_data", value & ((1 << (8 * size)) - 1))
+        if (va & 4095) > 4096 - size:
+            _, status = call("host_for_store", h.s, va, u64(1))
+            if status != OK:
+                crossing_exit(h, status, size)
+            # stval is where the failing part begins: the second page (12.1.9).
+            _, status = call("host_for_store", h.s, (va + (size - 1)) & PAGE_MASK, u64(1))
+            if status != OK:
+                crossing_exit(h, status, size)
+            for index in range(size):
+                host, _ = call("host_for_store", h.s, va + index, u64(1))
+                store(host, (value >> (8 * index)).trunc(8), "volatile")
+            returns(u64(0))
+        host, status = call("host_for_store", h.s, va, u64(size))
+        if status != OK:
+            if size == 4 and status == EXITED and h.get("exit_kind") == int(ExitKind.MMIO_WRITE):
+                returns(*call("send_msi", h.s, value & 0xFFFFFFFF))
+            returns(host, status)
+        store(host, value.trunc(8 * size), "volatile", 1)
+        returns(u64(0))
+
+    return slow_store
+
+
+def send_msi(h: FunctionHart) -> None:
+    """(identity), exit_gpa: a store to seteipnum_le of a hart that runs; EXITED if it is not that.
+
+    A hart that sleeps must be woken, which is Python's business. If it goes to sleep at this moment, either it sees
+    the request (Hart.run looks after leaving) or we see that it has left.
+    """
+    identity = p1()
+    offset = h.get("exit_gpa") - load(h.machine("imsic_start"))
+    if offset >= load(h.machine("imsic_size")) or (offset & 4095) != 0:
+        returns(u64(0), EXITED)
+    target = load(load(h.machine("imsic_harts")) + (offset >> 9))
+    if target == 0:
+        returns(u64(0), EXITED)
+    running = target + hart_state.offset("running")
+    known = (identity != 0) & (identity <= load(target + hart_state.offset("imsic_identities")))
+    if ~known or load(running, 32, "volatile") == 0:
+        returns(u64(0), EXITED)
+    atomic("or", target + hart_state.offset("eip") + ((identity >> 6) << 3), const(64, 1) << (identity & 63))
+    atomic("or", target + hart_state.offset("attention"), const(32, hart_state.ATTENTION_INTERRUPT))
+    store(target + hart_state.offset("limit"), u64(0), "atomic")
+    returns(u64(0), select(load(running, 32, "atomic") == 0, u64(EXITED), u64(OK)))
+
+
+def atomic_address(h: FunctionHart) -> None:
+    """(va, write) -> host address of an aligned atomic access; a device is no memory for it (EOPNOTSUPP)."""
+    va, write = p1(), p2()
+    if write != 0:
+        host, status = call("host_for_store", h.s, va, u64(8))
+    else:
+        host, status = call("host_for_load", h.s, va, u64(8))
+    kind = h.get("exit_kind")
+    if status == EXITED and (kind == int(ExitKind.MMIO_READ)) | (kind == int(ExitKind.MMIO_WRITE)):
+        h.set("exit_kind", int(ExitKind.ERROR))
+        h.set("exit_errno", EOPNOTSUPP)
+    returns(host, status)
+
+
+def check_block(h: FunctionHart) -> None:
+    """(va): what cbo.* asks: any access right will do, else it faults as a store."""
+    _, status = call("walk_load", h.s, p1())
+    if status == OK:
+        returns(u64(0))
+    _, status = call("walk_store", h.s, p1())
+    returns(u64(0), status)
+
+
+# -- forgetting translations ---------------------------------------------------------------------------------
+
+
+def flush_tlb(h: FunctionHart) -> None:
+    """All translations of this hart."""
+    h.set("count_flush", h.get("count_flush") + 1)
+    call("clear_tags", h.address("tlb_blocks"), u64(hart_state.TLB_BLOCKS))
+    for half in (0, 1):
+        h.set_at("large_low", half, u64(NEVER))
+        h.set_at("large_high", half, u64(0))
+    returns(u64(0))
+
+
+def clear_tags(h: FunctionHart) -> None:
+    """(block, how many): invalidate all tags of TLB blocks."""
+    block, count = param("p0"), p1()
+    if count == 0:
+        returns(u64(0))
+    call("clear_data", block, u64(hart_state.DATA_TLB_ENTRIES))
+    call("clear_fetch", block + hart_state.FETCH_TLB_OFFSET, u64(hart_state.FETCH_TLB_ENTRIES))
+    returns(*call("clear_tags", block + hart_state.TLB_BLOCK, count - 1))
+
+
+def clear_function(size: int, tags: tuple[int, ...]) -> Callable[[FunctionHart], None]:
+    name = "clear_data" if len(tags) == 2 else "clear_fetch"
+
+    def clear(h: FunctionHart) -> None:
+        """(entry, how many, a multiple of 4)."""
+        entry, count = param("p0"), p1()
+        if count == 0:
+            returns(u64(0))
+        for index in range(4):
+            for tag in tags:
+                store(entry + (index * size + tag), u64(NEVER))
+        returns(*call(name, entry + 4 * size, count - 4))
+
+    return clear
+
+
+def flush_page(h: FunctionHart) -> None:
+    """(va): its translation, and all of them if it may belong to a superpage."""
+    va = p1()
+    half = va >> 63
+    if (va >= (h.get_at("large_low", half) & ~0x3FFFFFFF)) & (va <= (h.get_at("large_high", half) | 0x3FFFFFFF)):
+        returns(*call("flush_tlb", h.s))
+    for block in range(hart_state.TLB_BLOCKS):
+        base = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
+        entry = base + ((va >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))
+        store(entry, u64(NEVER))
+        store(entry + 8, u64(NEVER))
+        fetch = base + hart_state.FETCH_TLB_OFFSET + (((va >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) << 4)
+        store(fetch, u64(NEVER))
+    returns(u64(0))
+
+
+def flush_fetch(h: FunctionHart) -> None:
+    """fence.i: decoded pages are compared with memory before they are entered again."""
+    epoch = atomic("add", h.machine("epoch"), u64(1)) + 1
+    h.set("code_epoch", epoch)
+    for block in range(hart_state.TLB_BLOCKS):
+        base = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
+        call("clear_fetch", base + hart_state.FETCH_TLB_OFFSET, u64(hart_state.FETCH_TLB_ENTRIES))
+    returns(u64(0))
+
+
+def choose_tlb(h: FunctionHart) -> None:
+    """-> the TLB block for the mode; all translations go when satp or MXR have changed."""
+    satp, mxr = h.get("satp"), h.get("mxr")
+    if (satp != h.get("context_satp")) | (mxr != h.get("context_mxr")):
+        h.set("context_satp", satp)
+        h.set("context_mxr", mxr)
+        call("flush_tlb", h.s)
+    block = select(h.get("mode") == 0, u64(0), h.get("sum").zext(64) + 1)
+    tlb = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
+    h.set("tlb", tlb)
+    returns(tlb)
