@@ -132,11 +132,12 @@ class Program:
         pool = [POOL + i * PAGE for i in range(POOL_PAGES)]
         tables = Tables(self._image, WINDOW, pool, here.mode)
         ad = A | D
+        # Code that is writable must not be where random stores go: they come without fence.i.
+        code = (R, 0, R | W) if weights.patches else (R, 0)
         for page in range(CODE, HANDLER + PAGE, PAGE):
-            tables.map(page, page, V | X | ad | rng.choice((0, G)) | rng.choice((R, 0, R | W)))
+            tables.map(page, page, V | X | ad | rng.choice((0, G)) | rng.choice(code))
         for page in range(CONTROL, WINDOW + WINDOW_SIZE, PAGE):
             tables.map(page, page, V | R | W | ad)
-        # Code that is writable for U-mode must not be where random stores go: they come without fence.i.
         writable = weights.patches and rng.random() < 0.5
         alias = random_base(rng, here.mode, edges=not writable)
         for index in range(CODE_PAGES + 1):
