@@ -1,7 +1,9 @@
-"""Measures what a user waits for and pays for: `run busybox -- true` against Debian's QEMU, memory, the engine image.
+"""Measures what a user waits for and pays for: `run busybox -- true` against Debian's QEMU, memory, the
+engine image.
 
-`scripts/bench [--rounds N] [--json FILE]`. Both machines boot the same kernel and initramfs to the same point (the
-command's exit status), alternated in one run; medians, spread and ratio. A test never asserts these figures.
+`scripts/bench [--rounds N] [--json FILE]`. Both machines boot the same kernel and initramfs to the same
+point (the command's exit status), alternated in one run; medians, spread and ratio. A test never asserts
+these figures.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def qemu_true(image: Image, folder: Path) -> float:
 
 
 def memory() -> dict[str, float]:
-    """MiB of guest memory in use and of the whole VM (both processes, shared pages in proportion) with 64 MB filled."""
+    """MiB of guest memory in use and of the whole VM (both processes, shared pages in proportion) with 64
+    MB filled."""
     name = f"bench-{os.getpid()}"
     script = "dd if=/dev/zero of=/tmp/fill bs=1M count=64 2>/dev/null; echo filled; sleep 100"
     command = [SOFTKVM, "run", "-m", "256M", "--name", name, "busybox", "--", "sh", "-c", script]
