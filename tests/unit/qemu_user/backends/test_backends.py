@@ -1,0 +1,385 @@
+"""Back ends over real files, sockets, pipes, pseudo-terminals and children, driven by a real I/O loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.codec.ethernet_stream import FrameReader, StreamError, header
+from qemu_user.backends.block.raw import RawImage
+from qemu_user.backends.chardev.attach import Attachment, FrameError, keys_frames, size_frame
+from qemu_user.backends.chardev.attach import FrameReader as AttachReader
+from qemu_user.backends.chardev.chardev import NoFrontend
+from qemu_user.backends.chardev.descriptor import DescriptorChardev
+from qemu_user.backends.chardev.escape import EscapeFilter
+from qemu_user.backends.chardev.hub import Hub
+from qemu_user.backends.chardev.pty import PtyChardev
+from qemu_user.backends.chardev.unix_socket import SocketChardev
+from qemu_user.backends.errors import BackendError
+from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.net.passt import PasstNet, forward_option
+from qemu_user.backends.net.stream import StreamNet
+
+
+class Loop(IoLoop):
+    """A loop that is turned by hand."""
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+        super().__init__(self.errors.append)
+
+    def until(self, done: Callable[[], object], seconds: float = 5.0) -> None:
+        end = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < end, "it did not happen"
+            self.turn(0.05)
+        assert not self.errors
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+class Front(NoFrontend):
+    """A device's side that remembers."""
+
+    def __init__(self, room: int = 1 << 20) -> None:
+        self.room, self.data, self.log = room, b"", list[str]()
+
+    def input_room(self) -> int:
+        return self.room
+
+    def receive(self, data: bytes) -> None:
+        assert len(data) <= self.room
+        self.room -= len(data)
+        self.data += data
+
+    def output_ready(self) -> None:
+        self.log.append("ready")
+
+    def opened(self) -> None:
+        self.log.append("opened")
+
+    def closed(self) -> None:
+        self.log.append("closed")
+
+    def resized(self, rows: int, columns: int) -> None:
+        self.log.append(f"{rows}x{columns}")
+
+
+# -- the loop --------------------------------------------------------------------------------------
+
+
+def test_loop_calls_and_survives_errors(loop: Loop, tmp_path: Path) -> None:
+    seen: list[str] = []
+    cancel = loop.call_later(0.01, lambda: seen.append("cancelled"))
+    cancel()
+    loop.call_later(0.02, lambda: seen.append("later"))
+    loop.call_soon(lambda: 1 / 0)
+    loop.call_soon(lambda: seen.append("soon"))
+    end = time.monotonic() + 2
+    while len(seen) < 2 and time.monotonic() < end:
+        loop.turn(0.05)
+    assert seen == ["soon", "later"]
+    assert [type(error) for error in loop.errors] == [ZeroDivisionError]
+    loop.errors.clear()
+    with (tmp_path / "f").open("w+b") as file:  # a regular file is always ready
+        loop.add_reader(file.fileno(), lambda: (seen.append("file"), loop.remove(file.fileno())))
+        loop.until(lambda: "file" in seen)
+
+
+# -- disks -----------------------------------------------------------------------------------------
+
+
+def test_raw_image(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    path.write_bytes(b"a" * 1000)
+    disk = RawImage(str(path))
+    assert disk.size == 1024
+    buffer = bytearray(1024)
+    disk.read(0, [memoryview(buffer)[:100], memoryview(buffer)[100:]])
+    assert bytes(buffer) == b"a" * 1000 + bytes(24)
+    disk.write(512, [memoryview(b"b" * 500), memoryview(b"c" * 12)])
+    disk.zero(0, 512, unmap=True)
+    disk.flush()
+    assert path.read_bytes() == bytes(512) + b"b" * 500 + b"c" * 12
+    with pytest.raises(BackendError, match="in use by another VM"):
+        RawImage(str(path))
+    with pytest.raises(BackendError, match="being written"):
+        RawImage(str(path), readonly=True)
+    disk.close()
+    readers = [RawImage(str(path), readonly=True) for _ in range(2)]
+    with pytest.raises(BackendError, match="in use"):
+        RawImage(str(path))
+    for reader in readers:
+        reader.close()
+    assert not os.get_inheritable(RawImage(str(path))._fd)
+
+
+def test_punching_frees_space(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    path.write_bytes(b"x" * (4 << 20))
+    disk = RawImage(str(path))
+    before = path.stat().st_blocks
+    disk.punch(0, 2 << 20)
+    disk.close()
+    assert path.stat().st_size == 4 << 20
+    assert path.stat().st_blocks < before or not disk.discard
+
+
+@pytest.mark.parametrize("what", ["missing", "directory", "empty"])
+def test_bad_images(tmp_path: Path, what: str) -> None:
+    path = tmp_path / what
+    if what == "directory":
+        path.mkdir()
+    elif what == "empty":
+        path.touch()
+    with pytest.raises(BackendError, match=str(path)):
+        RawImage(str(path))
+
+
+# -- characters ------------------------------------------------------------------------------------
+
+
+def test_pipe_with_flow_control_and_end(loop: Loop) -> None:
+    (input_read, input_write), (output_read, output_write) = os.pipe(), os.pipe()
+    front = Front(room=3)
+    chardev = DescriptorChardev("fd", input_read, output_write)
+    chardev.connect(front)
+    chardev.start(loop)
+    os.write(input_write, b"abcdef")
+    loop.until(lambda: front.data == b"abc")
+    front.room = 100
+    chardev.resume_input()
+    loop.until(lambda: front.data == b"abcdef")
+    os.close(input_write)
+    loop.until(lambda: front.log == ["closed"])
+    written = 0
+    while taken := chardev.write(b"z" * 10000):  # the end of input does not end output
+        written += taken
+    loop.until(lambda: not loop.turn(0.01) and chardev.pending < 64 * 1024)
+    while chardev.pending:
+        os.read(output_read, 65536)
+        loop.turn(0.01)
+    assert "ready" in front.log
+    hung: list[int] = []
+    chardev.hung_up = lambda: hung.append(1)
+    os.close(output_read)
+    chardev.write(b"x")
+    loop.until(lambda: hung)
+    chardev.close()
+    os.close(output_write)
+    os.close(input_read)
+
+
+def test_socket_server_takes_one_peer_after_another(loop: Loop, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    front = Front()
+    chardev = SocketChardev("s", path, server=True)
+    chardev.connect(front)
+    chardev.start(loop)
+    for _ in range(2):
+        front.log.clear()
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(path)
+            loop.until(lambda: "opened" in front.log)
+            peer.sendall(b"in")
+            chardev.write(b"out")
+            loop.until(lambda: front.data.endswith(b"in") and not chardev.pending)
+            assert peer.recv(10) == b"out"
+        loop.until(lambda: "closed" in front.log)
+    chardev.close()
+    assert not os.path.exists(path)
+    with pytest.raises(BackendError, match="cannot connect"):
+        SocketChardev("c", path, server=False)
+
+
+def test_pty(loop: Loop) -> None:
+    front = Front()
+    chardev = PtyChardev("p")
+    chardev.connect(front)
+    chardev.start(loop)
+    assert not chardev.is_open
+    fd = os.open(chardev.path, os.O_RDWR | os.O_NOCTTY)
+    loop.until(lambda: "opened" in front.log)
+    os.write(fd, b"keys")
+    loop.until(lambda: front.data == b"keys")
+    chardev.write(b"shown")
+    loop.until(lambda: not chardev.pending)
+    assert os.read(fd, 100) == b"shown"
+    os.close(fd)
+    loop.until(lambda: "closed" in front.log)
+    chardev.close()
+
+
+def test_hub_shares_a_console(loop: Loop, tmp_path: Path) -> None:
+    path = str(tmp_path / "console.sock")
+    hub = Hub("console", None, path)
+    first, second = Front(), Front(room=2)
+    for front, name in ((first, "ttyS0"), (second, "hvc0")):
+        hub.channel(name).connect(front)
+    hub.start(loop)
+    serial, virtual = hub._channels
+    serial.write(b"boot\n")
+    attachment = Attachment(path)
+    attachment.resize(40, 132)
+    attachment.send(b"to serial")
+    loop.until(lambda: first.data == b"to serial" and first.log == ["40x132"])
+    assert attachment.receive() == b"boot\n"
+    virtual.write(b"prompt$ ")
+    attachment.send(b"long")
+    loop.until(lambda: second.data == b"lo")
+    second.room = 10
+    virtual.resume_input()
+    loop.until(lambda: second.data == b"long")
+    loop.until(lambda: not hub._attached[0].pending)
+    assert attachment.receive() == b"prompt$ "
+    other = Attachment(path)
+    loop.until(lambda: len(hub._attached) == 2)
+    loop.until(lambda: not hub._attached[1].pending)
+    assert other.receive() == b"boot\nprompt$ "
+    other._socket.sendall(b"\xff\xff\xff nonsense")
+    loop.until(lambda: len(hub._attached) == 1)
+    hub.close()
+    assert attachment.receive() == b""
+    assert not os.path.exists(path)
+
+
+def test_attach_frames_in_pieces() -> None:
+    reader = AttachReader()
+    stream = keys_frames(b"k" * 70000) + size_frame(24, 80) + keys_frames(b"x")
+    keys, sizes = b"", []
+    for at in range(0, len(stream), 1000):
+        got, size = reader.feed(stream[at : at + 1000])
+        keys += got
+        sizes += [size] if size else []
+    assert keys == b"k" * 70000 + b"x"
+    assert sizes == [(24, 80)]
+    with pytest.raises(FrameError):
+        reader.feed(b"\7\0\0")
+
+
+def test_escape_keys() -> None:
+    escape = EscapeFilter()
+    assert escape.feed(b"plain\x03") == (b"plain\x03", "")
+    assert escape.feed(b"\x01") == (b"", "")
+    assert escape.feed(b"\x01b") == (b"\x01b", "")
+    assert escape.feed(b"\x01h") == (b"", "help")
+    assert escape.feed(b"a\x01xb") == (b"a", "quit")
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+class NetFront:
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.full = False
+        self.log: list[str] = []
+
+    def receive(self, frame: memoryview) -> bool:
+        if self.full:
+            return False
+        self.frames.append(bytes(frame))
+        return True
+
+    def sent(self) -> None:
+        self.log.append("sent")
+
+    def link(self, up: bool) -> None:
+        self.log.append("up" if up else "down")
+
+
+def test_frame_reader_cuts_anywhere_and_refuses_nonsense() -> None:
+    frames = [os.urandom(size) for size in (14, 1500, 65535, 60, 1)]
+    stream = b"".join(header(len(frame)) + frame for frame in frames)
+    reader, found = FrameReader(), []
+    for at in range(0, len(stream), 777):
+        reader.feed(stream[at : at + 777])
+        found += [bytes(frame) for frame in reader.frames()]
+    assert found == frames
+    for bad in (0, 0xFFFFFFFF, 70000):
+        reader = FrameReader()
+        reader.feed(struct.pack(">I", bad))
+        with pytest.raises(StreamError):
+            list(reader.frames())
+
+
+def test_two_streams_joined(loop: Loop, tmp_path: Path) -> None:
+    path = str(tmp_path / "wire")
+    server, client = StreamNet("a", path, server=True), StreamNet("b", path, server=False)
+    one, two = NetFront(), NetFront()
+    server.connect(one)
+    client.connect(two)
+    server.start(loop)
+    client.start(loop)
+    loop.until(lambda: server.is_up)
+    frames = [os.urandom(9000) for _ in range(400)]
+    waiting = list(frames)
+    two.full = True
+    while waiting and server.send([memoryview(waiting[0])[:14], memoryview(waiting[0])[14:]]):
+        waiting.pop(0)
+        loop.turn(0)
+    two.full = False
+    client.resume()
+    while len(two.frames) < 400:
+        loop.turn(0.01)
+        while waiting and server.send([memoryview(waiting[0])]):
+            waiting.pop(0)
+        client.resume()
+    assert two.frames == frames
+    client.close()
+    loop.until(lambda: one.log[-1] == "down")
+    server.close()
+    assert not os.path.exists(path)
+    with pytest.raises(BackendError, match="nobody listens"):
+        StreamNet("c", path, server=False).start(loop)
+
+
+def test_forwarding_rules() -> None:
+    assert forward_option("tcp::2222-:22") == ["-t", "2222:22"]
+    assert forward_option("udp:127.0.0.1:53-10.0.2.15:53") == ["-u", "127.0.0.1/53:53"]
+    for bad in ("2222:22", "tcp::0-:22", "tcp::1-:99999", "sctp::1-:1"):
+        with pytest.raises(BackendError):
+            forward_option(bad)
+
+
+def test_missing_passt_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(BackendError, match="apt install passt"):
+        PasstNet("n")
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt (apt install passt)")
+def test_passt_answers_dhcp_and_is_reaped(loop: Loop) -> None:
+    front = NetFront()
+    net = PasstNet("n")
+    net.connect(front)
+    net.start(loop)
+    child = net._child
+    mac = b"\x52\x54\0\0\0\1"
+    discover = struct.pack("!BBBBIHHIIII16s64s128sI", 1, 1, 6, 0, 7, 0, 0x8000, 0, 0, 0, 0, mac, b"", b"", 0x63825363)
+    discover += b"\x35\1\1\xff"
+    udp = struct.pack("!HHHH", 68, 67, 8 + len(discover), 0) + discover
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, bytes(4), b"\xff" * 4)
+    total = sum(struct.unpack("!10H", head))
+    total = (total & 0xFFFF) + (total >> 16)
+    head = head[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + head[12:]
+    frame = b"\xff" * 6 + mac + b"\x08\0" + head + udp
+    assert net.send([memoryview(frame)])
+    with contextlib.suppress(AssertionError):
+        loop.until(lambda: any(f[23:24] == b"\x11" and f[36:38] == b"\0\x44" for f in front.frames), 3)
+    net.close()
+    assert any(f[36:38] == b"\0\x44" for f in front.frames), "no DHCP offer"
+    assert not os.path.exists(f"/proc/{child}")
