@@ -42,25 +42,29 @@ class Emitter:
     def __init__(self) -> None:
         self._functions: list[str] = []
         self._declarations: set[str] = set()
+        self._unnamed = 0
 
-    def handler(self, name: str, root: Block, section_order: bool = True) -> None:
+    def handler(self, name: str, root: Block) -> None:
         """A function that is entered and left by tail calls."""
         self._functions.append(
             f"define hidden preserve_nonecc void @{name}({_HANDLER_TYPES}) #0 {{\n{self._body(root)}}}\n"
         )
 
-    def function(
-        self, name: str, parameters: int, root: Block, linkage: str = "hidden", cc: str = "fastcc "
-    ) -> None:
+    def function(self, name: str, parameters: int, root: Block) -> None:
         """An ordinary function of 64-bit parameters p0.. returning two 64-bit words."""
         types = ", ".join(f"i64 %p{i}" for i in range(parameters))
         self._functions.append(
-            f"define {linkage} {cc}{{i64, i64}} @{name}({types}) #1 {{\n{self._body(root)}}}\n"
+            f"define hidden fastcc {{i64, i64}} @{name}({types}) #1 {{\n{self._body(root)}}}\n"
         )
 
     def raw(self, text: str) -> None:
         """A function written as text."""
         self._functions.append(text)
+
+    def fresh(self) -> str:
+        """A name that no Value has."""
+        self._unnamed += 1
+        return f"t{self._unnamed}"
 
     def declare(self, declaration: str) -> None:
         self._declarations.add(declaration)
@@ -118,15 +122,6 @@ def _pointer(name: str, address: Value) -> tuple[str, str]:
     return f"%{pointer} = inttoptr {typed(address)} to ptr", f"ptr %{pointer}"
 
 
-_unnamed = 0
-
-
-def _fresh() -> str:
-    global _unnamed
-    _unnamed += 1
-    return f"t{_unnamed}"
-
-
 def _param(emitter: Emitter, op: Op, name: str) -> list[str]:
     return [f"%{name} = add i64 %{op.attrs[0]}, 0"]
 
@@ -144,7 +139,7 @@ def _load(emitter: Emitter, op: Op, name: str) -> list[str]:
 
 def _store(emitter: Emitter, op: Op, name: str) -> list[str]:
     kind, align = op.attrs
-    cast, pointer = _pointer(_fresh(), op.args[0])
+    cast, pointer = _pointer(emitter.fresh(), op.args[0])
     mode = {"plain": "store", "volatile": "store volatile", "atomic": "store atomic"}[str(kind)]
     order = " seq_cst" if kind == "atomic" else ""
     return [cast, f"{mode} {typed(op.args[1])}, {pointer}{order}, align {align}"]
@@ -193,8 +188,8 @@ def _second(emitter: Emitter, op: Op, name: str) -> list[str]:
 
 
 def _return(emitter: Emitter, op: Op, name: str) -> list[str]:
-    first = f"%{_fresh()}"
-    second = f"%{_fresh()}"
+    first = f"%{emitter.fresh()}"
+    second = f"%{emitter.fresh()}"
     return [
         f"{first} = insertvalue {{i64, i64}} poison, {typed(op.args[0])}, 0",
         f"{second} = insertvalue {{i64, i64}} {first}, {typed(op.args[1])}, 1",
@@ -211,7 +206,7 @@ def _tail(emitter: Emitter, op: Op, name: str) -> list[str]:
     if op.attrs:
         target = f"@{op.attrs[0]}"
     else:
-        pointer = _fresh()
+        pointer = emitter.fresh()
         lines.append(f"%{pointer} = inttoptr {typed(args.pop())} to ptr")
         target = f"%{pointer}"
     words = [typed(arg) for arg in args] + ["i64 poison"] * (len(HANDLER_PARAMETERS) - len(args))
@@ -235,7 +230,7 @@ def _mxcsr_read(emitter: Emitter, op: Op, name: str) -> list[str]:
 def _mxcsr_write(emitter: Emitter, op: Op, name: str) -> list[str]:
     """args: scratch address, 32-bit content."""
     emitter.declare("declare void @llvm.x86.sse.ldmxcsr(ptr)")
-    cast, pointer = _pointer(_fresh(), op.args[0])
+    cast, pointer = _pointer(emitter.fresh(), op.args[0])
     return [
         cast,
         f"store volatile {typed(op.args[1])}, {pointer}, align 4",
