@@ -90,6 +90,8 @@ class Channel:
     def _exchange(self, frame: bytes, sequence: int, name: str) -> Reply:
         if self._link.closed:
             raise KvmError(ECONNRESET, name, "the session is closed")
+        if not self._link.alive:
+            raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
         if self._socket is None:
             self._socket = zmq_socket.dealer(shared_context(), self._endpoint)
         try:

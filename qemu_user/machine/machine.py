@@ -98,6 +98,7 @@ class Machine:
         except BaseException:
             self.close()
             raise
+        self._loop.add_reader(self.vm.link.fileno(), self._look_at_kvmcore)
         self._io_thread.start()
         for thread in self.threads:
             thread.start()
@@ -232,6 +233,12 @@ class Machine:
 
     def _power(self, what: str, status: int) -> None:
         self._happenings.put(Happening(what, status))
+
+    def _look_at_kvmcore(self) -> None:
+        """The session's socket has something to say: that the VM's process is gone, if anything."""
+        if not self.vm.alive:
+            self._loop.remove(self.vm.link.fileno())
+            self.fail(f"its kvmcore process ({self.vm.pid}) is gone")
 
     def _io_failed(self, error: BaseException) -> None:
         trace = "".join(traceback.format_exception(error))
