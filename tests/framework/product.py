@@ -54,6 +54,14 @@ class Product:
         """The command line of softkvm with these arguments."""
         return [sys.executable, "-P", "-m", "qemu_user.cli.main", *arguments]
 
+    def daemon(self) -> str:
+        """The endpoint of this directory's daemon, started if need be."""
+        code = "from qemu_user.cli.daemon import ensure; print(ensure())"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, env=self.environment
+        )
+        return done.stdout.strip()
+
     def run(self, *arguments: str, stdin: bytes = b"", seconds: float = 120) -> subprocess.CompletedProcess[bytes]:
         """softkvm to its end."""
         return subprocess.run(

@@ -1,4 +1,5 @@
-"""`softkvm run` as a user meets it, on the whole stack: output, status, signals, and what is left after kill -9."""
+"""`softkvm run` as a user meets it, on the whole stack: output, status, signals, and what is left after
+kill -9."""
 
 from __future__ import annotations
 
