@@ -347,6 +347,10 @@ class HandlerHart(Code):
     def sfence_vma(self, address: Value | None, asid: Value | None) -> None:
         if address is None:
             call("flush_tlb", self.s)
+            # Teaching kernels load programs and switch to them without a fence.i, which works on harts whose
+            # fetch is coherent. They do not use ASIDs; so only then it costs a comparison of decoded pages.
+            if (self.get("satp") & (0xFFFF << 44)) == 0:
+                call("flush_fetch", self.s)
         else:
             call("flush_page", self.s, address)
         self._refetch = True

@@ -228,6 +228,29 @@ body:
     csrw satp, zero
     sfence.vma
     expect "code patched and called through aliases", s1, 0
+    # -- beyond the ISA: without ASIDs, sfence.vma does for code too (teaching kernels know no fence.i)
+    la t0, root
+    srli t0, t0, 12
+    li t1, 8 << 60
+    or s3, t0, t1
+    la s2, target
+    li s0, 0
+    li s1, 0
+1:  addi s0, s0, 1
+    slli t1, s0, 20
+    ori t1, t1, 0x513
+    sw t1, 0(s2)
+    sfence.vma
+    csrw satp, s3
+    sfence.vma
+    call target
+    beq a0, s0, 2f
+    addi s1, s1, 1
+2:  csrw satp, zero
+    sfence.vma
+    li t0, N
+    blt s0, t0, 1b
+    expect "code loaded and entered by sfence.vma alone", s1, 0
     # -- without fence.i, old or new may run, but nothing else
     la s2, target
     li t1, 0x00100513
