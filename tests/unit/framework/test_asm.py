@@ -139,9 +139,7 @@ def test_pseudo_instructions_and_directives_equal_gnu_as(tmp_path: Path) -> None
     assert ours == gnu(text, tmp_path)[: len(ours)]
 
 
-@pytest.mark.parametrize(
-    "value", [0, 1, -1, 2047, 2048, -2048, 1 << 31, (1 << 63) - 1, 1 << 63, 0x123456789ABCDEF0]
-)
+@pytest.mark.parametrize("value", [0, 1, -1, 2047, 2048, -2048, 1 << 31, (1 << 63) - 1, 1 << 63, 0x123456789ABCDEF0])
 def test_load_immediate_gives_the_value(value: int) -> None:
     register = 0
     for step, immediate in load_immediate(value):
@@ -158,9 +156,7 @@ def test_load_immediate_gives_the_value(value: int) -> None:
     assert register & (1 << 64) - 1 == value & (1 << 64) - 1
 
 
-@pytest.mark.parametrize(
-    "text", ["addi a0, a0, 2048", "c.addi4spn a0, sp, 0", "bogus a0", "j nowhere", "lw a0, a1"]
-)
+@pytest.mark.parametrize("text", ["addi a0, a0, 2048", "c.addi4spn a0, sp, 0", "bogus a0", "j nowhere", "lw a0, a1"])
 def test_bad_text_is_refused(text: str) -> None:
     with pytest.raises(AssemblyError):
         assemble(text)
