@@ -1,23 +1,20 @@
 """Debian's archive: a signed index leads by checksums to every file (Debian wiki, DebianRepository/Format).
 
 InRelease (its signature verified) -> Packages.xz (sha256) -> .deb (size and sha256). Called by busybox.py.
-Downloads go to a temporary file in the folder of their destination and are renamed when they are whole and right.
 """
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 import os
 import re
 import shutil
 import subprocess
-import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from qemu_user.images import openpgp
+from qemu_user.images.download import Progress, download
 from qemu_user.images.errors import ImageError
 
 SUITE = "trixie"
@@ -27,13 +24,7 @@ DEFAULT_MIRROR = "http://deb.debian.org/debian"
 _KEYRINGS = (
     "/usr/share/keyrings/debian-archive-keyring.gpg",
     "/usr/share/keyrings/debian-archive-keyring.pgp",
-    "/etc/apt/trusted.gpg.d/debian-archive-trixie-stable.asc",
 )
-#: Long ids of the keys that sign trixie's index: the automatic archive keys and the stable release key.
-_KEY_IDS = ("6ED0E7B82643E131", "78DBA3BC47EF2265", "762F67A0B2C39DE4", "BDE6D2B9216EC7A8", "F8D2585B8783D481")
-
-Progress = Callable[[str, int, int], None]
-"""(what, bytes so far, bytes in all or 0)."""
 
 
 def mirror() -> str:
@@ -41,68 +32,43 @@ def mirror() -> str:
     return os.environ.get("SOFTKVM_MIRROR", DEFAULT_MIRROR).rstrip("/")
 
 
-def download(url: str, target: Path, size: int, sha256: str, progress: Progress) -> None:
-    """Fetch a file of known size and checksum. ImageError says what happened; nothing partial stays."""
-    label = url.rpartition("/")[2]
-    digest, received = hashlib.sha256(), 0
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".fetch-")
-    try:
-        with os.fdopen(handle, "wb") as file, _open(url) as response:
-            while chunk := response.read(1 << 18):
-                received += len(chunk)
-                if size and received > size:
-                    raise ImageError(f"{url}: longer than the {size} bytes that the signed index says")
-                digest.update(chunk)
-                file.write(chunk)
-                progress(label, received, size)
-        if size and received != size:
-            raise ImageError(f"{url}: the connection ended after {received} of {size} bytes; try again")
-        if sha256 and digest.hexdigest() != sha256:
-            raise ImageError(f"{url}: its sha256 is not the one of the signed index; not used")
-        os.replace(name, target)
-    except (OSError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise ImageError(f"cannot fetch {url}: {reason} (SOFTKVM_MIRROR chooses another mirror)") from error
-    finally:
-        if os.path.exists(name):
-            os.unlink(name)
-
-
-def _open(url: str):  # type: ignore[no-untyped-def]
-    if not url.startswith(("http://", "https://", "file://")):
-        raise ImageError(f"{url}: a mirror's address begins with http://, https:// or file://")
-    return urllib.request.urlopen(url, timeout=30)
-
-
 def signed_index(folder: Path, progress: Progress) -> tuple[dict[str, tuple[int, str]], str]:
-    """Files of the suite's index as {path: (size, sha256)}, and a sentence on how it was verified."""
+    """Files of the suite's index as {path: (size, sha256)}, and a sentence on how it was verified. ImageError."""
     path = folder / "InRelease"
     download(f"{mirror()}/dists/{SUITE}/InRelease", path, 0, "", progress)
-    how = _verify(path)
-    text = path.read_text(errors="replace")
+    text, how = verified(path)
+    if f"\nCodename: {SUITE}\n" not in text:
+        raise ImageError(f"{mirror()}: the index is signed, but it is not that of {SUITE}")
     section = text.partition("\nSHA256:\n")[2]
     entries = re.findall(r"^ ([0-9a-f]{64})\s+(\d+)\s+(\S+)$", section, re.M)
     return {name: (int(size), sha256) for sha256, size, name in entries}, how
 
 
-def _verify(path: Path) -> str:
-    """Check the signature with gpgv and Debian's keyring; without them only transport and checksums protect."""
-    keyring = next((name for name in _KEYRINGS if os.path.exists(name) and not name.endswith(".asc")), None)
-    gpgv = shutil.which("gpgv")
-    if gpgv is None or keyring is None:
-        missing = "gpgv" if gpgv is None else "debian-archive-keyring"
-        text = path.read_text(errors="replace")
-        if "BEGIN PGP SIGNATURE" not in text:
-            raise ImageError(f"{mirror()}: the index carries no signature")
-        return f"signature not checked ({missing} is not installed); checksums were"
-    result = subprocess.run(
-        [gpgv, "--status-fd", "1", "--keyring", keyring, str(path)], capture_output=True, text=True, check=False
-    )
-    good = [line for line in result.stdout.splitlines() if line.startswith("[GNUPG:] GOODSIG")]
-    if result.returncode != 0 and not good:
-        raise ImageError(f"{mirror()}: the index is not signed by Debian ({result.stderr.strip()[-200:]})")
-    return "signature by Debian's archive key, checksums"
+def verified(path: Path) -> tuple[str, str]:
+    """The text that is signed in an InRelease file, and by what that was found out. ImageError when it is not signed by
+    Debian: by gpgv and the installed keyring where both are there and know the key, else by the keys in openpgp.py.
+    """
+    document = path.read_text(encoding="utf-8", errors="surrogateescape")
+    try:
+        text, _ = openpgp.split(document)  # gpgv passes over unsigned text around the signed one: we refuse it
+        keyring = next((name for name in _KEYRINGS if os.path.exists(name)), None)
+        gpgv = shutil.which("gpgv")
+        if gpgv is not None and keyring is not None and _gpgv_knows(gpgv, keyring, path):
+            return text, "signature by Debian's archive key (gpgv, installed keyring), checksums"
+        text, key = openpgp.verify(document)
+    except ImageError as error:
+        raise ImageError(f"{mirror()}: {error}; not used") from error
+    return text, f"signature by {key.owner} (key built into softkvm), checksums"
+
+
+def _gpgv_knows(gpgv: str, keyring: str, path: Path) -> bool:
+    """Whether the keyring holds a key that has made a signature; False: none of the keys is in it. ImageError: forged."""
+    command = [gpgv, "--status-fd", "1", "--keyring", keyring, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    words = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("[GNUPG:] ")]
+    if "BADSIG" in words:
+        raise ImageError("the index is not what Debian has signed")
+    return "GOODSIG" in words and "VALIDSIG" in words
 
 
 def packages(folder: Path, progress: Progress) -> tuple[list[dict[str, str]], str]:

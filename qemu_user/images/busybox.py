@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qemu_user.images import archive, cpio, deb
-from qemu_user.images.archive import Progress
+from qemu_user.images.download import Progress
 from qemu_user.images.errors import ImageError
 
 #: Modules by the virtio device that needs them; dependencies are found in the modules themselves.

@@ -6,19 +6,22 @@ With a warm cache nothing is fetched. Called by qemu_user/cli.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from qemu_user.images import busybox, cpio
-from qemu_user.images.archive import Progress
+from qemu_user.images.download import Progress
 from qemu_user.images.errors import ImageError
 
 #: Name -> (what it is, its builder, kernel options). One line for each image that can be pulled.
@@ -26,6 +29,8 @@ CATALOGUE: dict[str, tuple[str, Callable[[Path, Progress], str], str]] = {
     "busybox": ("Debian's kernel with busybox, boots in seconds", busybox.build, busybox.KERNEL_OPTIONS),
 }
 _FORMAT = 1
+#: Beginning of the names of folders that are being built.
+_NEW = ".new-"
 
 
 class Meta(msgspec.Struct, frozen=True):
@@ -91,12 +96,17 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                _wait_for(lock)
+                self._clear()
                 if not renew and (image := self.find(name)) is not None:
                     return image  # somebody else has just built it
                 self._build(name, progress)
         except OSError as error:
-            raise ImageError(f"cannot build image {name!r} in {self.folder}: {error.strerror}") from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = ": an image needs about 250 MB while it is built" if full else ""
+            raise ImageError(
+                f"cannot build image {name!r} in {self.folder}: {error.strerror}{hint} (XDG_CACHE_HOME chooses another place)"
+            ) from error
         image = self.find(name)
         if image is None:
             raise ImageError(f"image {name!r} is not whole after it was built; look into {self.folder}")
@@ -104,17 +114,31 @@ class Store:
 
     def _build(self, name: str, progress: Progress) -> None:
         _, builder, append = CATALOGUE[name]
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=_NEW))
         try:
             verified = builder(temporary, progress)
             meta = Meta(_FORMAT, name, verified, time.time(), append)
             (temporary / "meta.json").write_bytes(msgspec.json.encode(meta))
-            old = self.folder / name
-            if old.exists():
-                shutil.rmtree(old)
-            os.replace(temporary, old)
+            place = self.folder / name
+            if place.exists():
+                place.rename(temporary.with_name(f".old-{temporary.name.removeprefix(_NEW)}"))
+            temporary.rename(place)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove what an interrupted build has left, and the image that was replaced. The lock is held."""
+        for left in self.folder.iterdir():
+            if left.name.startswith((_NEW, ".old-")) and left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _wait_for(lock: IO[str]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.stderr.write("softkvm: another softkvm is fetching an image; waiting for it\n")
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def settings(values: Mapping[str, str]) -> bytes:
