@@ -27,6 +27,8 @@ RUNS: list[tuple[str, int, dict[str, int]]] = [
     ("smp", 2, {"HARTS": 2}),
     ("smp", 4, {"HARTS": 4}),
     ("smp", 8, {"HARTS": 8}),
+    ("kernel", 1, {"HARTS": 1}),
+    ("kernel", 4, {"HARTS": 4}),
 ]
 NAMES = ["-".join([name, str(harts), *(f"{k}{v}" for k, v in d.items())]) for name, harts, d in RUNS]
 

@@ -65,6 +65,7 @@ _COMPARE: dict[type, Callable[[int, int], bool]] = {
     ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b,
 }  # fmt: skip
 _DATA = {".byte": 1, ".half": 2, ".short": 2, ".word": 4, ".long": 4, ".dword": 8, ".quad": 8}
+_BLOCKS = (".macro", ".rept", ".if")
 _IGNORED = {".globl", ".global", ".text", ".option", ".section", ".type", ".size"}
 # Condition of a branch pseudo-instruction -> (base instruction, operands in base order by index)
 _BRANCHES = {
@@ -126,8 +127,11 @@ class Assembler:
         while position < len(lines):
             line = lines[position].strip()
             position += 1
+            while (label := _LABEL.match(line)) and line[label.end() :].lstrip().startswith(_BLOCKS):
+                self._statement(label.group(0))
+                line = line[label.end() :].lstrip()
             word = line.split(None, 1)[0] if line else ""
-            if word in (".macro", ".rept", ".if"):
+            if word in _BLOCKS:
                 body, position = self._block(lines, position, word)
                 self._do_block(word, line, body)
             elif line:
