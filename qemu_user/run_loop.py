@@ -105,11 +105,14 @@ class VcpuThread(threading.Thread):
 
     def _loop(self) -> None:
         gate, run, table, context = self._gate, self._vcpu.run, handlers(self._context), self._context
+        entered = False
         while True:
             if gate.order != RUN:
-                self._settle()
+                if entered:  # a vCPU that has never run has nothing to complete, and may still be configured
+                    self._settle()
                 if not gate.wait():
                     return
+            entered = True
             try:
                 reason = run()
             except KvmError as error:

@@ -142,6 +142,7 @@ class Vcpu(VmChild):
         self.ran_once = True
         exits.complete(self)
         if self.page[run_page.IMMEDIATE_EXIT]:
+            self._apply_reset()  # a hart_start under way is part of the state that a client is about to save
             self.doorbell.take_kick()
             raise KvmError(EINTR, "RUN", "immediate_exit")
         self.set_exit_reason(Exit.UNKNOWN)

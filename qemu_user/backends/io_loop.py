@@ -14,7 +14,8 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 Callback = Callable[[], None]
 
@@ -116,6 +117,24 @@ class IoLoop:
         if first:
             self._wake()
         return cell.clear
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Another thread's `with`: inside, the loop stands between two callbacks and serves nothing."""
+        arrived, leave = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            arrived.set()
+            leave.wait()
+
+        if self._thread_id and not self._stopping:
+            self.call_soon(stand)
+            while not arrived.wait(0.1) and not self._stopping:
+                pass
+        try:
+            yield
+        finally:
+            leave.set()
 
     def stop(self) -> None:
         """Make run() return."""

@@ -22,6 +22,7 @@ MAX_CPUS = 128
 """NR_CPUS of Debian's kernel, and enough for the map of the IMSIC."""
 VIRTIO_SLOTS = 8
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
 
 
@@ -109,6 +110,8 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     """A VM."""
 
     name: str = "vm"
+    uuid: str = ""
+    """Of the VM, wherever it runs; "": the machine gives itself one."""
     aia: Literal["none", "aplic-imsic"] = "aplic-imsic"
     memory: int = 512 * MIB
     cpus: int = 1
@@ -131,10 +134,13 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     rtc_offset: int = 0
     """Seconds that the guest's clock is ahead of the host's."""
 
-    def validate(self) -> MachineConfig:
-        """self; ConfigError if it cannot be built."""
+    def validate(self, files: bool = True) -> MachineConfig:
+        """self; ConfigError if it cannot be built. Without `files`, what it boots from need not be on this host: the
+        machine has booted elsewhere.
+        """
         _check_basics(self)
-        _check_boot(self.boot, self.memory)
+        if files:
+            _check_boot(self.boot, self.memory)
         _check_devices(self)
         _check_chardevs(self)
         return self
@@ -154,6 +160,7 @@ def _check_basics(config: MachineConfig) -> None:
         _NAME.match(config.name) is not None,
         f"name {config.name!r}: 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit",
     )
+    _demand(not config.uuid or _UUID.match(config.uuid) is not None, f"uuid {config.uuid!r}: is none")
     _demand(
         MIN_MEMORY <= config.memory <= MAX_MEMORY,
         f"memory of {config.memory / MIB:g} MiB: between {MIN_MEMORY // MIB} MiB and {MAX_MEMORY // MIB} MiB",

@@ -52,4 +52,5 @@ def debug_console(context: ExitContext, function: int, arguments: list[int]) -> 
         return riscv.SBI_SUCCESS, context.console.write(view)
     data = context.console.read(count)
     view[: len(data)] = data
+    context.memory.wrote(gpa, len(data))
     return riscv.SBI_SUCCESS, len(data)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from protocol.abi import structs_riscv as riscv
+from protocol.abi.errors import KvmError
 from protocol.abi.structs import DEV_TYPE_RISCV_AIA
-from qemu_user.devices.device import FdtNode, InterruptLine
+from qemu_user.devices.device import FdtNode, InterruptLine, State, StateError, require
 from qemu_user.devices.plic import Plic
 from qemu_user.machine import virt
 
@@ -26,10 +27,30 @@ EDGE_RISING, LEVEL_HIGH = 1, 4
 _SUPERVISOR_EXTERNAL = 9
 _EIDELIVERY, _EITHRESHOLD, _EIP, _EIE = 0x70, 0x72, 0x80, 0xC0
 """Registers of an IMSIC interrupt file (AIA specification, section 3.8)."""
+_DOMAINCFG, _SOURCECFG, _TARGET = 0x0000, 0x0004, 0x3004
+_SETIP, _CLRIP, _SETIE, _CLRIE = 0x1C00, 0x1D00, 0x1E00, 0x1F00
+"""Registers of the APLIC (AIA specification, section 4.5)."""
+_WORDS = (virt.INTERRUPT_SOURCES + 32) // 32
+_EVEN = range(0, (virt.IMSIC_IDENTITIES + 1) // 32, 2)  # 64-bit registers have even numbers
+_IMSIC_REGISTERS = [_EIDELIVERY, _EITHRESHOLD, *(_EIP + word for word in _EVEN), *(_EIE + word for word in _EVEN)]
 PHANDLE_CONTROLLER, PHANDLE_IMSIC = 1, 2
 PHANDLE_TEST = 3
 PHANDLE_CPU = 0x10
 """The controller of hart i has phandle PHANDLE_CPU + 2 * i, the hart itself one more."""
+
+
+class AiaState(State, frozen=True, tag="aia", kw_only=True):
+    """The registers of APLIC and IMSICs, by their numbers as device attributes. Lines are the devices' state."""
+
+    version: Literal[1] = 1
+    domaincfg: int
+    sourcecfg: list[int]
+    target: list[int]
+    pending: list[int]
+    """setip, in words of 32 sources."""
+    enabled: list[int]
+    imsics: list[list[int]]
+    """Per vCPU: eidelivery, eithreshold, eip0, eip2, ..., eie0, eie2, ..."""
 
 
 class EdgeLine:
@@ -83,6 +104,15 @@ class Interrupts(Protocol):
 
     def reset(self) -> None:
         """The machine is reset, the vCPUs are parked: nothing is pending or enabled any more."""
+
+    def save(self) -> AiaState | None:
+        """The in-kernel part's state; None where the controller is a device like the others."""
+
+    def check(self, state: AiaState) -> None:
+        """StateError unless restore() can take `state`."""
+
+    def restore(self, state: AiaState) -> None:
+        """Become what the checked `state` says. To be called when the devices have set their lines. StateError."""
 
     def close(self) -> None:
         """Give descriptors back."""
@@ -163,12 +193,65 @@ class AiaInterrupts:
         ]
 
     def reset(self) -> None:
-        words = range(0, (virt.IMSIC_IDENTITIES + 1) // 32, 2)  # 64-bit registers have even numbers
-        registers = [_EIDELIVERY, _EITHRESHOLD, *(_EIP + word for word in words), *(_EIE + word for word in words)]
         for cpu in range(self._cpus):
-            for register in registers:
+            for register in _IMSIC_REGISTERS:
                 attribute = riscv.aia_imsic_attr(cpu, register)
                 self._device.set_attr(riscv.AiaGroup.IMSIC, attribute, bytes(8))
+
+    def _aplic(self, first: int, count: int) -> list[int]:
+        read = self._device.get_attr
+        return [
+            int.from_bytes(read(riscv.AiaGroup.APLIC, first + 4 * index, 4), "little") for index in range(count)
+        ]
+
+    def _put_aplic(self, first: int, values: list[int]) -> None:
+        for index, value in enumerate(values):
+            self._device.set_attr(riscv.AiaGroup.APLIC, first + 4 * index, value.to_bytes(4, "little"))
+
+    def save(self) -> AiaState:
+        read = self._device.get_attr
+        return AiaState(
+            domaincfg=self._aplic(_DOMAINCFG, 1)[0],
+            sourcecfg=self._aplic(_SOURCECFG, virt.INTERRUPT_SOURCES),
+            target=self._aplic(_TARGET, virt.INTERRUPT_SOURCES),
+            pending=self._aplic(_SETIP, _WORDS),
+            enabled=self._aplic(_SETIE, _WORDS),
+            imsics=[
+                [
+                    int.from_bytes(read(riscv.AiaGroup.IMSIC, riscv.aia_imsic_attr(cpu, register), 8), "little")
+                    for register in _IMSIC_REGISTERS
+                ]
+                for cpu in range(self._cpus)
+            ],
+        )
+
+    def check(self, state: AiaState) -> None:
+        sources = virt.INTERRUPT_SOURCES
+        require(len(state.sourcecfg) == len(state.target) == sources, f"aia: this machine has {sources} sources")
+        require(len(state.pending) == len(state.enabled) == _WORDS, "aia: wrong number of words")
+        require(len(state.imsics) == self._cpus, f"aia: {len(state.imsics)} IMSICs for {self._cpus} CPUs")
+        words = (state.domaincfg, *state.sourcecfg, *state.target, *state.pending, *state.enabled)
+        require(all(0 <= word < 1 << 32 for word in words), "aia: an APLIC register out of range")
+        for imsic in state.imsics:
+            require(len(imsic) == len(_IMSIC_REGISTERS), "aia: wrong number of IMSIC registers")
+            require(all(0 <= value < 1 << 64 for value in imsic), "aia: an IMSIC register out of range")
+
+    def restore(self, state: AiaState) -> None:
+        try:
+            for cpu, values in enumerate(state.imsics):
+                for register, value in zip(_IMSIC_REGISTERS, values, strict=True):
+                    attribute = riscv.aia_imsic_attr(cpu, register)
+                    self._device.set_attr(riscv.AiaGroup.IMSIC, attribute, value.to_bytes(8, "little"))
+            # With the domain off nothing is delivered while sources take their modes and lines.
+            self._put_aplic(_DOMAINCFG, [0])
+            self._put_aplic(_SOURCECFG, state.sourcecfg)
+            self._put_aplic(_TARGET, state.target)
+            for clear, put, words in ((_CLRIP, _SETIP, state.pending), (_CLRIE, _SETIE, state.enabled)):
+                self._put_aplic(clear, [0xFFFFFFFF] * _WORDS)
+                self._put_aplic(put, words)
+            self._put_aplic(_DOMAINCFG, [state.domaincfg])
+        except KvmError as error:
+            raise StateError(f"aia: {error}") from error
 
     def close(self) -> None:
         for fd in self._fds:
@@ -197,6 +280,15 @@ class PlicInterrupts:
 
     def reset(self) -> None:
         pass  # the PLIC is reset with the other devices
+
+    def save(self) -> AiaState | None:
+        return None  # and saved with them
+
+    def check(self, state: AiaState) -> None:
+        raise StateError("the saved machine has an AIA, this one a PLIC")
+
+    def restore(self, state: AiaState) -> None:
+        self.check(state)
 
     def close(self) -> None:
         pass

@@ -12,8 +12,12 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+import msgspec
 
 from protocol.abi.errors import KvmError
 from protocol.abi.structs import MEM_GUEST_MEMFD
@@ -28,12 +32,13 @@ from qemu_user.machine import boot, virt
 from qemu_user.machine.build import Parts
 from qemu_user.machine.cpu import Isa, read_isa, reset_state, set_boot_state
 from qemu_user.machine.fdt import flatten
-from qemu_user.machine.irq import AiaInterrupts, Interrupts, PlicInterrupts
+from qemu_user.machine.irq import AiaInterrupts, PlicInterrupts
 from qemu_user.machine.tree import machine_tree
 from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
 
 PRELAUNCH, RUNNING, PAUSED, SHUTDOWN = "prelaunch", "running", "paused", "shutdown"
 INTERNAL_ERROR, ENDED = "internal-error", "ended"
+INMIGRATE, POSTMIGRATE = "inmigrate", "postmigrate"
 STOP_SECONDS = 10.0
 DRAIN_SECONDS = 30.0
 _POWER_PORT = "org.softkvm.control"
@@ -59,7 +64,11 @@ class Machine:
     """`endpoint`: kvmcore's. `console_path`: where others may attach to the console hub ("": nowhere)."""
 
     def __init__(self, config: MachineConfig, endpoint: str, console_path: str = "") -> None:
+        if not config.uuid:
+            config = msgspec.structs.replace(config, uuid=str(uuid.uuid4()))
         self.config = config
+        self.generation = 0
+        """How often the VM has moved to another process."""
         self.status = PRELAUNCH
         self.counters = Counters()
         self.listeners: list[Listener] = []
@@ -76,18 +85,24 @@ class Machine:
         self.vcpus: list[Any] = []
         self.threads: list[VcpuThread] = []
         self.memory = GuestMemory([])
-        self._interrupts: Interrupts | None = None
+        self.interrupts: Any = None
+        """The Interrupts (irq.py), once there is a VM."""
         self._kick_fds: list[int] = []
         self._isa: Isa | None = None
 
     # -- start -------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Build the machine and let it run (unless `paused`). StartError, with nothing left behind."""
+    def start(self, arriving: bool = False) -> None:
+        """Build the machine and let it run (unless `paused`). `arriving`: its memory and state come from elsewhere,
+        so nothing is booted; it stands (INMIGRATE) until resume(). StartError, with nothing left behind.
+        """
         try:
             self.parts.open_backends()
             self._create()
-            self._load()
+            if arriving:
+                self.status = INMIGRATE
+            else:
+                self._load()
             self.parts.start_backends(self.warn, self.quit)
         except (BackendError, boot.BootError) as error:
             self.close()
@@ -102,7 +117,7 @@ class Machine:
         self._io_thread.start()
         for thread in self.threads:
             thread.start()
-        if not self.config.paused:
+        if not self.config.paused and not arriving:
             self.resume()
 
     def _create(self) -> None:
@@ -122,11 +137,11 @@ class Machine:
             vcpu.set_one_reg(one_reg(SBI_EXT, SbiExt.DBCN), 1)
         if aia is not None:
             aia.finish(config.cpus)
-            self._interrupts = aia
+            self.interrupts = aia
         else:
-            self._interrupts = PlicInterrupts(self.vcpus)
+            self.interrupts = PlicInterrupts(self.vcpus)
         self._isa = read_isa(self.vcpus[0], aia is not None)
-        self.parts.build(self._interrupts, self.memory, self._power)
+        self.parts.build(self.interrupts, self.memory, self._power)
         self._wire_kicks()
         for index, vcpu in enumerate(self.vcpus):
             context = ExitContext(
@@ -161,9 +176,9 @@ class Machine:
         """Kernel, initrd and tree into memory, the boot hart at the entry. BootError."""
         config, memory = self.config, self.memory
         assert self._isa is not None
-        assert self._interrupts is not None
+        assert self.interrupts is not None
         kernel = boot.load_kernel(config.boot.kernel, memory)
-        nodes = [*self._interrupts.nodes(), *self.parts.nodes]
+        nodes = [*self.interrupts.nodes(), *self.parts.nodes]
 
         def tree(initrd: tuple[int, int]) -> bytes:
             if config.boot.dtb:
@@ -185,9 +200,9 @@ class Machine:
     def resume(self) -> None:
         """Let the vCPUs run (QMP cont)."""
         with self._life:
-            if self.status in (PRELAUNCH, PAUSED):
+            if self.status in (PRELAUNCH, PAUSED, INMIGRATE):
                 was, self.status = self.status, RUNNING
-                if was == PAUSED:
+                if was != PRELAUNCH:
                     for transport, _ in self.parts.transports:
                         transport.resume()
                 self._gate.open()
@@ -200,6 +215,27 @@ class Machine:
                 self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS)
                 self.status = PAUSED
                 self._tell("STOP")
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Inside, nothing of the machine moves: vCPUs are parked, their exits completed, and the I/O thread serves
+        nobody. Afterwards all goes on as it was before.
+        """
+        with self._life:
+            running = self.status == RUNNING
+            if running:
+                self._stop_vcpus()
+            try:
+                with self._loop.frozen():
+                    yield
+            finally:
+                if running and self.status == RUNNING:
+                    self._gate.open()
+
+    def _stop_vcpus(self) -> None:
+        if not self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS):
+            self._gate.open()
+            raise TimeoutError(f"a vCPU does not stop within {STOP_SECONDS:g} s")
 
     def reset(self) -> None:
         """As if the reset button were pressed. Any thread; done by wait()."""
@@ -268,8 +304,8 @@ class Machine:
                 self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS)
                 for device in self.parts.devices:
                     device.reset()
-                if self._interrupts is not None:
-                    self._interrupts.reset()
+                if self.interrupts is not None:
+                    self.interrupts.reset()
                 reset_state(self.vcpus)
                 self._load()
             except (KvmError, OSError, boot.BootError) as error:
@@ -308,8 +344,8 @@ class Machine:
         self._stop_threads()
         self.status = ENDED
         self.parts.close()
-        if self._interrupts is not None:
-            self._interrupts.close()
+        if self.interrupts is not None:
+            self.interrupts.close()
         for handle in (self.vm, self._kvm):
             if handle is not None:
                 try:

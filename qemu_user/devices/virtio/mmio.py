@@ -262,7 +262,12 @@ class VirtioMmio(Device):
         self.defer(lambda: self.kicked(index))
 
     def resume(self) -> None:
-        """The machine goes on after a restore or a stop: look at all queues, kicks may have been missed."""
+        """The machine goes on after a restore or a stop: look at all queues, kicks may have been missed, and tell
+        the driver again what it has not acknowledged, for a pulse may have been under way.
+        """
+        with self._interrupt_lock:
+            if self._interrupt_status:
+                self._irq.assert_line()
         for queue in self.virtio.queues if self.virtio else ():
             self.serve_later(queue.index)
 

@@ -9,6 +9,7 @@ breaks the rules raises QueueError, which the transport answers with DEVICE_NEED
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import msgspec
 
@@ -44,10 +45,18 @@ class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class Chain:
     """One request: buffers that the device may read, then buffers that it may write, without empty ones."""
 
-    __slots__ = ("head", "readable", "writable")
+    __slots__ = ("head", "readable", "targets", "writable")
 
-    def __init__(self, head: int, readable: list[memoryview], writable: list[memoryview]) -> None:
+    def __init__(
+        self,
+        head: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        targets: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.head, self.readable, self.writable = head, readable, writable
+        self.targets = targets
+        """(guest address, length) of the writable buffers, for the log of what devices write."""
 
     @property
     def readable_bytes(self) -> int:
@@ -160,6 +169,7 @@ class Queue:
         table, length, index, left = self._table, self.size, head, self.size
         readable: list[memoryview] = []
         writable: list[memoryview] = []
+        targets: list[tuple[int, int]] = []
         total, indirect = 0, False
         memory = self._memory
         assert memory is not None
@@ -186,12 +196,13 @@ class Queue:
             if flags & WRITE:
                 if size:
                     writable.append(view)
+                    targets.append((address, size))
             elif writable:
                 raise QueueError(f"queue {self.index}: a readable buffer after a writable one")
             elif size:
                 readable.append(view)
             if not flags & NEXT:
-                return Chain(head, readable, writable)
+                return Chain(head, readable, writable, targets)
             index = following
 
     def unpop(self) -> None:
@@ -208,6 +219,14 @@ class Queue:
         # The element is in place before the index moves: x86 keeps stores in order, and so does CPython.
         self._next_used = (self._next_used + 1) & 0xFFFF
         self._used_head[1] = self._next_used
+        memory = self._memory
+        if memory is not None and memory.logging:
+            for gpa, length in chain.targets:
+                memory.wrote(gpa, length)
+            self._wrote_ring(memory)
+
+    def _wrote_ring(self, memory: GuestMemory) -> None:
+        memory.wrote(self.used, 6 + 8 * self.size)
 
     def wants_interrupt(self) -> bool:
         """Whether the driver asks to be told of what was pushed since the last call (2.7.7, 2.7.10)."""
@@ -224,6 +243,8 @@ class Queue:
         """While the device works on the queue the driver need not call."""
         if self.ready and not self.event_index:
             self._used_head[0] = NO_NOTIFY
+            if self._memory is not None and self._memory.logging:
+                self._wrote_ring(self._memory)
 
     def allow_kicks(self) -> bool:
         """The device is about to wait; True if more came meanwhile (call pop() again)."""
@@ -233,6 +254,8 @@ class Queue:
             self._used_event[0] = self._next_available
         else:
             self._used_head[0] = 0
+        if self._memory is not None and self._memory.logging:
+            self._wrote_ring(self._memory)
         return self._available_ring[1] != self._next_available
 
     @property

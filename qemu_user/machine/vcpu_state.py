@@ -1,0 +1,76 @@
+"""A vCPU's state as data: every register that KVM_GET_REG_LIST names, and whether it runs.
+
+Read and written through ONE_REG while the vCPU is parked (run_loop.py has completed its last exit: KVM_ABI 1.5).
+Used by migration/machine_state.py. Knows no register by meaning but those that need an order or a rule.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from protocol.abi import structs_riscv as riscv
+from protocol.abi.errors import KvmError
+from protocol.abi.structs import MP_STATE_RUNNABLE, MP_STATE_STOPPED
+from qemu_user.devices.device import State, StateError, require
+
+if TYPE_CHECKING:
+    from protocol.client import Vcpu
+
+_MASK = (1 << 52) - 1
+"""Type, subtype and index of a register id: architecture and size are ours to add."""
+_TIME, _TIMER_STATE = riscv.TIMER_ID["time"], riscv.TIMER_ID["state"]
+_SIP = riscv.CSR_ID["sip"]
+_EXTERNAL_PENDING = 1 << 9
+MAX_REGISTERS = 4096
+
+
+class VcpuState(State, frozen=True, tag="vcpu", kw_only=True):
+    """`registers`: (id without architecture bits, value). The VM's time is not here: see MachineState."""
+
+    version: Literal[1] = 1
+    index: int
+    mp_state: int
+    registers: list[tuple[int, int]]
+
+
+def save(vcpu: Vcpu) -> VcpuState:
+    """The state of a parked vCPU. KvmError."""
+    registers = []
+    for register in vcpu.get_reg_list():
+        if register & _MASK == _TIME & _MASK:
+            continue
+        value = vcpu.get_one_reg(register)
+        if register == _SIP:
+            # What an interrupt controller holds up is its own state; stored here it could never fall again.
+            value &= ~_EXTERNAL_PENDING
+        registers.append((register & ~(0xF << 60), value))
+    return VcpuState(index=vcpu.id, mp_state=vcpu.get_mp_state(), registers=registers)
+
+
+def check(state: VcpuState, vcpu: Vcpu) -> None:
+    """StateError unless restore() can take `state`: a register that this host lacks, or one that it has and the
+    state lacks."""
+    where = f"CPU {state.index}"
+    require(state.mp_state in (MP_STATE_RUNNABLE, MP_STATE_STOPPED), f"{where}: mp_state {state.mp_state}")
+    require(len(state.registers) <= MAX_REGISTERS, f"{where}: too many registers")
+    ours = {register & ~(0xF << 60) for register in vcpu.get_reg_list()} - {_TIME & ~(0xF << 60)}
+    theirs = {register for register, _ in state.registers}
+    for register, value in state.registers:
+        require(register in ours, f"{where}: register {register:#x} does not exist on this host")
+        require(0 <= value < 1 << 8 * riscv.one_reg_size(register), f"{where}: register {register:#x} out of range")
+    missing = sorted(ours - theirs)
+    require(not missing, f"{where}: registers missing, the first {missing[0] if missing else 0:#x}")
+
+
+def restore(state: VcpuState, vcpu: Vcpu) -> None:
+    """Write a checked state into a vCPU that has not run. StateError: a value that this host refuses (an ISA
+    extension that it does not have, say)."""
+    for register, value in state.registers:
+        full = register | riscv.ARCH_RISCV
+        if full == _TIMER_STATE and not value:
+            continue  # off is how a new vCPU's timer is, and cannot be said (KVM_ABI 1.11)
+        try:
+            vcpu.set_one_reg(full, value)
+        except KvmError as error:
+            raise StateError(f"CPU {state.index}: register {register:#x} refuses {value:#x}: {error}") from error
+    vcpu.set_mp_state(state.mp_state)

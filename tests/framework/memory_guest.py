@@ -1,0 +1,117 @@
+"""A guest that knows whether its memory is right: it counts in every page, round after round, and checks.
+
+The oracle of QEMU's migration tests: a page that was lost, sent too early or torn has another count than its
+neighbours. It prints '.' to the UART after each round, 'X' for a page that is wrong, 'T' if time has gone back, and
+shuts down after either. `pages` says how much it dirties, `pause` how many idle ticks (10 MHz) lie between rounds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from protocol.abi.errors import KvmError
+from qemu_user.config.machine_config import Boot, Chardev, Drive, MachineConfig
+from qemu_user.machine.machine import Machine
+from tests.framework.asm import assemble
+
+LOAD = 0x8020_0000
+DATA = 0x8100_0000
+MIB = 1 << 20
+
+SOURCE = """
+    .equ UART, 0x10000000
+    .equ DATA, 0x81000000
+start:
+    bnez a0, park
+    li s0, PAGES
+    li s1, 0              # the round
+    rdtime s4
+round:
+    li s2, DATA
+    mv s3, s0
+page:
+    ld t0, 0(s2)
+    bne t0, s1, wrong
+    ld t1, 2040(s2)
+    bne t1, s1, wrong
+    addi t0, t0, 1
+    sd t0, 0(s2)
+    sd t0, 2040(s2)
+    li t2, 4096
+    add s2, s2, t2
+    addi s3, s3, -1
+    bnez s3, page
+    addi s1, s1, 1
+    rdtime t0
+    bltu t0, s4, back
+    mv s4, t0
+    li t1, PAUSE
+    add t1, t1, t0
+wait:
+    rdtime t0
+    bltu t0, t1, wait
+    li a0, '.'
+    call put
+    j round
+wrong:
+    li a0, 'X'
+    call put
+    j off
+back:
+    li a0, 'T'
+    call put
+off:
+    li a7, 0x53525354
+    li a6, 0
+    li a0, 0
+    li a1, 0
+    ecall
+park:
+    wfi
+    j park
+put:
+    li t3, UART
+    sb a0, 0(t3)
+    ret
+"""
+
+
+def build(folder: Path, pages: int = 256, pause: int = 0) -> Path:
+    """The guest as a flat kernel in `folder`."""
+    path = folder / f"memory-guest-{pages}-{pause}.bin"
+    path.write_bytes(assemble(SOURCE, LOAD, PAGES=pages, PAUSE=pause).image)
+    return path
+
+
+def config(folder: Path, name: str, pages: int = 256, pause: int = 0, memory: int = 64 * MIB, **more: object) -> MachineConfig:
+    """A machine that runs it; its output goes to NAME.out in `folder`."""
+    return MachineConfig(
+        name=name,
+        memory=memory,
+        boot=Boot(kernel=str(build(folder, pages, pause))),
+        chardevs=(Chardev(id="console", kind="file", path=str(folder / f"{name}.out"), append=True),),
+        console="",
+        **more,  # type: ignore[arg-type]
+    ).validate()
+
+
+def drive(path: Path, size: int = 4 * MIB) -> Drive:
+    """A disk with a pattern in it."""
+    path.write_bytes(bytes(range(256)) * (size // 256))
+    return Drive(file=str(path))
+
+
+def rounds(folder: Path, name: str) -> int:
+    """How many rounds it has done under this name. AssertionError if something was wrong in one."""
+    path = folder / f"{name}.out"
+    text = path.read_bytes() if path.exists() else b""
+    assert text.strip(b".") == b"", f"the guest {name} found its memory or its clock wrong: {text[-20:]!r}"
+    return len(text)
+
+
+def alive(machine: Machine) -> bool:
+    """Whether the VM's process is there."""
+    try:
+        return bool(machine.vm.alive)
+    except (KvmError, OSError):
+        return False

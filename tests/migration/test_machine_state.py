@@ -1,0 +1,68 @@
+"""A machine's state taken out of one VM and put into another, which goes on as if nothing had been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qemu_user.devices.device import StateError
+from qemu_user.machine.machine import INMIGRATE, PAUSED, RUNNING, Machine
+from qemu_user.migration import machine_state, sections
+from tests.framework import memory_guest
+
+
+def test_state_moves_between_machines(endpoint, goes_on, tmp_path: Path) -> None:
+    config = memory_guest.config(tmp_path, "one", cpus=2, drives=(memory_guest.drive(tmp_path / "disk"),))
+    one = Machine(config, endpoint)
+    one.start()
+    goes_on("one")
+    with one.standing():
+        data = sections.encode(machine_state.capture(one))
+        memory = bytes(one.memory.regions[0][1])
+        again = sections.encode(machine_state.capture(one))
+    assert one.status == RUNNING
+    goes_on("one")
+    one.pause()
+    assert one.status == PAUSED
+    one.close()
+
+    stored = sections.decode(data)
+    assert set(stored) == set(sections.decode(again))
+    assert stored["vcpu/0"] == sections.decode(again)["vcpu/0"]
+    moved = machine_state.read_config(stored)
+    assert moved == one.config
+    out = msgspec.structs.replace(moved.chardevs[0], path=str(tmp_path / "two.out"))
+    two = Machine(msgspec.structs.replace(moved, name="two", chardevs=(out,)), endpoint)
+    two.start(arriving=True)
+    assert two.status == INMIGRATE
+    two.memory.regions[0][1][:] = memory
+    with two.standing():
+        machine_state.restore(two, machine_state.check(two, stored))
+    two.resume()
+    goes_on("two")
+    two.close()
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(endpoint, tmp_path: Path) -> None:
+    one = Machine(memory_guest.config(tmp_path, "small"), endpoint)
+    one.start(arriving=True)
+    two = Machine(memory_guest.config(tmp_path, "large", cpus=2), endpoint)
+    two.start(arriving=True)
+    try:
+        with one.standing(), two.standing():
+            of_one = sections.decode(sections.encode(machine_state.capture(one)))
+            of_two = sections.decode(sections.encode(machine_state.capture(two)))
+            with pytest.raises(StateError, match="vcpu/1 is missing"):
+                machine_state.check(two, of_one)
+            with pytest.raises(StateError, match=r"vcpu/1|IMSICs"):
+                machine_state.check(one, of_two)
+            broken = dict(of_one)
+            broken["device/uart"] = broken["device/rtc"]
+            with pytest.raises(StateError, match="Ns16550a"):
+                machine_state.check(one, broken)
+            machine_state.check(one, of_one)
+    finally:
+        one.close()
+        two.close()
