@@ -15,6 +15,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "console": ("console", "attach the terminal to a VM's console"),
     "stop": ("stop", "ask a VM to shut down, then end it"),
     "kill": ("kill", "end a VM at once"),
+    "pause": ("pause", "stop a VM where it is"),
+    "resume": ("resume", "let a paused VM go on"),
+    "snapshot": ("snapshot", "keep a VM as it is now, while it runs on"),
+    "snapshots": ("snapshots", "list snapshots"),
+    "restore": ("restore", "bring a VM back to a snapshot"),
+    "delete": ("delete", "remove snapshots"),
     "images": ("images", "list images in the cache"),
     "pull": ("pull", "fetch and build an image"),
 }

@@ -7,9 +7,10 @@ logged here while somebody migrates: kvmcore's dirty log knows only of vCPUs.
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
 from collections.abc import Iterable
+
+from qemu_user.write_log import WriteLog
 
 PAGE = 4096
 
@@ -29,9 +30,7 @@ class GuestMemory:
             ((gpa, gpa + len(view), view.cast("B")) for gpa, view in regions), key=lambda r: r[0]
         )
         self._starts = [start for start, _, _ in self._regions]
-        self._logs: list[bytearray] | None = None
-        """While logging: for each region a byte per page, not zero where a device has written."""
-        self._log_lock = threading.Lock()
+        self._logs = [WriteLog(end - start, PAGE) for start, end, _ in self._regions]
 
     def view(self, gpa: int, length: int) -> memoryview:
         """The bytes themselves (no copy). OutOfRange."""
@@ -53,41 +52,21 @@ class GuestMemory:
 
     # -- the log of what devices write -------------------------------------------------------------
 
-    def wrote(self, gpa: int, length: int) -> None:
-        """A device has written [gpa, gpa + length), through a view. To be called after the write."""
-        if self._logs is None or length <= 0:
-            return
-        with self._log_lock:
-            position = bisect_right(self._starts, gpa) - 1
-            if self._logs is not None and position >= 0:
-                first = (gpa - self._starts[position]) // PAGE
-                last = (gpa + length - 1 - self._starts[position]) // PAGE
-                log = self._logs[position]
-                log[first : last + 1] = b"\1" * (min(last + 1, len(log)) - first)
-
     @property
     def logging(self) -> bool:
         """Whether wrote() is remembered."""
-        return self._logs is not None
+        return bool(self._logs) and self._logs[0].on
 
-    def start_log(self) -> None:
-        """From now on wrote() is remembered."""
-        with self._log_lock:
-            self._logs = [bytearray((end - start) // PAGE) for start, end, _ in self._regions]
+    def wrote(self, gpa: int, length: int) -> None:
+        """A device has written [gpa, gpa + length), through a view. To be called after the write."""
+        position = bisect_right(self._starts, gpa) - 1
+        if position >= 0:
+            self._logs[position].wrote(gpa - self._starts[position], length)
 
-    def take_log(self) -> list[bytearray]:
-        """A byte per page and region of what was written since the last call; the log starts afresh."""
-        with self._log_lock:
-            taken = self._logs
-            if taken is None:
-                return []
-            self._logs = [bytearray(len(log)) for log in taken]
-            return taken
-
-    def stop_log(self) -> None:
-        """Remember nothing more."""
-        with self._log_lock:
-            self._logs = None
+    @property
+    def logs(self) -> list[WriteLog]:
+        """The log of each region, in the order of `regions`."""
+        return self._logs
 
     @property
     def regions(self) -> list[tuple[int, memoryview]]:

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from qemu_user.backends.block.logged import LoggedDisk
 from qemu_user.backends.block.raw import RawImage
 from qemu_user.backends.chardev.chardev import Chardev
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
@@ -45,7 +46,7 @@ class Parts:
         self.devices: list[Device] = []
         self.transports: list[tuple[VirtioMmio, virt.Entry]] = []
         self.nodes: list[FdtNode] = []
-        self.disks: list[RawImage] = []
+        self.disks: list[LoggedDisk] = []
         self.nets: list[NetBackend] = []
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
@@ -58,7 +59,7 @@ class Parts:
         for chardev in self.config.chardevs:
             self.chardevs[chardev.id] = self._open_chardev(chardev)
         for drive in self.config.drives:
-            self.disks.append(RawImage(drive.file, drive.readonly, drive.discard))
+            self.disks.append(LoggedDisk(RawImage(drive.file, drive.readonly, drive.discard)))
         for net in self.config.nets:
             self.nets.append(_open_net(net))
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from protocol.abi.errors import KvmError
-from protocol.abi.structs import MEM_GUEST_MEMFD
+from protocol.abi.structs import MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES
 from protocol.abi.structs_riscv import SBI_EXT, SbiExt, one_reg
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
@@ -39,6 +39,7 @@ from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
 PRELAUNCH, RUNNING, PAUSED, SHUTDOWN = "prelaunch", "running", "paused", "shutdown"
 INTERNAL_ERROR, ENDED = "internal-error", "ended"
 INMIGRATE, POSTMIGRATE = "inmigrate", "postmigrate"
+RAM_SLOT = 0
 STOP_SECONDS = 10.0
 DRAIN_SECONDS = 30.0
 _POWER_PORT = "org.softkvm.control"
@@ -85,6 +86,10 @@ class Machine:
         self.vcpus: list[Any] = []
         self.threads: list[VcpuThread] = []
         self.memory = GuestMemory([])
+        self.memfd: Any = None
+        """RAM: the guest_memfd of slot RAM_SLOT."""
+        self.job: Any = None
+        """The migration or snapshot that is under way, or was the last one (migration/job.py)."""
         self.interrupts: Any = None
         """The Interrupts (irq.py), once there is a VM."""
         self._kick_fds: list[int] = []
@@ -128,9 +133,9 @@ class Machine:
         self._kvm = Kvm.open(self._endpoint, name=config.name)
         vm = self.vm = self._kvm.create_vm()
         aia = AiaInterrupts(vm) if config.aia == "aplic-imsic" else None
-        memfd = vm.create_guest_memfd(config.memory)
-        mapping = memfd.map()
-        vm.set_user_memory_region2(0, virt.RAM_BASE, config.memory, 0, MEM_GUEST_MEMFD, memfd, 0)
+        self.memfd = vm.create_guest_memfd(config.memory)
+        mapping = self.memfd.map()
+        vm.set_user_memory_region2(RAM_SLOT, virt.RAM_BASE, config.memory, 0, MEM_GUEST_MEMFD, self.memfd, 0)
         self.memory = GuestMemory([(virt.RAM_BASE, memoryview(mapping))])
         self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
         for vcpu in self.vcpus:
@@ -194,6 +199,19 @@ class Machine:
         initrd = boot.load_initrd(config.boot, memory, kernel, at)
         memory.write(at, tree(initrd))
         set_boot_state(self.vcpus, kernel.entry, at)
+
+    def log_dirty_pages(self, on: bool) -> None:
+        """Switch kvmcore's dirty log of RAM. It starts empty."""
+        flags = MEM_GUEST_MEMFD | (MEM_LOG_DIRTY_PAGES if on else 0)
+        self.vm.set_user_memory_region2(RAM_SLOT, virt.RAM_BASE, self.config.memory, 0, flags, self.memfd, 0)
+
+    def rest(self, seconds: float, enough: threading.Event) -> None:
+        """The vCPUs stand for so long or until `enough`, if they run: how a migration slows a guest that outruns it."""
+        with self._life:
+            if self.status == RUNNING:
+                self._stop_vcpus()
+                enough.wait(seconds)
+                self._gate.open()
 
     # -- run state ---------------------------------------------------------------------------------
 

@@ -36,12 +36,12 @@ class Instance:
         """Where control.sock and console.sock are."""
         return str(self._registration.directory)
 
-    def start(self) -> None:
-        """StartError, with nothing left behind."""
+    def start(self, arriving: bool = False) -> None:
+        """StartError, with nothing left behind. `arriving`: as Machine.start() has it."""
         try:
             paths = [self._control, *(qmp.path for qmp in self.config.qmp)]
             self._qmp = QmpServer(self.machine, paths)
-            self.machine.start()
+            self.machine.start(arriving)
             self._qmp.start()
             self._registration.describe(
                 vm_pid=self.machine.vm.pid,

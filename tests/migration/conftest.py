@@ -10,12 +10,23 @@ import pytest
 
 from tests.framework import memory_guest
 from tests.framework.full_stack import Daemon
+from tests.framework.product import Product, have_image
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     with Daemon() as daemon:
         yield daemon.endpoint
+
+
+@pytest.fixture
+def busybox() -> None:
+    """Debian's kernel and busybox, from the cache or, the first time, from the archive."""
+    if not have_image():
+        with Product() as fetching:
+            done = fetching.run("pull", "busybox", seconds=900)
+        if done.returncode:
+            pytest.skip(f"no image: {done.stderr.decode(errors='replace').strip()}")
 
 
 @pytest.fixture

@@ -31,6 +31,10 @@ class BlockBackend(Protocol):
     discard: bool
     """Whether discarding frees space."""
 
+    @property
+    def descriptor(self) -> int | None:
+        """The open file whose byte n is the disk's byte n; None for formats that place them otherwise."""
+
     def read(self, offset: int, views: list[memoryview]) -> None: ...
 
     def write(self, offset: int, views: list[memoryview]) -> None: ...
@@ -97,6 +101,10 @@ class RawImage:
         # A file that ends within a sector is one sector longer, as QEMU has it; the missing bytes read as
         # zeroes.
         self.size = -(-self._end // SECTOR) * SECTOR
+
+    @property
+    def descriptor(self) -> int | None:
+        return self._fd
 
     def read(self, offset: int, views: list[memoryview]) -> None:
         """Fill `views` from `offset` on."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from qemu_user.management.commands import (
     cont,
+    migrate_cancel,
     query_chardev,
     query_counters,
     query_cpus_fast,
+    query_migrate,
     query_name,
     query_status,
     query_version,
     quit,
+    snapshot_save,
     stop,
     system_powerdown,
     system_reset,
@@ -21,13 +24,16 @@ COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
     for module in (
         cont,
+        migrate_cancel,
         query_chardev,
         query_counters,
         query_cpus_fast,
+        query_migrate,
         query_name,
         query_status,
         query_version,
         quit,
+        snapshot_save,
         stop,
         system_powerdown,
         system_reset,

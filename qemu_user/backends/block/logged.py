@@ -1,0 +1,48 @@
+"""A disk whose writes are logged while somebody copies it. Wraps any BlockBackend; costs one look when nobody does.
+
+Put around every image by machine/build.py, read by migration/volumes.py.
+"""
+
+from __future__ import annotations
+
+from qemu_user.backends.block.raw import BlockBackend
+from qemu_user.write_log import WriteLog
+
+BLOCK = 64 << 10
+"""Bytes of one mark: small enough that a busy disk converges, large enough that the log stays small."""
+
+
+class LoggedDisk:
+    """A BlockBackend over `image`."""
+
+    def __init__(self, image: BlockBackend) -> None:
+        self.image = image
+        self.size, self.readonly, self.discard = image.size, image.readonly, image.discard
+        self.log = WriteLog(image.size, BLOCK)
+
+    @property
+    def descriptor(self) -> int | None:
+        """The file that holds the disk's bytes at their own offsets, if there is one: its holes need no copying."""
+        return self.image.descriptor
+
+    def read(self, offset: int, views: list[memoryview]) -> None:
+        self.image.read(offset, views)
+
+    def write(self, offset: int, views: list[memoryview]) -> None:
+        length = sum(map(len, views))
+        self.image.write(offset, views)
+        self.log.wrote(offset, length)
+
+    def flush(self) -> None:
+        self.image.flush()
+
+    def punch(self, offset: int, length: int) -> None:
+        self.image.punch(offset, length)
+        self.log.wrote(offset, length)
+
+    def zero(self, offset: int, length: int, unmap: bool) -> None:
+        self.image.zero(offset, length, unmap)
+        self.log.wrote(offset, length)
+
+    def close(self) -> None:
+        self.image.close()

@@ -1,0 +1,98 @@
+"""Sets of pages: bitmaps, byte maps, runs; and which of them hold data at all. Arithmetic on bytes, no policy.
+
+A *map* has one byte per unit (page or block), 1 for those in the set. Runs are (first unit, how many).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator
+
+_SPREAD = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
+_NONZERO = re.compile(rb"[^\0]+")
+_memcmp = ctypes.PyDLL(None).memcmp  # keeps the GIL: it takes less time than giving it back would
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_ZERO_BYTES = 1 << 20
+_zeroes = (ctypes.c_char * _ZERO_BYTES)()
+_ZEROES = ctypes.addressof(_zeroes)
+
+
+def from_bits(bits: bytes, units: int) -> bytearray:
+    """The map of a bitmap, bit i of byte i // 8; bits beyond `units` are ignored."""
+    result = bytearray(8 * len(bits))
+    for match in _NONZERO.finditer(bits):
+        result[8 * match.start() : 8 * match.end()] = b"".join([_SPREAD[byte] for byte in match.group()])
+    del result[units:]
+    result.extend(bytes(units - len(result)))
+    return result
+
+
+def union(one: bytes | bytearray, other: bytes | bytearray) -> bytearray:
+    """Units that are in either map, both of one length (an empty one stands for the empty set)."""
+    if not one or not other:
+        return bytearray(one or other)
+    merged = int.from_bytes(one, "little") | int.from_bytes(other, "little")
+    return bytearray(merged.to_bytes(len(one), "little"))
+
+
+def runs(units: bytes | bytearray, most: int) -> Iterator[tuple[int, int]]:
+    """The runs of a map, in order, none longer than `most`."""
+    for match in _NONZERO.finditer(units):
+        at, end = match.span()
+        while at < end:
+            count = min(most, end - at)
+            yield at, count
+            at += count
+
+
+def count(units: bytes | bytearray) -> int:
+    """How many units are in a map."""
+    return len(units) - units.count(0)
+
+
+def with_data(fd: int, size: int, unit: int) -> bytearray:
+    """The units of a file of `size` bytes that are not holes: the rest reads as zeroes and takes no memory."""
+    result = bytearray(-(-size // unit))
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but holes from here on
+            break
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        if start >= size:
+            break
+        first, last = start // unit, (end - 1) // unit
+        result[first : last + 1] = b"\1" * (last + 1 - first)
+        at = end
+    return result
+
+
+def split_zeroes(address: int, first: int, length: int, unit: int) -> Iterator[tuple[bool, int, int]]:
+    """(is zero, first unit, how many) for the units [first, first + length) of memory whose first unit is at
+    `address`: alternating stretches, in order.
+    """
+    at, end, kind = first, first, False
+    last = first + length
+    while end < last:
+        count, zero = _stretch(address, end, last, unit)
+        if zero != kind and end > at:
+            yield kind, at, end - at
+            at = end
+        kind = zero
+        end += count
+    if end > at:
+        yield kind, at, end - at
+
+
+def _stretch(address: int, unit_index: int, last: int, unit: int) -> tuple[int, bool]:
+    """How many units from here on are alike, looked at as coarsely as possible, and whether they are zero."""
+    where = address + unit_index * unit
+    if _memcmp(where, _ZEROES, min(unit, 64)):
+        return 1, False  # most pages that are not zero say so in their first bytes
+    most = min(last - unit_index, _ZERO_BYTES // unit)
+    if most > 1 and not _memcmp(where, _ZEROES, most * unit):
+        return most, True
+    return 1, not _memcmp(where, _ZEROES, unit)

@@ -1,0 +1,162 @@
+"""Pre-copy: volumes are copied while the guest runs on, again and again what it wrote meanwhile, until the rest is so
+small that copying it fits into the downtime that was promised; then the machine stands and the rest follows.
+
+It always converges: a guest that outruns the copy is slowed down by making its vCPUs stand for a share of the time,
+a larger one each round. Used for migrations (to another process) and snapshots (to files): the Sink is the difference.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from qemu_user.migration import pages
+from qemu_user.migration.job import ACTIVE, Job
+from qemu_user.migration.volumes import Disk, Ram
+
+if TYPE_CHECKING:
+    from qemu_user.machine.machine import Machine
+
+CHUNK = 1 << 20
+"""Bytes that a sink is given at once, at most."""
+MAX_ROUNDS = 64
+_STATE_SECONDS = 0.01
+"""What saving and loading the state takes, taken off the downtime that the rest of the pages may use."""
+_THROTTLE_FIRST, _THROTTLE_STEP, _THROTTLE_MOST = 0.3, 0.5, 0.99
+"""The first share, then each step takes this part of what the guest still has."""
+_PERIOD = 0.05
+_GUESS = 500e6
+"""Bytes per second, before anything was measured."""
+_WORTH_MEASURING = 256 << 10
+
+
+class Sink(Protocol):
+    """Where units go. Both calls return how many bytes went over the wire or to the disk."""
+
+    def data(self, volume: Ram | Disk, first: int, count: int, content: memoryview) -> int:
+        """The content of units [first, first + count)."""
+
+    def zeroes(self, volume: Ram | Disk, first: int, count: int, fresh: bool) -> int:
+        """These units are all zero; `fresh`: nothing was ever said about them."""
+
+    def end_of_round(self) -> None:
+        """All that was given has to be under way now."""
+
+
+class Precopy:
+    """rounds(), then finish() while the machine stands, then close() however it went."""
+
+    def __init__(
+        self, machine: Machine, volumes: Sequence[Ram | Disk], sink: Sink, job: Job, max_downtime: float, bandwidth: float = 0.0
+    ) -> None:
+        """`max_downtime` in seconds, `bandwidth` in bytes per second, 0 for no limit."""
+        self._machine, self._volumes, self._sink, self._job = machine, volumes, sink, job
+        self._max_downtime, self._bandwidth = max_downtime, bandwidth
+        self._rate = min(_GUESS, bandwidth or _GUESS)
+        self._throttle = _Throttle(machine, job)
+        self._pending: list[bytearray] = []
+        self._budget = time.monotonic()
+
+    def rounds(self) -> None:
+        """Copy until the rest is small enough. Cancelled; OSError of the sink."""
+        job = self._job
+        self._pending = [volume.start() for volume in self._volumes]
+        job.total = sum(volume.size for volume in self._volumes)
+        job.status = ACTIVE
+        first, before = True, 0
+        while True:
+            job.rounds += 1
+            started, amount = time.monotonic(), self._amount()
+            self._send(first)
+            self._sink.end_of_round()
+            spent = max(time.monotonic() - started, 1e-6)
+            if amount >= _WORTH_MEASURING:
+                self._rate = 0.5 * self._rate + 0.5 * amount / spent if not first else amount / spent
+            self._pending = [volume.take() for volume in self._volumes]
+            rest = self._amount()
+            job.dirty_rate, job.throughput, job.remaining = rest / spent, self._rate, rest
+            job.expected_downtime = rest / self._rate + _STATE_SECONDS
+            allowed = max(self._max_downtime - _STATE_SECONDS, 0.2 * self._max_downtime) * self._rate
+            if rest <= allowed or job.rounds >= MAX_ROUNDS:
+                self._throttle.stop()  # a machine that is about to stand need not be slowed down
+                return
+            if not first and rest > 0.6 * before:
+                self._throttle.more()
+            first, before = False, rest
+
+    def finish(self) -> None:
+        """The machine stands: copy the rest."""
+        for position, volume in enumerate(self._volumes):
+            self._pending[position] = pages.union(self._pending[position], volume.take())
+        self._send(False)
+        self._sink.end_of_round()
+        self._job.remaining = 0
+
+    def close(self) -> None:
+        """Let the guest run at full speed, and track no more. Idempotent."""
+        self._throttle.stop()
+        for volume in self._volumes:
+            volume.stop()
+
+    def _amount(self) -> int:
+        return sum(pages.count(units) * volume.unit for units, volume in zip(self._pending, self._volumes, strict=True))
+
+    def _send(self, first: bool) -> None:
+        for units, volume in zip(self._pending, self._volumes, strict=True):
+            for start, length in pages.runs(units, CHUNK // volume.unit):
+                self._job.check()
+                sent = self._send_run(volume, start, length, first)
+                self._job.transferred += sent
+                if self._bandwidth:
+                    self._wait_for_budget(sent)
+
+    def _send_run(self, volume: Ram | Disk, start: int, length: int, first: bool) -> int:
+        if not isinstance(volume, Ram):
+            return self._sink.data(volume, start, length, memoryview(volume.read(start, length)))
+        sent = 0
+        for zero, at, count in pages.split_zeroes(volume.address, start, length, volume.unit):
+            if zero:
+                sent += self._sink.zeroes(volume, at, count, first)
+            else:
+                sent += self._sink.data(volume, at, count, volume.view[at * volume.unit : (at + count) * volume.unit])
+        return sent
+
+    def _wait_for_budget(self, sent: int) -> None:
+        now = time.monotonic()
+        self._budget = max(self._budget, now - 0.01) + sent / self._bandwidth
+        if self._budget > now and self._machine.status == "running":
+            self._job.sleep(self._budget - now)
+
+
+class _Throttle:
+    """Makes the vCPUs stand for a share of the time."""
+
+    def __init__(self, machine: Machine, job: Job) -> None:
+        self._machine, self._job = machine, job
+        self._share = 0.0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def more(self) -> None:
+        """A larger share from now on."""
+        share = self._share + (1 - self._share) * _THROTTLE_STEP if self._share else _THROTTLE_FIRST
+        self._share = self._job.throttle = min(share, _THROTTLE_MOST)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="throttle", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            share = self._share
+            self._machine.rest(share * _PERIOD, self._stop)
+            self._stop.wait((1 - share) * _PERIOD)
+
+    def stop(self) -> None:
+        """Full speed again."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._share = self._job.throttle = 0.0

@@ -1,0 +1,88 @@
+"""What a VM's copy consists of beside its state: RAM and disks, each as units that are tracked, read and written.
+
+A volume is tracked from start() to stop(); take() says which units were written meanwhile, by vCPUs (kvmcore's dirty
+log) or devices (WriteLog). Whatever take() has named must be read after it. Used by precopy.py and by the receivers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from qemu_user.backends.block.logged import BLOCK, LoggedDisk
+from qemu_user.devices.memory import PAGE
+from qemu_user.machine.machine import RAM_SLOT
+from qemu_user.migration import pages
+
+if TYPE_CHECKING:
+    from qemu_user.machine.machine import Machine
+
+
+class Ram:
+    """The guest's memory, as memfd and mapped. `number` names a volume in streams: 0 is RAM, 1 + i the i-th disk."""
+
+    number, name, unit = 0, "memory", PAGE
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.fd: int = machine.memfd.fd
+        _, self.view = machine.memory.regions[0]
+        self.size = len(self.view)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
+        self._log = machine.memory.logs[0]
+        self._on = False
+
+    def start(self) -> bytearray:
+        """Track from now on; the map of what is worth copying at all."""
+        self._on = True
+        self._log.start()
+        self._machine.log_dirty_pages(True)
+        return pages.with_data(self.fd, self.size, self.unit)
+
+    def take(self) -> bytearray:
+        """The map of what was written since start() or the last take()."""
+        units = self.size // self.unit
+        written = self._log.take()
+        return pages.union(written, pages.from_bits(self._machine.vm.get_dirty_log(RAM_SLOT, units), units))
+
+    def stop(self) -> None:
+        """Track no more. Idempotent."""
+        if self._on:
+            self._on = False
+            self._log.stop()
+            self._machine.log_dirty_pages(False)
+
+
+class Disk:
+    """A disk image, through its backend."""
+
+    unit = BLOCK
+
+    def __init__(self, number: int, disk: LoggedDisk) -> None:
+        self.number, self.name = number, f"disk{number - 1}"
+        self.disk, self.size = disk, disk.size
+
+    def start(self) -> bytearray:
+        self.disk.log.start()
+        fd = self.disk.descriptor
+        if fd is None:
+            return bytearray(b"\1") * -(-self.size // self.unit)
+        return pages.with_data(fd, self.size, self.unit)
+
+    def take(self) -> bytearray:
+        return self.disk.log.take()
+
+    def stop(self) -> None:
+        self.disk.log.stop()
+
+    def read(self, first: int, count: int) -> bytearray:
+        """The bytes of units [first, first + count), the last one as far as it goes."""
+        start = first * self.unit
+        data = bytearray(min(count * self.unit, self.size - start))
+        self.disk.read(start, [memoryview(data)])
+        return data
+
+
+def writable_disks(machine: Machine) -> list[Disk]:
+    """The disks that change while the VM runs."""
+    return [Disk(1 + index, disk) for index, disk in enumerate(machine.parts.disks) if not disk.readonly]

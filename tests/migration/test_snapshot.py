@@ -1,0 +1,125 @@
+"""Snapshots of running VMs: memory, state and disk of one instant; damaged ones are refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qemu_user.machine.machine import RUNNING, Machine, StartError
+from qemu_user.migration import job as jobs
+from qemu_user.migration import snapshot
+from qemu_user.migration.arrival import Order, start
+from qemu_user.migration.snapshot import Snapshot, SnapshotError
+from tests.framework import memory_guest
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+def save(machine: Machine, root: Path, tag: str) -> jobs.Job:
+    job = jobs.Job("snapshot", tag)
+    jobs.start(machine, job, partial(snapshot.save, machine, root, tag))
+    assert job.finished.wait(60)
+    return job
+
+
+def test_snapshot_of_a_busy_guest_and_back(endpoint: str, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    disk = memory_guest.drive(tmp_path / "disk")
+    machine = Machine(memory_guest.config(tmp_path, "vm", pages=2000, drives=(disk,)), endpoint)
+    machine.start()
+    goes_on("vm")
+    job = save(machine, tmp_path / "kept", "first")
+    assert (job.status, job.error) == ("completed", "")
+    assert machine.status == RUNNING
+    at = goes_on("vm")
+    assert save(machine, tmp_path / "kept", "first").error.startswith("VM vm has a snapshot first")
+    assert save(machine, tmp_path / "kept", "second").status == "completed"
+    machine.close()
+    assert [meta.tag for meta in snapshot.listed(tmp_path / "kept")] == ["first", "second"]
+    before = Path(disk.file).read_bytes()
+    Path(disk.file).write_bytes(b"spoilt")
+
+    instance = start(Order(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "first"), name="vm"))
+    try:
+        goes_on("vm", more=at)
+    finally:
+        instance.machine.close()
+        instance._close()
+    assert Path(disk.file).read_bytes() == before
+    snapshot.delete(tmp_path / "kept" / "first")
+    with pytest.raises(SnapshotError):
+        snapshot.delete(tmp_path / "kept" / "first")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["second"]
+
+
+def test_a_paused_guest_stays_paused(endpoint: str, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    machine = Machine(memory_guest.config(tmp_path, "vm"), endpoint)
+    machine.start()
+    goes_on("vm")
+    machine.pause()
+    time.sleep(0.1)  # what the guest has written is on its way to the file
+    done = memory_guest.rounds(tmp_path, "vm")
+    assert save(machine, tmp_path / "kept", "one").status == "completed"
+    assert memory_guest.rounds(tmp_path, "vm") == done
+    machine.resume()
+    goes_on("vm")
+    machine.close()
+
+
+def test_cancelling_leaves_nothing(endpoint: str, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    machine = Machine(memory_guest.config(tmp_path, "vm", pages=8000), endpoint)
+    machine.start()
+    goes_on("vm")
+    job = jobs.Job("snapshot", "one")
+    job.cancel()
+    jobs.start(machine, job, partial(snapshot.save, machine, tmp_path / "kept", "one"))
+    assert job.finished.wait(60)
+    assert job.status == "cancelled"
+    assert list((tmp_path / "kept").iterdir()) == []
+    goes_on("vm")
+    machine.close()
+
+
+@pytest.mark.parametrize("file", ["state", "memory", "meta.json"])
+def test_damage_is_noticed(file: str, endpoint: str, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    machine = Machine(memory_guest.config(tmp_path, "vm"), endpoint)
+    machine.start()
+    goes_on("vm")
+    assert save(machine, tmp_path / "kept", "one").status == "completed"
+    machine.close()
+    path = tmp_path / "kept" / "one" / file
+    if file == "meta.json":
+        path.unlink()
+        assert snapshot.listed(tmp_path / "kept") == []
+        return
+    data = bytearray(path.read_bytes())
+    data[0x200010 if file == "memory" else 100] ^= 1
+    path.write_bytes(bytes(data))
+    order = Order(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "one"), name="vm")
+    with pytest.raises(StartError, match=r"damaged|cannot be used"):
+        start(order)
+
+
+def test_shorter_memory_and_strange_files_are_refused(endpoint: str, tmp_path: Path) -> None:
+    machine = Machine(memory_guest.config(tmp_path, "vm", paused=True), endpoint)
+    machine.start()
+    assert save(machine, tmp_path / "kept", "one").status == "completed"
+    machine.close()
+    folder = tmp_path / "kept" / "one"
+    good = Snapshot(folder)
+    strange = msgspec.structs.replace(good.contents, files={**good.contents.files, "../../etc": (0, b"")})
+    good.contents = strange
+    with pytest.raises(ValueError, match="called"):
+        good._check()
+    with (folder / "memory").open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(SnapshotError, match="4096 bytes instead"):
+        Snapshot(folder)

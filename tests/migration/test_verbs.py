@@ -1,0 +1,76 @@
+"""The verbs on real guests: pause, resume, snapshot, restore, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+
+from qemu_user.backends.chardev.attach import keys_frames
+from tests.framework.product import Product, read_until
+
+pytestmark = pytest.mark.net
+TICK = "n=0; while :; do echo tick $n; n=$((n+1)); sleep 0.05; done"
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with Product() as product:
+        yield product
+
+
+def ok(product: Product, *words: str) -> str:
+    done = product.run(*words)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode() + done.stderr.decode()
+
+
+def statuses(product: Product) -> list[str]:
+    return [row["name"] for row in json.loads(ok(product, "ps", "--format", "json"))]
+
+
+def on_console(product: Product, name: str, text: bytes, wanted: bytes, seconds: float = 60) -> bytes:
+    """Types into a VM's console until the answer comes."""
+    path = product.runtime / "softkvm" / "vms" / name / "console.sock"
+    with socket.socket(socket.AF_UNIX) as console:
+        console.connect(str(path))
+        console.settimeout(0.5)
+        seen, end = b"", time.monotonic() + seconds
+        while wanted not in seen:
+            assert time.monotonic() < end, f"no {wanted!r} in {seen!r}"
+            console.sendall(keys_frames(text))
+            try:
+                seen += console.recv(65536)
+            except TimeoutError:
+                continue
+        return seen
+
+
+def test_snapshot_and_restore_of_linux(user: Product, busybox: None) -> None:
+    client = user.start("run", "--name", "web", "--memory", "256M", "busybox")
+    read_until(client, b"# ")
+    assert client.stdin is not None
+    client.stdin.write(b"echo before > /tmp/state; cat /tmp/state\n")
+    client.stdin.flush()
+    read_until(client, b"before\r\n")
+    assert "the guest stood" in ok(user, "snapshot", "web", "one")
+    ok(user, "pause", "web")
+    ok(user, "pause", "web")
+    ok(user, "resume", "web")
+    client.stdin.write(b"echo after > /tmp/state; cat /tmp/state\n")
+    client.stdin.flush()
+    read_until(client, b"after\r\n")
+    assert "one" in ok(user, "snapshots", "web")
+    assert b"no snapshot" in user.run("restore", "web", "two").stderr
+    assert statuses(user) == ["web"]
+    ok(user, "restore", "web", "one")
+    client.wait(20)
+    on_console(user, "web", b"cat /tmp/state\n", b"before\r\n")
+    ok(user, "kill", "web")
+    assert b"no VM" in user.run("pause", "web").stderr
+    ok(user, "delete", "web", "one")
+    assert user.run("delete", "web", "one").returncode == 1
