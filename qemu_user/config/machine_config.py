@@ -20,7 +20,8 @@ MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 1 << 40
 MAX_CPUS = 128
 """NR_CPUS of Debian's kernel, and enough for the map of the IMSIC."""
-VIRTIO_SLOTS = 8
+MMIO_SLOTS, PCI_SLOTS = 8, 31
+"""virtio-mmio slots 0 to 7; PCI slots 1 to 31, 0 being the bridge."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
@@ -43,6 +44,13 @@ class Boot(Part, frozen=True, kw_only=True):
     """A device tree to use instead of ours."""
 
 
+class Slot(Part, frozen=True, kw_only=True):
+    """Where a virtio device is plugged in; `number` None: the next free one."""
+
+    bus: Literal["pci", "mmio"] = "pci"
+    number: int | None = None
+
+
 class Drive(Part, frozen=True, kw_only=True):
     """A raw disk image as a virtio block device."""
 
@@ -51,8 +59,7 @@ class Drive(Part, frozen=True, kw_only=True):
     readonly: bool = False
     discard: bool = False
     serial: str = ""
-    slot: int | None = None
-    """virtio-mmio slot (bus=virtio-mmio-bus.N); None: the next free one."""
+    slot: Slot = Slot()
 
 
 class Net(Part, frozen=True, kw_only=True):
@@ -68,7 +75,7 @@ class Net(Part, frozen=True, kw_only=True):
     """stream: the Unix socket."""
     server: bool = False
     reconnect: float = 0
-    slot: int | None = None
+    slot: Slot = Slot()
 
 
 class Chardev(Part, frozen=True, kw_only=True):
@@ -125,7 +132,9 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     console: str = "console"
     """chardev of hvc0; "" for no console port 0."""
     ports: tuple[ConsolePort, ...] = ()
+    console_slot: Slot = Slot()
     rng: bool = True
+    rng_slot: Slot = Slot()
     no_reboot: bool = False
     no_shutdown: bool = False
     paused: bool = False
@@ -187,20 +196,23 @@ def _check_boot(boot: Boot, memory: int) -> None:
     _demand("\0" not in boot.append, "append: a NUL in the kernel command line")
 
 
+def _check_slots(slots: list[Slot]) -> None:
+    for bus, first, count in (("pci", 1, PCI_SLOTS), ("mmio", 0, MMIO_SLOTS)):
+        mine = [slot for slot in slots if slot.bus == bus]
+        _demand(len(mine) <= count, f"{len(mine)} virtio devices on {bus}: the machine has {count} slots there")
+        numbers = [slot.number for slot in mine if slot.number is not None]
+        what = "addr=N: a PCI slot is 1 to 0x1f" if bus == "pci" else f"bus=virtio-mmio-bus.N: N is 0 to {count - 1}"
+        _demand(all(first <= number < first + count for number in numbers), what)
+        _demand(len(numbers) == len(set(numbers)), f"two devices in one {bus} slot")
+
+
 def _check_devices(config: MachineConfig) -> None:
-    has_console = bool(config.console or config.ports)
-    count = len(config.drives) + len(config.nets) + int(config.rng) + int(has_console)
-    _demand(
-        count <= VIRTIO_SLOTS,
-        f"{count} virtio devices (disks, networks, entropy, console): the machine has {VIRTIO_SLOTS} slots",
-    )
-    plugged: list[Drive | Net] = [*config.drives, *config.nets]
-    slots = [part.slot for part in plugged if part.slot is not None]
-    _demand(
-        all(0 <= slot < VIRTIO_SLOTS for slot in slots),
-        f"bus=virtio-mmio-bus.N: N is 0 to {VIRTIO_SLOTS - 1}",
-    )
-    _demand(len(slots) == len(set(slots)), "two devices on one virtio-mmio bus")
+    slots = [drive.slot for drive in config.drives] + [net.slot for net in config.nets]
+    if config.rng:
+        slots.append(config.rng_slot)
+    if config.console or config.ports:
+        slots.append(config.console_slot)
+    _check_slots(slots)
     for net in config.nets:
         _demand(
             not net.mac or _MAC.match(net.mac) is not None, f"mac={net.mac}: expected six pairs of hex digits"

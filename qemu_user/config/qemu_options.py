@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size
-from qemu_user.config.machine_config import Boot, Chardev, ConsolePort, Drive, MachineConfig, Net, Qmp
+from qemu_user.config.machine_config import Boot, Chardev, ConsolePort, Drive, MachineConfig, Net, Qmp, Slot
 
 
 class Option(NamedTuple):
@@ -132,10 +132,10 @@ class Builder:
         if values.values.get("type") == ["none"]:
             self.fields["no_net"] = True
             return
-        values.take_choice("model", ("virtio-net-device", "virtio", ""), "")
+        model = values.take_choice("model", ("virtio-net-pci", "virtio-net-device", "virtio", ""), "")
         mac = values.take("mac")
         name = self._net(values, "nic")
-        self._plug(name, mac, None)
+        self._plug(name, mac, Slot(bus="mmio" if model == "virtio-net-device" else "pci"))
 
     def _net(self, values: KeyValues, what: str) -> str:
         kind = values.take_choice("type", ("user", "passt", "tap", "stream"))
@@ -158,7 +158,7 @@ class Builder:
         self.nets[name] = Net(**fields)
         return name
 
-    def _plug(self, name: str, mac: str, slot: int | None) -> None:
+    def _plug(self, name: str, mac: str, slot: Slot) -> None:
         self.nets[name] = msgspec.structs.replace(self.nets[name], mac=mac, slot=slot)
         self.plugged_nets.append(name)
 
@@ -229,34 +229,44 @@ class Builder:
     def device(self, text: str) -> None:
         values = KeyValues("-device", text, "driver")
         driver = values.take("driver")
-        handler = {
-            "virtio-blk-device": self._blk_device,
-            "virtio-net-device": self._net_device,
-            "virtio-rng-device": self._rng_device,
-            "virtio-serial-device": self._serial_device,
-            "virtconsole": self._console_device,
-            "virtserialport": self._port_device,
-        }.get(driver)
-        if handler is None:
-            pci = "; there is no PCI, the -device variants end in -device" if driver.endswith("-pci") else ""
+        if handler := _PORTS.get(driver):
+            values.ignore("id")
+            handler(self, values)
+            values.done()
+            return
+        name, bus = _bus_of(driver)
+        plug = _DEVICES.get(name)
+        if plug is None:
+            known = ", ".join(f"{known}-pci" for known in _DEVICES)
             raise ConfigError(
-                f"-device {driver}: no such device here (virtio-blk-device, virtio-net-device, "
-                f"virtio-rng-device, virtio-serial-device, virtconsole, virtserialport){pci}"
+                f"-device {driver}: no such device here ({known}, the same with -device for virtio-mmio, "
+                f"{', '.join(_PORTS)})"
             )
-        values.ignore("id")
-        handler(values)
+        slot = self._slot(values, bus)
+        values.ignore("id", *_PCI_SETTINGS)
+        plug(self, values, slot)
         values.done()
 
-    def _slot(self, values: KeyValues) -> int | None:
-        bus = values.take("bus")
+    def _slot(self, values: KeyValues, kind: Literal["pci", "mmio"]) -> Slot:
+        bus, address = values.take("bus"), values.take("addr")
+        if kind == "pci":
+            if bus not in ("", "pcie.0", "pci.0"):
+                raise ConfigError(f"-device {values.text}: bus={bus}: there is one PCI bus, pcie.0")
+            slot, _, function = address.partition(".")
+            try:
+                if function and int(function, 16):
+                    raise ConfigError(f"-device {values.text}: addr={address}: slots have function 0 only")
+                return Slot(number=int(slot, 16) if slot else None)
+            except ValueError:
+                raise ConfigError(f"-device {values.text}: addr={address}: expected a PCI slot such as 4 or 0x1f") from None
         if not bus:
-            return None
+            return Slot(bus="mmio")
         prefix, _, number = bus.rpartition(".")
         if prefix != "virtio-mmio-bus" or not number.isdigit():
             raise ConfigError(f"-device {values.text}: bus={bus}: expected virtio-mmio-bus.0 to .7")
-        return int(number)
+        return Slot(bus="mmio", number=int(number))
 
-    def _blk_device(self, values: KeyValues) -> None:
+    def _blk_device(self, values: KeyValues, slot: Slot) -> None:
         name = values.take("drive")
         if name not in self.unplugged:
             raise ConfigError(
@@ -266,22 +276,23 @@ class Builder:
         serial = values.take("serial") or self.drives[name].serial
         values.ignore("bootindex", "write-cache", "num-queues", "queue-size")
         # plugged drives come in the order of their devices
-        drive = msgspec.structs.replace(self.drives.pop(name), slot=self._slot(values), serial=serial)
+        drive = msgspec.structs.replace(self.drives.pop(name), slot=slot, serial=serial)
         self.drives[name] = drive
 
-    def _net_device(self, values: KeyValues) -> None:
+    def _net_device(self, values: KeyValues, slot: Slot) -> None:
         name = values.take("netdev")
         if name not in self.nets or name in self.plugged_nets:
             raise ConfigError(f"-device {values.text}: netdev={name}: no free -netdev of that id before it")
         values.ignore("bootindex", "mrg_rxbuf")
-        self._plug(name, values.take("mac"), self._slot(values))
+        self._plug(name, values.take("mac"), slot)
 
-    def _rng_device(self, values: KeyValues) -> None:
-        values.ignore("rng", "bus", "max-bytes", "period")
-        self.fields["rng"] = True
+    def _rng_device(self, values: KeyValues, slot: Slot) -> None:
+        values.ignore("rng", "max-bytes", "period")
+        self.fields.update(rng=True, rng_slot=slot)
 
-    def _serial_device(self, values: KeyValues) -> None:
-        values.ignore("bus", "max_ports")
+    def _serial_device(self, values: KeyValues, slot: Slot) -> None:
+        values.ignore("max_ports")
+        self.fields["console_slot"] = slot
 
     def _console_device(self, values: KeyValues) -> None:
         if self.fields.get("console"):
@@ -305,7 +316,7 @@ class Builder:
         no_net = self.fields.pop("no_net", False)
         if unused := sorted(self.unplugged):
             raise ConfigError(
-                f"-drive if=none,id={unused[0]}: no -device virtio-blk-device,drive={unused[0]} uses it"
+                f"-drive if=none,id={unused[0]}: no -device virtio-blk-pci,drive={unused[0]} uses it"
             )
         nets = [self.nets[name] for name in self.plugged_nets]
         nets += [net for name, net in self.nets.items() if name not in self.plugged_nets]
@@ -326,6 +337,27 @@ class Builder:
             ports=tuple(self.ports),
             qmp=tuple(self.qmp),
         ).validate()
+
+
+_PCI_SETTINGS = ("disable-legacy", "disable-modern", "iommu_platform", "ats", "vectors", "multifunction", "romfile")
+"""What QEMU's virtio devices on PCI have and what makes no difference here."""
+_DEVICES: dict[str, Callable[[Builder, KeyValues, Slot], None]] = {
+    "virtio-blk": Builder._blk_device,
+    "virtio-net": Builder._net_device,
+    "virtio-rng": Builder._rng_device,
+    "virtio-serial": Builder._serial_device,
+}
+_PORTS: dict[str, Callable[[Builder, KeyValues], None]] = {
+    "virtconsole": Builder._console_device,
+    "virtserialport": Builder._port_device,
+}
+
+
+def _bus_of(driver: str) -> tuple[str, Literal["pci", "mmio"]]:
+    """(device, bus) of a driver's name: -device is virtio-mmio, -pci or nothing is PCI."""
+    if driver.endswith("-device"):
+        return driver.removesuffix("-device"), "mmio"
+    return driver.removesuffix("-non-transitional").removesuffix("-pci"), "pci"
 
 
 def _boot(field: str) -> Callable[[Builder, str], None]:
@@ -375,7 +407,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         ("device",),
         "NAME[,..]",
-        "virtio-{blk,net,rng,serial}-device, virtconsole, virtserialport",
+        "virtio-{blk,net,rng,serial}-pci[,addr=] or -device, virtconsole, virtserialport",
         Builder.device,
     ),
     Option(("chardev",), "KIND,id=..", "stdio, pty, socket, file, null", Builder.chardev),

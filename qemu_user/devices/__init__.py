@@ -7,9 +7,11 @@ from __future__ import annotations
 from qemu_user.devices.device import Device
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.ns16550a import Ns16550a
+from qemu_user.devices.pci.host import PciHost
 from qemu_user.devices.plic import Plic
 from qemu_user.devices.syscon import Syscon
 from qemu_user.devices.virtio.mmio import VirtioMmio
+from qemu_user.devices.virtio.pci import VirtioPci
 
 DEVICES: dict[str, type[Device]] = {
     "ns16550a": Ns16550a,
@@ -17,4 +19,6 @@ DEVICES: dict[str, type[Device]] = {
     "syscon": Syscon,
     "plic": Plic,
     "virtio_mmio": VirtioMmio,
+    "pci_host": PciHost,
+    "virtio_pci": VirtioPci,
 }

@@ -68,6 +68,17 @@ class InterruptLine(Protocol):
         """There is none any more (a level: lower it; an edge: nothing)."""
 
 
+class Doorbell(Protocol):
+    """A guest-physical address at which stores are noticed without an exit (an ioeventfd)."""
+
+    def place(self, address: int | None) -> None:
+        """From now on at `address`, or nowhere (None)."""
+
+
+MakeDoorbell = Callable[[Callable[[], None], int], Doorbell]
+"""(called on the I/O thread after stores, bytes of a store that counts) -> a doorbell that is nowhere yet."""
+
+
 class Timers(Protocol):
     """One-shot timers on the host's clocks."""
 

@@ -7,7 +7,10 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 
 load() { [ -e "/sys/module/$1" ] || insmod "/lib/modules/$1.ko"; }
-load virtio_mmio
+# Devices on PCI need nothing; those on virtio-mmio its module.
+for device in /sys/bus/platform/devices/*.virtio_mmio; do
+    [ ! -e "$device" ] || load virtio_mmio
+done
 
 # Device types of the virtio specification, chapter 5: 1 network, 2 block, 4 entropy.
 types=$(cat /sys/bus/virtio/devices/*/device 2>/dev/null)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from qemu_user.backends.block.logged import LoggedDisk
@@ -21,7 +22,7 @@ from qemu_user.backends.chardev.stdio import StdioChardev
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
 from qemu_user.config.machine_config import Chardev as ChardevConfig
-from qemu_user.config.machine_config import Drive, MachineConfig, Net
+from qemu_user.config.machine_config import Drive, MachineConfig, Net, Slot
 from qemu_user.devices.device import Device, FdtNode, Place
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.memory import GuestMemory
@@ -29,10 +30,14 @@ from qemu_user.devices.ns16550a import Ns16550a
 from qemu_user.devices.syscon import Syscon
 from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
+from qemu_user.devices.virtio.pci import VirtioPci
+from qemu_user.devices.virtio.transport import VirtioTransport
 from qemu_user.machine import virt
 from qemu_user.machine.bus import Bus
 from qemu_user.machine.debug_console import DebugConsole
 from qemu_user.machine.irq import PHANDLE_CONTROLLER, PHANDLE_TEST, Interrupts, PlicInterrupts
+from qemu_user.machine.kicks import Kicks
+from qemu_user.machine.pci import assign, make_host
 
 Power = Callable[[str, int], None]
 
@@ -44,7 +49,7 @@ class Parts:
         self.config, self.loop = config, loop
         self.bus = Bus()
         self.devices: list[Device] = []
-        self.transports: list[tuple[VirtioMmio, virt.Entry]] = []
+        self.transports: list[VirtioTransport] = []
         self.nodes: list[FdtNode] = []
         self.disks: list[LoggedDisk] = []
         self.nets: list[NetBackend] = []
@@ -98,7 +103,7 @@ class Parts:
 
     # -- devices -----------------------------------------------------------------------------------
 
-    def build(self, interrupts: Interrupts, memory: GuestMemory, power: Power) -> None:
+    def build(self, interrupts: Interrupts, memory: GuestMemory, power: Power, kicks: Kicks) -> None:
         """Make every device and put it in its place."""
         places = virt.PLACES
         if isinstance(interrupts, PlicInterrupts):
@@ -116,13 +121,32 @@ class Parts:
         offset = self.config.rtc_offset * 1_000_000_000
         rtc = GoldfishRtc("rtc", interrupts.level(places["rtc"].irq), self.loop, _clock(offset))
         self._put_wired(rtc, places["rtc"], interrupts)
-        for slot, device in self._virtio_devices():
-            entry = places[f"virtio{slot}"]
-            transport = VirtioMmio(device.name, interrupts.edge(entry.irq), memory, device)
-            transport.defer = self.loop.call_soon
-            self.transports.append((transport, entry))
-            self._put_wired(transport, entry, interrupts, edge=True)
+        self._put_virtio(interrupts, memory, kicks)
         self._make_debug_console()
+
+    def _put_virtio(self, interrupts: Interrupts, memory: GuestMemory, kicks: Kicks) -> None:
+        entry = virt.PLACES["pcie"]
+        host = make_host(interrupts, memory.size)
+        self._put(host, entry, Place(entry.base, entry.size, [], 0))
+        for window in host.windows:
+            self.bus.add(window.base, window.size, window)
+        for bus, number, device in assign(self._virtio_devices()):
+            if bus == "pci":
+                function = VirtioPci(device.name, memory, device, interrupts.msi, kicks.make)
+                host.attach(function, number)
+                self.devices.append(function)
+                transport = function.transport
+            else:
+                entry = virt.PLACES[f"virtio{number}"]
+                slot = VirtioMmio(device.name, interrupts.edge(entry.irq), memory, device)
+                self._put_wired(slot, entry, interrupts, edge=True)
+                assert slot.transport is not None
+                transport = slot.transport
+                for queue in device.queues:
+                    kick = kicks.make(partial(transport.kicked, queue.index), 4, queue.index)
+                    kick.place(entry.base + QUEUE_NOTIFY)
+            transport.defer = self.loop.call_soon
+            self.transports.append(transport)
 
     def _put(self, device: Device, entry: virt.Entry, place: Place) -> None:
         self.bus.add(entry.base, entry.size, device)
@@ -139,14 +163,14 @@ class Parts:
         hub = next((c for c in self.chardevs.values() if isinstance(c, Hub)), None)
         self.debug_console = DebugConsole(hub.channel("sbi") if hub else NullChardev("sbi"))
 
-    def _virtio_devices(self) -> list[tuple[int, VirtioDevice]]:
-        """(slot, device): disks first, so that the first -drive is vda; asked-for slots are kept free."""
+    def _virtio_devices(self) -> list[tuple[Slot, VirtioDevice]]:
+        """(where, device): disks first, so that the first -drive is vda."""
         from qemu_user.devices.virtio.blk import VirtioBlk
         from qemu_user.devices.virtio.console import VirtioConsole
         from qemu_user.devices.virtio.net import VirtioNet
         from qemu_user.devices.virtio.rng import VirtioRng
 
-        wanted: list[tuple[int | None, VirtioDevice]] = []
+        wanted: list[tuple[Slot, VirtioDevice]] = []
         for number, (drive, disk) in enumerate(zip(self.config.drives, self.disks, strict=True)):
             wanted.append((drive.slot, VirtioBlk(_label(drive, number), disk, drive.serial)))
         for number, (net, backend) in enumerate(zip(self.config.nets, self.nets, strict=True)):
@@ -158,26 +182,12 @@ class Parts:
         if self.config.console:
             ports.insert(0, (0, "", self._channel(self.config.console, "hvc0")))
         if ports:
-            wanted.append((None, VirtioConsole("console", ports)))
+            wanted.append((self.config.console_slot, VirtioConsole("console", ports)))
         if self.config.rng:
-            wanted.append((None, VirtioRng("rng")))
-        taken = {slot for slot, _ in wanted if slot is not None}
-        free = iter(slot for slot in range(virt.VIRTIO_COUNT) if slot not in taken)
-        return sorted(
-            ((slot if slot is not None else next(free), device) for slot, device in wanted),
-            key=lambda pair: pair[0],
-        )
+            wanted.append((self.config.rng_slot, VirtioRng("rng")))
+        return wanted
 
     # -- life --------------------------------------------------------------------------------------
-
-    def notify_addresses(self) -> list[tuple[VirtioMmio, int, int]]:
-        """(transport, guest-physical address, queue) of every kick."""
-        return [
-            (transport, entry.base + QUEUE_NOTIFY, queue.index)
-            for transport, entry in self.transports
-            if transport.virtio is not None
-            for queue in transport.virtio.queues
-        ]
 
     def start_backends(self, warn: Callable[[str], None], quit_now: Callable[[int], None]) -> None:
         """Begin to talk to the host. BackendError."""
@@ -204,7 +214,7 @@ class Parts:
         """The machine is at its end: what the guest has written reaches the host."""
         from qemu_user.devices.virtio.console import VirtioConsole
 
-        for transport, _ in self.transports:
+        for transport in self.transports:
             if isinstance(transport.virtio, VirtioConsole):
                 transport.virtio.finish(seconds)
         for chardev in self.chardevs.values():

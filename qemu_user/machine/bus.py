@@ -7,9 +7,19 @@ An address with nobody behind it reads as zero, as QEMU's virt has it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from qemu_user.devices.device import Counters, Device
+from qemu_user.devices.device import Counters
+
+
+class Answers(Protocol):
+    """Who answers for a window: a Device, or a window of the PCI host."""
+
+    name: str
+
+    def read(self, offset: int, size: int) -> int: ...
+
+    def write(self, offset: int, size: int, value: int) -> None: ...
 
 
 class Window(NamedTuple):
@@ -17,7 +27,7 @@ class Window(NamedTuple):
 
     start: int
     end: int
-    device: Device
+    device: Answers
 
 
 class Bus:
@@ -28,7 +38,7 @@ class Bus:
         self._starts: list[int] = []
         self.counters = Counters()
 
-    def add(self, base: int, size: int, device: Device) -> None:
+    def add(self, base: int, size: int, device: Answers) -> None:
         """Put a device in place. ValueError if something is there already."""
         window = Window(base, base + size, device)
         for other in self._windows:

@@ -16,8 +16,10 @@ from protocol.abi import structs_riscv as riscv
 from protocol.abi.errors import KvmError
 from protocol.abi.structs import DEV_TYPE_RISCV_AIA
 from qemu_user.devices.device import FdtNode, InterruptLine, State, StateError, require
+from qemu_user.devices.pci.msix import MakeVector
 from qemu_user.devices.plic import Plic
 from qemu_user.machine import virt
+from qemu_user.machine.msi import MsiRoutes
 
 if TYPE_CHECKING:
     from protocol.client import Vcpu, Vm
@@ -90,6 +92,9 @@ class LevelLine:
 class Interrupts(Protocol):
     """The interrupt controller of a machine."""
 
+    msi: MakeVector | None
+    """Makes MSI vectors; None where there are no MSIs."""
+
     def edge(self, irq: int) -> InterruptLine:
         """The wire of a source whose device pulses."""
 
@@ -126,6 +131,8 @@ class AiaInterrupts:
         self._device = vm.create_device(DEV_TYPE_RISCV_AIA)
         self._fds: list[int] = []
         self._cpus = 0
+        self._routes = MsiRoutes(vm, virt.INTERRUPT_SOURCES + 1)
+        self.msi: MakeVector | None = self._routes.make
 
     def finish(self, cpus: int) -> None:
         """Configure and initialise (KVM_ABI 1.10)."""
@@ -257,6 +264,7 @@ class AiaInterrupts:
         for fd in self._fds:
             os.close(fd)
         self._fds = []
+        self._routes.close()
 
 
 class PlicInterrupts:
@@ -264,6 +272,7 @@ class PlicInterrupts:
 
     def __init__(self, vcpus: list[Vcpu]) -> None:
         controllers = [PHANDLE_CPU + 2 * index for index in range(len(vcpus))]
+        self.msi: MakeVector | None = None
         self.device = Plic("plic", len(vcpus), lambda hart, level: vcpus[hart].interrupt(level), controllers)
 
     def edge(self, irq: int) -> InterruptLine:

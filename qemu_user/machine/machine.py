@@ -7,7 +7,6 @@ of it outlives close().
 
 from __future__ import annotations
 
-import os
 import queue
 import sys
 import threading
@@ -33,6 +32,7 @@ from qemu_user.machine.build import Parts
 from qemu_user.machine.cpu import Isa, read_isa, reset_state, set_boot_state
 from qemu_user.machine.fdt import flatten
 from qemu_user.machine.irq import AiaInterrupts, PlicInterrupts
+from qemu_user.machine.kicks import Kicks
 from qemu_user.machine.tree import machine_tree
 from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
 
@@ -92,7 +92,7 @@ class Machine:
         """The migration or snapshot that is under way, or was the last one (migration/job.py)."""
         self.interrupts: Any = None
         """The Interrupts (irq.py), once there is a VM."""
-        self._kick_fds: list[int] = []
+        self._kicks: Kicks | None = None
         self._isa: Isa | None = None
 
     # -- start -------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ class Machine:
         else:
             self.interrupts = PlicInterrupts(self.vcpus)
         self._isa = read_isa(self.vcpus[0], aia is not None)
-        self.parts.build(self.interrupts, self.memory, self._power)
-        self._wire_kicks()
+        self._kicks = Kicks(vm, self._loop)
+        self.parts.build(self.interrupts, self.memory, self._power, self._kicks)
         for index, vcpu in enumerate(self.vcpus):
             context = ExitContext(
                 index,
@@ -160,22 +160,6 @@ class Machine:
                 self.counters,
             )
             self.threads.append(VcpuThread(vm, vcpu, context, self._gate))
-
-    def _wire_kicks(self) -> None:
-        """Queue notifications become eventfds, which the I/O thread serves."""
-        for transport, address, index in self.parts.notify_addresses():
-            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._kick_fds.append(fd)
-            self.vm.ioeventfd(fd, address, 4, datamatch=index)
-
-            def serve(fd: int = fd, kicked: Callable[[int], None] = transport.kicked, index: int = index) -> None:
-                try:
-                    os.eventfd_read(fd)
-                except BlockingIOError:
-                    return
-                kicked(index)
-
-            self._loop.add_reader(fd, serve)
 
     def _load(self) -> None:
         """Kernel, initrd and tree into memory, the boot hart at the entry. BootError."""
@@ -221,7 +205,7 @@ class Machine:
             if self.status in (PRELAUNCH, PAUSED, INMIGRATE):
                 was, self.status = self.status, RUNNING
                 if was != PRELAUNCH:
-                    for transport, _ in self.parts.transports:
+                    for transport in self.parts.transports:
                         transport.resume()
                 self._gate.open()
                 self._tell("RESUME")
@@ -263,7 +247,7 @@ class Machine:
         """Ask the guest to shut down, through its control port; False if it has nobody listening there."""
         from qemu_user.devices.virtio.console import VirtioConsole
 
-        for transport, _ in self.parts.transports:
+        for transport in self.parts.transports:
             if isinstance(transport.virtio, VirtioConsole):
                 for port in transport.virtio.ports.values():
                     if port.name == _POWER_PORT and port.guest_open and port.input_room():
@@ -370,10 +354,8 @@ class Machine:
                     handle.close()
                 except (KvmError, OSError):
                     pass  # the daemon may be gone already
-        for fd in self._kick_fds:
-            self._loop.remove(fd)
-            os.close(fd)
-        self._kick_fds = []
+        if self._kicks is not None:
+            self._kicks.close()
         self._loop.close()
 
     # -- telling -----------------------------------------------------------------------------------

@@ -23,11 +23,14 @@ VIRTIO_COUNT = 8
 MAP: tuple[Entry, ...] = (
     Entry("test", 0x0010_0000, 0x1000),
     Entry("rtc", 0x0010_1000, 0x1000, 11),
+    Entry("pcie-io", 0x0300_0000, 0x1_0000),
     Entry("plic", 0x0C00_0000, 0x60_0000),
     Entry("aplic", 0x0D00_0000, 0x4000),
     Entry("uart", 0x1000_0000, 0x100, 10),
     *(Entry(f"virtio{n}", 0x1000_1000 + 0x1000 * n, 0x1000, 1 + n) for n in range(VIRTIO_COUNT)),
     Entry("imsic", 0x2800_0000, 0x1000),  # per hart
+    Entry("pcie", 0x3000_0000, 0x1000_0000, 32),  # ECAM; INTA to INTD are the sources from 32 on
+    Entry("pcie-memory", 0x4000_0000, 0x4000_0000),
     Entry("ram", 0x8000_0000, 0),  # as much as -m says
 )
 
@@ -40,3 +43,5 @@ INTERRUPT_SOURCES = 96
 IMSIC_IDENTITIES = 255
 TREE_LIMIT = 0xC000_0000
 """The device tree lies below this address, as QEMU has it, so that 32-bit loaders reach it."""
+HIGH_WINDOW = 16 << 30
+"""Bytes of the PCI window for 64-bit BARs; it starts at the first multiple of its size behind RAM, as QEMU's does."""

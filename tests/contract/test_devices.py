@@ -149,7 +149,7 @@ def test_hostile_bytes_are_refused(name: str, bench: Bench) -> None:
         _restores(device, bytes(broken))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "virtio_pci"])
 @pytest.mark.skipif(shutil.which("dtc") is None, reason="needs dtc (apt install device-tree-compiler)")
 def test_tree_node_is_clean_under_dtc(name: str, bench: Bench) -> None:
     device = BUILDERS[name](bench)

@@ -15,6 +15,7 @@ from qemu_user.backends.net.backend import NetBackend
 from qemu_user.devices.device import Device
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.ns16550a import Ns16550a
+from qemu_user.devices.pci.host import IO, MEMORY32, MEMORY64, PciHost, Window
 from qemu_user.devices.plic import Plic
 from qemu_user.devices.syscon import Syscon
 from qemu_user.devices.virtio.blk import VirtioBlk
@@ -22,8 +23,9 @@ from qemu_user.devices.virtio.console import VirtioConsole
 from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.mmio import VirtioMmio
 from qemu_user.devices.virtio.net import VirtioNet
+from qemu_user.devices.virtio.pci import VirtioPci
 from qemu_user.devices.virtio.rng import VirtioRng
-from tests.framework.virtio_driver import Driver, Line, make_memory
+from tests.framework.virtio_driver import Driver, Line, PciDriver, make_memory
 
 
 class StoppedTimers:
@@ -44,11 +46,27 @@ class StoppedTimers:
                 callback()
 
 
-class Bench:
-    """What devices are wired to."""
+class Vector:
+    """An MSI that remembers."""
 
-    def __init__(self, tmp_path: Path) -> None:
-        self.tmp_path = tmp_path
+    def __init__(self) -> None:
+        self.message = (0, 0)
+        self.fired: list[tuple[int, int]] = []
+
+    def route(self, address: int, data: int) -> None:
+        self.message = address, data
+
+    def fire(self) -> None:
+        self.fired.append(self.message)
+
+
+class Bench:
+    """What devices are wired to. `transport`: what virtio() puts before a device, "mmio" or "pci"."""
+
+    def __init__(self, tmp_path: Path, transport: str = "mmio") -> None:
+        self.tmp_path, self.transport = tmp_path, transport
+        self.vectors: list[Vector] = []
+        self.wires = [Line() for _ in range(4)]
         self.line = Line()
         self.timers = StoppedTimers()
         self.memory, self.mapping = make_memory()
@@ -66,11 +84,36 @@ class Bench:
         self._open[name] = RawImage(str(path), **options)
         return self._open[name]
 
-    def virtio(self, device: VirtioDevice) -> VirtioMmio:
+    def host(self) -> PciHost:
+        """A PCI host bridge with windows as the machine's."""
+        windows = [
+            Window("io", IO, 0x0300_0000, 0, 0x1_0000),
+            Window("memory", MEMORY32, 0x4000_0000, 0x4000_0000, 0x4000_0000),
+            Window("high", MEMORY64, 0x4_0000_0000, 0x4_0000_0000, 0x4_0000_0000),
+        ]
+        return PciHost("pcie", windows, list(self.wires), [[32 + pin, 4] for pin in range(4)], 1, 2)
+
+    def vector(self) -> Vector:
+        self.vectors.append(Vector())
+        return self.vectors[-1]
+
+    def virtio(self, device: VirtioDevice) -> VirtioMmio | VirtioPci:
+        if self.transport == "pci":
+            function = VirtioPci(device.name, self.memory, device, self.vector)
+            self.bridge = self.host()
+            self.bridge.attach(function, 1)
+            return function
         return VirtioMmio(device.name, self.line, self.memory, device)
 
-    def driver(self, transport: VirtioMmio) -> Driver:
+    def driver(self, transport: VirtioMmio | VirtioPci) -> Driver:
+        if isinstance(transport, VirtioPci):
+            return PciDriver(transport, self.memory, self.bridge)
         return Driver(transport, self.memory)
+
+    @property
+    def interrupts(self) -> int:
+        """How often a virtio device has interrupted."""
+        return self.line.asserted + sum(len(vector.fired) for vector in self.vectors)
 
 
 def _plic(bench: Bench) -> Device:
@@ -84,6 +127,8 @@ BUILDERS: dict[str, Callable[[Bench], Device]] = {
     "syscon": lambda b: Syscon("test", lambda what, status: b.power.append((what, status))),
     "plic": _plic,
     "virtio_mmio": lambda b: VirtioMmio("empty", b.line, b.memory),
+    "pci_host": lambda b: b.host(),
+    "virtio_pci": lambda b: VirtioPci("disk", b.memory, VirtioBlk("disk", b.image()), b.vector),
     "virtio-blk": lambda b: b.virtio(VirtioBlk("disk", b.image(), "serial-1")),
     "virtio-net": lambda b: b.virtio(VirtioNet("net", NetBackend("none"), b"\x52\x54\0\x12\x34\x56")),
     "virtio-rng": lambda b: b.virtio(VirtioRng("rng")),

@@ -1,8 +1,8 @@
-"""A driver of virtio-mmio devices, written from the specification's driver side: what the device tests talk
-through.
+"""A driver of virtio devices, written from the specification's driver side: what the device tests talk through.
 
-Works on a VirtioMmio object and real memory (a memfd mapping), as a guest would: registers by read/write,
-rings by bytes. `raw` access to the rings is open, so that tests can also be a bad driver.
+Works on a VirtioMmio (Driver) or a VirtioPci (PciDriver) and real memory (a memfd mapping), as a guest would:
+registers by read/write, rings by bytes. Both name registers as virtio-mmio does. `raw` access to the rings is open, so
+that tests can also be a bad driver.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ import os
 import struct
 
 from qemu_user.devices.memory import GuestMemory
-from qemu_user.devices.virtio import mmio
+from qemu_user.devices.pci import config_space as cfg
+from qemu_user.devices.pci.host import PciHost
+from qemu_user.devices.virtio import mmio, pci
+from qemu_user.devices.virtio.device import F_VERSION_1
 from qemu_user.devices.virtio.mmio import VirtioMmio
+from qemu_user.devices.virtio.pci import VirtioPci
+from qemu_user.devices.virtio.transport import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET
 
 RAM_BASE = 0x8000_0000
 RAM_SIZE = 1 << 20
@@ -122,7 +127,7 @@ class DriverQueue:
 class Driver:
     """Brings a device up and talks to it."""
 
-    def __init__(self, device: VirtioMmio, memory: GuestMemory) -> None:
+    def __init__(self, device: VirtioMmio | VirtioPci, memory: GuestMemory) -> None:
         self.device, self.memory = device, memory
         self.queues: list[DriverQueue] = []
 
@@ -147,13 +152,13 @@ class Driver:
     def start(self, features: int | None = None, size: int = 64) -> Driver:
         """Reset, negotiate (everything, or these and VERSION_1), set the queues up, DRIVER_OK."""
         self.write(mmio.STATUS, 0)
-        self.write(mmio.STATUS, mmio.ACKNOWLEDGE)
-        self.write(mmio.STATUS, mmio.ACKNOWLEDGE | mmio.DRIVER)
-        wanted = self.features() if features is None else features | mmio.F_VERSION_1
+        self.write(mmio.STATUS, ACKNOWLEDGE)
+        self.write(mmio.STATUS, ACKNOWLEDGE | DRIVER)
+        wanted = self.features() if features is None else features | F_VERSION_1
         for select in (0, 1):
             self.write(mmio.DRIVER_FEATURES_SEL, select)
             self.write(mmio.DRIVER_FEATURES, wanted >> 32 * select & 0xFFFFFFFF)
-        status = mmio.ACKNOWLEDGE | mmio.DRIVER | mmio.FEATURES_OK
+        status = ACKNOWLEDGE | DRIVER | FEATURES_OK
         self.write(mmio.STATUS, status)
         assert self.read(mmio.STATUS) == status
         self.queues = []
@@ -176,9 +181,110 @@ class Driver:
                 self.write(offset + 4, value >> 32)
             self.write(mmio.QUEUE_READY, 1)
             self.queues.append(queue)
-        self.write(mmio.STATUS, status | mmio.DRIVER_OK)
+        self.write(mmio.STATUS, status | DRIVER_OK)
         return self
 
     @property
     def needs_reset(self) -> bool:
-        return bool(self.read(mmio.STATUS) & mmio.NEEDS_RESET)
+        return bool(self.read(mmio.STATUS) & NEEDS_RESET)
+
+
+class PciDriver(Driver):
+    """The same over PCI: finds the structures by their capabilities, places the BARs, gives each queue a vector.
+
+    read/write take virtio-mmio's register names and go to the field of the common configuration that does the same.
+    """
+
+    FIELDS = {
+        mmio.DEVICE_FEATURES_SEL: (pci.DEVICE_FEATURE_SELECT, 4),
+        mmio.DEVICE_FEATURES: (pci.DEVICE_FEATURE, 4),
+        mmio.DRIVER_FEATURES_SEL: (pci.DRIVER_FEATURE_SELECT, 4),
+        mmio.DRIVER_FEATURES: (pci.DRIVER_FEATURE, 4),
+        mmio.STATUS: (pci.DEVICE_STATUS, 1),
+        mmio.CONFIG_GENERATION: (pci.CONFIG_GENERATION, 1),
+        mmio.QUEUE_SEL: (pci.QUEUE_SELECT, 2),
+        mmio.QUEUE_NUM: (pci.QUEUE_SIZE, 2),
+        mmio.QUEUE_NUM_MAX: (pci.QUEUE_SIZE, 2),
+        mmio.QUEUE_READY: (pci.QUEUE_ENABLE, 2),
+        mmio.QUEUE_RESET: (pci.QUEUE_RESET, 2),
+        mmio.QUEUE_DESC_LOW: (pci.QUEUE_DESC, 4),
+        mmio.QUEUE_DESC_HIGH: (pci.QUEUE_DESC + 4, 4),
+        mmio.QUEUE_DRIVER_LOW: (pci.QUEUE_DRIVER, 4),
+        mmio.QUEUE_DRIVER_HIGH: (pci.QUEUE_DRIVER + 4, 4),
+        mmio.QUEUE_DEVICE_LOW: (pci.QUEUE_DEVICE, 4),
+        mmio.QUEUE_DEVICE_HIGH: (pci.QUEUE_DEVICE + 4, 4),
+    }
+
+    def __init__(self, device: VirtioPci, memory: GuestMemory, host: PciHost, msix: bool = True) -> None:
+        super().__init__(device, memory)
+        self.function, self.host = device, host
+        self.window = host.windows[1]
+        self.base = self.window.bus_base + 0x10000 * device.slot
+        self.structures: dict[int, tuple[int, int, int]] = {}
+        for at, identifier in capabilities(self):
+            if identifier == pci.VENDOR_CAPABILITY:
+                kind, bar, where = (self.config(at + field, size) for field, size in ((3, 1), (4, 1), (8, 4)))
+                self.structures.setdefault(kind, (bar, where, at))
+            elif identifier == 0x11:
+                self.msix_at = at
+        self.set_config(cfg.BARS + 4 * 1, 4, self.base + 0x8000)
+        self.set_config(cfg.BARS + 4 * 4, 8, self.base)
+        self.set_config(cfg.COMMAND, 2, cfg.MEMORY_ENABLE | cfg.BUS_MASTER)
+        if msix:
+            self.set_config(self.msix_at + 2, 2, 0x8000)
+            for vector in range(device.msix.count if device.msix else 0):
+                self.set_vector(vector, 0x2800_0000, 1 + vector, masked=False)
+
+    def config(self, offset: int, size: int) -> int:
+        return self.host.read(self.function.slot << 15 | offset, size)
+
+    def set_config(self, offset: int, size: int, value: int) -> None:
+        self.host.write(self.function.slot << 15 | offset, size, value)
+
+    def set_vector(self, vector: int, address: int, data: int, masked: bool) -> None:
+        at = 0x8000 + 16 * vector
+        for field, value in ((0, address & 0xFFFFFFFF), (4, address >> 32), (8, data), (12, int(masked))):
+            self.bar_write(at + field, 4, value)
+
+    def bar_read(self, offset: int, size: int) -> int:
+        return self.window.read(self.base - self.window.bus_base + offset, size)
+
+    def bar_write(self, offset: int, size: int, value: int) -> None:
+        self.window.write(self.base - self.window.bus_base + offset, size, value)
+
+    def _place(self, offset: int, size: int) -> tuple[int, int]:
+        if offset == mmio.INTERRUPT_STATUS:
+            return self.structures[pci.ISR_CFG][1], 1
+        if offset >= mmio.CONFIG:
+            return self.structures[pci.DEVICE_CFG][1] + offset - mmio.CONFIG, size
+        field, width = self.FIELDS[offset]
+        return self.structures[pci.COMMON_CFG][1] + field, width
+
+    def read(self, offset: int, size: int = 4) -> int:
+        if offset == mmio.QUEUE_NUM_MAX and self.read(mmio.QUEUE_SEL) >= len(self.function.virtio.queues):
+            return 0
+        return self.bar_read(*self._place(offset, size))
+
+    def write(self, offset: int, value: int, size: int = 4) -> None:
+        if offset == mmio.QUEUE_NOTIFY:
+            common = self.structures[pci.COMMON_CFG][1]
+            self.bar_write(common + pci.QUEUE_SELECT, 2, value)
+            where = self.bar_read(common + pci.QUEUE_NOTIFY_OFF, 2) * pci.NOTIFY_MULTIPLIER
+            self.bar_write(self.structures[pci.NOTIFY_CFG][1] + where, 2, value)
+            return
+        if offset == mmio.QUEUE_READY:
+            self.bar_write(self.structures[pci.COMMON_CFG][1] + pci.QUEUE_MSIX_VECTOR, 2, 1 + self.read(mmio.QUEUE_SEL))
+            self.bar_write(self.structures[pci.COMMON_CFG][1] + pci.CONFIG_MSIX_VECTOR, 2, 0)
+            if not value:  # a driver takes a queue back by resetting it (2.6.1)
+                self.write(mmio.QUEUE_RESET, 1)
+                return
+        self.bar_write(*self._place(offset, size), value)
+
+
+def capabilities(driver: PciDriver) -> list[tuple[int, int]]:
+    """(offset, id) of each capability, by walking the list as software does."""
+    found, at = [], driver.config(cfg.CAPABILITIES, 1)
+    while at and len(found) < 48:
+        found.append((at, driver.config(at, 1)))
+        at = driver.config(at + 1, 1)
+    return found

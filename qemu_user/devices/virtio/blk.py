@@ -44,6 +44,7 @@ class VirtioBlk(VirtioDevice):
     """One disk, one queue."""
 
     device_id = 2
+    pci_class = 0x010000
     State = BlkState
 
     def __init__(self, name: str, disk: BlockBackend, serial: str = "") -> None:

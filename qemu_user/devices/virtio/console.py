@@ -161,6 +161,7 @@ class VirtioConsole(VirtioDevice):
     """`ports`: (id, name, chardev); id 0 is the console and needs no name."""
 
     device_id = 3
+    pci_class = 0x078000
     State = ConsoleState
 
     def __init__(self, name: str, ports: list[tuple[int, str, Chardev]]) -> None:

@@ -1,4 +1,4 @@
-"""The contract of a virtio device, apart from how it is reached (mmio.py is the one transport).
+"""The contract of a virtio device, apart from how it is reached (transport.py, with mmio.py or pci.py before it).
 
 A device names its id, features and queues, keeps its own State, and answers on_queue() when the driver has
 kicked. The transport gives it a Transport: interrupts for used buffers and configuration changes, and a way
@@ -16,7 +16,7 @@ import msgspec
 from qemu_user.devices.device import Counters
 from qemu_user.devices.virtio.queue import Queue
 
-F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1, F_RING_RESET = 1 << 28, 1 << 29, 1 << 32, 1 << 40
 """Feature bits that the transport offers for every device (virtio 1.2, section 6)."""
 
 
@@ -55,6 +55,8 @@ class VirtioDevice:
     """One virtio device. `name` is what the user calls it."""
 
     device_id: ClassVar[int]
+    pci_class: ClassVar[int]
+    """PCI class code (base class, subclass, interface), as QEMU's virtio devices have it."""
     State: ClassVar[type[VirtioState]]
 
     def __init__(self, name: str, features: int, queue_sizes: list[int]) -> None:
@@ -77,6 +79,10 @@ class VirtioDevice:
         """The driver writes to the configuration space."""
         self.counters.count("bad_access")
 
+    def features_good(self, wanted: int) -> bool:
+        """Whether the offered features `wanted` go together (a feature may require another one)."""
+        return True
+
     def activate(self) -> None:
         """DRIVER_OK: the queues may be used from now on."""
 
@@ -85,6 +91,9 @@ class VirtioDevice:
         the rules.
         """
         raise NotImplementedError
+
+    def queue_reset(self, index: int) -> None:
+        """The driver reset queue `index` alone: forget what is held of it."""
 
     def save(self) -> Any:
         """This device's own state."""

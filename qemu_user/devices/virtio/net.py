@@ -34,6 +34,7 @@ class VirtioNet(VirtioDevice):
     """`mac`: 6 bytes."""
 
     device_id = 1
+    pci_class = 0x020000
     State = NetState
 
     def __init__(self, name: str, backend: NetBackend, mac: bytes) -> None:

@@ -263,6 +263,11 @@ class Queue:
         """Whether pop() would find something."""
         return self.ready and self._available_ring[1] != self._next_available
 
+    @property
+    def answered(self) -> bool:
+        """Whether anything has been given back since the queue was set up."""
+        return self.ready and self._next_used != 0
+
     # -- state -------------------------------------------------------------------------------------
 
     def save(self) -> QueueState:

@@ -23,6 +23,7 @@ class VirtioRng(VirtioDevice):
     """One queue of buffers to fill."""
 
     device_id = 4
+    pci_class = 0x00FF00
     State = RngState
 
     def __init__(self, name: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size, split_commas
-from qemu_user.config.machine_config import Boot, MachineConfig
+from qemu_user.config.machine_config import Boot, MachineConfig, Slot
 from qemu_user.config.qemu_options import OPTIONS, parse
 
 
@@ -42,8 +42,22 @@ def test_disks(kernel: str) -> None:
         "-drive file=/c,if=none,id=x0 -device virtio-blk-device,drive=x0,bus=virtio-mmio-bus.0,serial=S1",
     )
     first, second = config.drives
+    assert first.slot == Slot(bus="pci")
     assert (first.file, first.readonly, first.discard) == ("/a,b", True, True)
-    assert (second.file, second.slot, second.serial) == ("/c", 0, "S1")
+    assert (second.file, second.slot, second.serial) == ("/c", Slot(bus="mmio", number=0), "S1")
+
+
+def test_slots(kernel: str) -> None:
+    config = _parse(
+        kernel,
+        "-drive file=/a,if=none,id=a -device virtio-blk-pci,drive=a,addr=0x1f,bus=pcie.0,id=disk0 "
+        "-drive file=/b,if=none,id=b -device virtio-blk,drive=b,addr=a.0,disable-legacy=on "
+        "-device virtio-rng-device -device virtio-serial-pci-non-transitional -nic user,model=virtio-net-device",
+    )
+    assert [drive.slot for drive in config.drives] == [Slot(number=31), Slot(number=10)]
+    assert config.rng_slot == Slot(bus="mmio")
+    assert config.console_slot == Slot()
+    assert config.nets[0].slot == Slot(bus="mmio")
 
 
 def test_networks(kernel: str) -> None:
@@ -87,7 +101,13 @@ def test_characters(kernel: str) -> None:
         ("-drive format=qcow2,file=x", "raw"),
         ("-drive file=x,if=none,id=a", "uses it"),
         ("-drive readonly=on", "file"),
-        ("-device virtio-blk-pci,drive=a", "PCI"),
+        ("-device virtio-blk-pci,drive=a", "if=none,id=a"),
+        ("-device virtio-rng-pci,bus=pcie.1", "pcie.0"),
+        ("-device virtio-rng-pci,addr=0", "1 to 0x1f"),
+        ("-device virtio-rng-pci,addr=20", "1 to 0x1f"),
+        ("-device virtio-rng-pci,addr=4.1", "function 0"),
+        ("-device virtio-rng-pci,addr=x", "expected a PCI slot"),
+        ("-device virtio-rng-pci,addr=4 -netdev user,id=n -device virtio-net-pci,netdev=n,addr=4.0", "two devices"),
         ("-device e1000", "no such device"),
         ("-netdev user,id=a -netdev user,id=a", "already"),
         ("-netdev user,id=a,speed=9", "speed"),
@@ -114,7 +134,9 @@ def test_no_kernel() -> None:
 
 def test_too_many_devices(kernel: str) -> None:
     with pytest.raises(ConfigError, match="slots"):
-        _parse(kernel, " ".join(f"-drive file=d{n}" for n in range(8)))
+        _parse(kernel, " ".join(f"-drive file=d{n}" for n in range(31)))
+    with pytest.raises(ConfigError, match="slots"):
+        _parse(kernel, " ".join(f"-drive file=d{n},if=none,id=d{n} -device virtio-blk-device,drive=d{n}" for n in range(9)))
 
 
 def test_configuration_by_hand(kernel: str) -> None:

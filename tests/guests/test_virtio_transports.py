@@ -1,0 +1,64 @@
+"""Debian's kernel on virtio over PCI and over virtio-mmio, with MSI-X and with INTx, on the whole stack."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qemu_user.images.store import Store
+from tests.framework.product import ROOT, Product, read_until
+
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240), pytest.mark.usefixtures("busybox")]
+
+#: Writes to the disk and reads it back past the page cache; then says how many interrupts of which kind it took.
+SCRIPT = """
+dd if=/dev/urandom of=/tmp/x bs=64k count=16 2>/dev/null
+dd if=/tmp/x of=/dev/vda bs=64k conv=fsync 2>/dev/null
+echo 3 >/proc/sys/vm/drop_caches
+dd if=/dev/vda bs=64k count=16 2>/dev/null | cmp - /tmp/x && echo SAME
+grep virtio /proc/interrupts
+echo DO''NE
+"""
+
+
+def _command(product: Product, disk: Path, *options: str) -> list[str]:
+    image = Store().find("busybox")
+    assert image is not None
+    return [
+        sys.executable, "-P", "-m", "qemu_user", "-accel", f"kvmcore,endpoint={product.daemon()}", "-m", "256M",
+        "-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", image.meta.append, "-serial", "none",
+        "-chardev", "stdio,id=c", "-device", "virtconsole,chardev=c", "-drive", f"file={disk},if=none,id=d", *options,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (("-device", "virtio-blk-pci,drive=d,addr=7"), b"PCI-MSIX-0000:00:07.0"),
+        (("-M", "virt,aia=none", "-device", "virtio-blk-pci,drive=d,addr=7"), b"SiFive PLIC"),
+        (("-smp", "2", "-device", "virtio-blk-device,drive=d"), b"APLIC"),
+    ],
+    ids=["msix", "intx", "mmio"],
+)
+def test_disk_works_over_every_transport(product: Product, tmp_path: Path, options: tuple[str, ...], kind: bytes) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        _command(product, disk, *options), stdin=pipe, stdout=pipe, stderr=pipe, env=product.environment, cwd=ROOT
+    )
+    assert process.stdin is not None
+    try:
+        read_until(process, b"# ", 120)
+        process.stdin.write(SCRIPT.encode())
+        process.stdin.flush()
+        said = read_until(process, b"DONE", 60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert b"SAME" in said
+    counts = [line.split()[1] for line in said.splitlines() if kind in line and b"config" not in line]
+    assert any(int(count) for count in counts), said.decode(errors="replace")
