@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from protocol.abi import structs
+from protocol.abi.errors import KvmError
 from qemu_user.devices.pci.msix import MsiVector
 
 if TYPE_CHECKING:
@@ -67,12 +68,15 @@ class _Vector:
         self._message = address, data
 
     def fire(self) -> None:
-        if self._fd < 0:
-            self._gsi, self._fd = self._routes.add(*self._message)
-            self._routed = self._message
-        elif self._message != self._routed:
-            self._routes.route(self._gsi, *self._message)
-            self._routed = self._message
+        try:
+            if self._fd < 0:
+                self._gsi, self._fd = self._routes.add(*self._message)
+                self._routed = self._message
+            elif self._message != self._routed:
+                self._routes.route(self._gsi, *self._message)
+                self._routed = self._message
+        except KvmError:
+            return  # kvmcore is gone, which the machine notices by itself, and the message with it
         os.eventfd_write(self._fd, 1)
 
 
