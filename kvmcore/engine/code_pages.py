@@ -8,6 +8,7 @@ bytes have changed is not used again. Written as softmmu.py is; collected by rou
 from __future__ import annotations
 
 from errno import EFAULT
+from typing import NoReturn
 
 from kvmcore.engine import hart_state, machine_state
 from kvmcore.engine.exits import ExitKind
@@ -225,11 +226,25 @@ def straddle(h: HandlerHart) -> None:
     high, status = call("fetch_halfword", h.s, pc + 2)
     if status != OK:
         h.failed(status)
-    record, _ = call("decode_word", param("a1") | (high << 16), u64(1 << 40))
+    _run_apart(h, pc, param("a1") | (high << 16), u64(4))
+
+
+def _run_apart(h: HandlerHart, pc: Value, raw: Value, length: Value) -> NoReturn:
+    """Run one instruction by a record of the hart's own."""
+    record, _ = call("decode_word", raw, u64(1 << 40))
     at = h.address("straddle")
     store(at, record, "volatile")
-    store(at + 16, handler_offset("page_end"), "volatile")
+    store(at + (length << 2), handler_offset("page_end"), "volatile")
     h.dispatch(at, at - (pc << 2), h.ic)
+
+
+def interpret(h: HandlerHart) -> None:
+    """(a0 pc, ip its record): run the instruction by the interpreter, though a region begins there."""
+    pc = param("a0")
+    offset = pc & 4095
+    raw = load(h.ip - (offset << 2) - machine_state.PAGE_RECORDS + machine_state.PAGE_COPY + offset, 32, "plain", 1)
+    short = (raw & 3) != 3
+    _run_apart(h, pc, select(short, raw & 0xFFFF, raw).zext(64), select(short, u64(2), u64(4)))
 
 
 def page_end(h: HandlerHart) -> None:

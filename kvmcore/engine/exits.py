@@ -47,3 +47,5 @@ class ExitKind(IntEnum):
     """The pool of code pages is full. Handled inside Hart.run()."""
     STOPPED = 12
     """The machine is quiesced: not entered. Handled inside Hart.run()."""
+    PROFILE = 13
+    """The samples are full. Handled inside Hart.run()."""

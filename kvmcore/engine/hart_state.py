@@ -40,6 +40,8 @@ TLB_BLOCK = FETCH_TLB_OFFSET + FETCH_TLB_ENTRIES * 16
 """Bytes of one block: data entries, then fetch entries. One each for U, S, and S with SUM."""
 IMSIC_WORDS = 32
 """64-bit words of eip and eie: identities 0 to 2047."""
+SAMPLES = 512
+"""One every routines.SLICE instructions; full, they are an exit."""
 
 FIELDS: tuple[Field, ...] = (
     # -- what every instruction may touch --------------------------------------------------------------------
@@ -117,6 +119,9 @@ FIELDS: tuple[Field, ...] = (
     _f("large_high", 64, "highest such address", 2),
     _f("straddle", 64, "the record of an instruction on two pages, at [2] the page-end record", 4),
     _f("tlb_blocks", 64, "the TLBs (see TLB_BLOCK)", TLB_BLOCKS * TLB_BLOCK // 8),
+    _f("region_status", 64, "what region_load_* and region_store_* found: 0, or the interpreter does it"),
+    _f("sample_count", 64, "samples taken since Python has looked; SAMPLES: none are taken"),
+    _f("samples", 64, "addresses of records that the poll went on at, where no region begins", SAMPLES),
     # -- counters --------------------------------------------------------------------------------------------
     _f("count_fill", 64, "data TLB misses"),
     _f("count_fetch_fill", 64, "fetch TLB misses"),

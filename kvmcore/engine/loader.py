@@ -13,6 +13,13 @@ from pathlib import Path
 from kvmcore.engine import image
 
 
+#: Address space for translated regions, behind the image; records reach 4 GB.
+ARENA_BYTES = 48 << 20
+_PROT_NONE = 0
+_MAP_FIXED = 0x10
+_NORESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+
+
 class EngineError(Exception):
     """There is no usable engine image and none can be built; the message says why."""
 
@@ -62,14 +69,14 @@ class Image:
             offset, size, self._functions = image.unpack(data)
         except (image.ImageError, ValueError) as error:
             raise EngineError(f"engine image {path}: {error}") from error
-        # A private anonymous mapping of the verified bytes: later changes of the file cannot reach it.
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._map[:] = data[offset:]
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        libc = ctypes.CDLL(None, use_errno=True)
-        length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        if libc.mprotect(ctypes.c_void_p(self._base), ctypes.c_size_t(length), mmap.PROT_READ | mmap.PROT_EXEC):
-            raise EngineError(f"cannot map the engine image executable: {os.strerror(ctypes.get_errno())}")
+        # Copied from the verified bytes: later changes of the file cannot reach it.
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._base = self._mmap(None, self._room + ARENA_BYTES, _PROT_NONE, _NORESERVE, -1)
+        self._mprotect(mmap.PROT_READ | mmap.PROT_WRITE)
+        ctypes.memmove(self._base, data[offset:], size)
+        self._mprotect(mmap.PROT_READ | mmap.PROT_EXEC)
         word = ctypes.c_uint64
         self.run = ctypes.CFUNCTYPE(word, word)(self.address("run"))
         self.atomic_or = ctypes.CFUNCTYPE(word, word, word)(self.address("atomic_or64"))
@@ -80,6 +87,28 @@ class Image:
     def address(self, name: str) -> int:
         """Host address of a function of the image."""
         return self._base + self._functions["_decode_at"] + self._functions[name]
+
+    def _mmap(self, at: int | None, size: int, protection: int, flags: int, fd: int) -> int:
+        where = self._libc.mmap(
+            ctypes.c_void_p(at), ctypes.c_size_t(size), protection, flags, fd, ctypes.c_long(0)
+        )
+        if where == ctypes.c_void_p(-1).value:
+            raise EngineError(f"cannot map {size} bytes for the engine: {os.strerror(ctypes.get_errno())}")
+        return int(where)
+
+    def _mprotect(self, protection: int) -> None:
+        if self._libc.mprotect(ctypes.c_void_p(self._base), ctypes.c_size_t(self._room), protection):
+            raise EngineError(f"cannot map the engine image executable: {os.strerror(ctypes.get_errno())}")
+
+    @property
+    def arena(self) -> int:
+        """Where translated regions are, relative to what records are relative to."""
+        return self._room - self._functions["_decode_at"]
+
+    def map_arena(self, fd: int) -> None:
+        """Map the translator's memory, readable and executable, behind the image. EngineError."""
+        protection = mmap.PROT_READ | mmap.PROT_EXEC
+        self._mmap(self._base + self._room, ARENA_BYTES, protection, mmap.MAP_SHARED | _MAP_FIXED, fd)
 
     @classmethod
     def load(cls, path: Path | None = None) -> Image:

@@ -70,6 +70,7 @@ class Machine:
         self.flushes_of_pool = 0
         self.clock = HostClock.shared(image)
         self.set_time(0)
+        self.state.regions = 1 << 32  # a record's offset has 32 bits: none
 
     @property
     def address(self) -> int:
@@ -208,6 +209,7 @@ class Hart:
         state.dirty_budget = 1 << 62
         state.tlb = self._address + hart_state.offset("tlb_blocks")
         state.context_satp = U64  # no satp: the first entry flushes
+        state.sample_count = hart_state.SAMPLES
 
     @property
     def address(self) -> int:

@@ -47,6 +47,7 @@ class MachineState(ctypes.Structure):
         ("time_mult", _U64),  # guest ticks per host tick, times 2**64 / 2**12
         ("time_base", _U64),  # guest time at host tick 0
         ("harts", _U64),
+        ("regions", _U64),  # what a record's handler offset is at least when a region begins there
         ("retired", _U64),  # decoded pages whose bytes changed
         ("imsic_start", _U64),  # guest-physical address of the first IMSIC page
         ("imsic_size", _U64),  # bytes from there to the end of the last one

@@ -16,6 +16,7 @@ from kvmcore.ir.value import Value, const, select
 
 if TYPE_CHECKING:
     from kvmcore.engine.native_hart import Code, HandlerHart
+    from kvmcore.engine.region_hart import RegionHart
 
 _MASKED = 0x1F80  # all exceptions masked, nothing flushed
 _FLAG_BITS = 0x3F
@@ -80,7 +81,7 @@ class FloatingPoint:
         return _effect("load", (self._code.address(name),), 8, ("plain", 1))
 
     # -- operations ------------------------------------------------------------------------------------------
-    def operation(self, h: HandlerHart, name: str, args: tuple[Value, ...], rm: Value | int | None) -> Value:
+    def operation(self, h: HandlerHart | RegionHart, name: str, args: tuple[Value, ...], rm: Value | int | None) -> Value:
         """One operation of softfloat.py ("f32.add"), rounded by rm, which is known, or by frm where rm is
         7.
         """

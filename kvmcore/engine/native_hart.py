@@ -86,7 +86,7 @@ class Code:
     """What all native code can do. `s` is the address of the hart's block."""
 
     def __init__(self) -> None:
-        self.s = param("s") if isinstance(self, HandlerHart) else param("p0")
+        self.s = param("p0") if isinstance(self, FunctionHart) else param("s")
         self.x = Registers(self, "x")
         self.f = Registers(self, "f")
         self._fp = FloatingPoint(self)
@@ -178,7 +178,43 @@ class FunctionHart(Code):
         returns(u64(0), TRAPPED)
 
 
-class HandlerHart(Code):
+class Atomics(Code):
+    """LR, SC, AMO and FENCE on the host's atomic instructions, wherever the host address comes from."""
+
+    def _exclusive(self, address: Value, size: int, write: bool) -> Value:
+        """Host address of an aligned atomic access."""
+        raise NotImplementedError
+
+    def load_reserved(self, address: Value, size: int) -> Value:
+        host = self._exclusive(address, size, False)
+        value = load(host, 8 * size, "atomic")
+        self.set("reservation_address", host)
+        self.set("reservation_value", value.zext(64))
+        self.set("reservation_valid", size)
+        return value
+
+    def store_conditional(self, address: Value, value: Value) -> Value:
+        host = self._exclusive(address, value.width // 8, True)
+        held = self.get("reservation_valid") == value.width // 8
+        same = self.get("reservation_address") == host
+        self.set("reservation_valid", 0)
+        if held & same:
+            old = self.get("reservation_value").trunc(value.width)
+            return ~compare_exchange(host, old, value)
+        return Value(1, 1)
+
+    def amo(self, operation: str, address: Value, value: Value) -> Value:
+        host = self._exclusive(address, value.width // 8, True)
+        names = {"swap": "xchg", "maxu": "umax", "minu": "umin"}
+        return atomic(names.get(operation, operation), host, value)
+
+    def fence(self, pred: Value, succ: Value) -> None:
+        """Only stores before loads can be reordered by an x86 host."""
+        if ((pred & 5) != 0) & ((succ & 10) != 0):
+            tracer().effect("fence", (), 0, ("seq_cst",))
+
+
+class HandlerHart(Atomics):
     """Code of one instruction, or of a routine between instructions.
 
     memory: "fast" or "slow"; near: the instruction's branch stays in its page; at: where pc comes from when
@@ -302,29 +338,6 @@ class HandlerHart(Code):
             self.failed(status)
         return host
 
-    def load_reserved(self, address: Value, size: int) -> Value:
-        host = self._exclusive(address, size, False)
-        value = load(host, 8 * size, "atomic")
-        self.set("reservation_address", host)
-        self.set("reservation_value", value.zext(64))
-        self.set("reservation_valid", size)
-        return value
-
-    def store_conditional(self, address: Value, value: Value) -> Value:
-        host = self._exclusive(address, value.width // 8, True)
-        held = self.get("reservation_valid") == value.width // 8
-        same = self.get("reservation_address") == host
-        self.set("reservation_valid", 0)
-        if held & same:
-            old = self.get("reservation_value").trunc(value.width)
-            return ~compare_exchange(host, old, value)
-        return Value(1, 1)
-
-    def amo(self, operation: str, address: Value, value: Value) -> Value:
-        host = self._exclusive(address, value.width // 8, True)
-        names = {"swap": "xchg", "maxu": "umax", "minu": "umin"}
-        return atomic(names.get(operation, operation), host, value)
-
     def zero_block(self, address: Value, size: int) -> None:
         host = self._exclusive(address, 1, True) & -size
         for offset in range(0, size, 8):
@@ -334,11 +347,6 @@ class HandlerHart(Code):
         _, status = call("check_block", self.s, address)
         if status != OK:
             self.failed(status)
-
-    def fence(self, pred: Value, succ: Value) -> None:
-        """Only stores before loads can be reordered by an x86 host."""
-        if ((pred & 5) != 0) & ((succ & 10) != 0):
-            tracer().effect("fence", (), 0, ("seq_cst",))
 
     def fence_i(self) -> None:
         call("flush_fetch", self.s)

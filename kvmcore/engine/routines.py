@@ -11,7 +11,7 @@ from typing import cast
 
 from kvmcore.engine import code_pages, hart_state, softmmu
 from kvmcore.engine.exits import ExitKind
-from kvmcore.engine.native_hart import OK, FunctionHart, HandlerHart, call, param, returns, store, tracer
+from kvmcore.engine.native_hart import OK, PAGE_MASK, FunctionHart, HandlerHart, call, load, param, returns, store, tracer
 from kvmcore.ir.value import select, u64
 from kvmcore.isa import imsic, traps
 from kvmcore.isa.hart import Hart
@@ -56,6 +56,29 @@ def interrupts(h: HandlerHart) -> None:
         h.set("trap_cause", cause)
         h.set("trap_value", 0)
         h.tail("take_trap", pc)
+    if h.get("sample_count") < hart_state.SAMPLES:
+        h.tail("sample", pc)
+    h.go(pc, h.ic)
+
+
+def sample(h: HandlerHart) -> None:
+    """(a0 pc): note where time is spent, for the translator; then go on there.
+
+    One look every SLICE instructions sees loops and what is called often, at no cost elsewhere.
+    """
+    pc = param("a0")
+    entry = h.tlb + (((pc >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) << 4)
+    if load(entry + hart_state.FETCH_TLB_OFFSET) != (pc & PAGE_MASK):
+        h.go(pc, h.ic)
+    record = (pc << 2) + load(entry + (hart_state.FETCH_TLB_OFFSET + 8))
+    if load(record, 32).zext(64) >= load(h.machine("regions")):
+        h.go(pc, h.ic)
+    count = h.get("sample_count")
+    h.set_at("samples", count, record)
+    h.set("sample_count", count + 1)
+    if count == hart_state.SAMPLES - 1:
+        h.set("exit_kind", int(ExitKind.PROFILE))
+        h.tail("leave", pc)
     h.go(pc, h.ic)
 
 
@@ -111,6 +134,8 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "host_for_store": (3, softmmu.host_for_function(True)),
     **{f"slow_load_{size}": (2, softmmu.slow_load_function(size)) for size in (1, 2, 4, 8)},
     **{f"slow_store_{size}": (3, softmmu.slow_store_function(size)) for size in (1, 2, 4, 8)},
+    **{f"again_load_{size}": (2, softmmu.again_load_function(size)) for size in (1, 2, 4, 8)},
+    **{f"again_store_{size}": (3, softmmu.again_store_function(size)) for size in (1, 2, 4, 8)},
     "send_msi": (2, softmmu.send_msi),
     "atomic_address": (3, softmmu.atomic_address),
     "check_block": (2, softmmu.check_block),
@@ -137,11 +162,13 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
 HANDLERS: dict[str, tuple[Callable[[HandlerHart], None], bool]] = {
     "decode": (code_pages.decode_here, False),
     "straddle": (code_pages.straddle, True),
+    "interpret": (code_pages.interpret, True),
     "page_end": (code_pages.page_end, False),
     "fetch_miss": (code_pages.fetch_miss, True),
     "poll": (poll, True),
     "serve": (serve, True),
     "interrupts": (interrupts, True),
+    "sample": (sample, True),
     "take_trap": (take_trap, True),
     "trap_instruction": (trap_instruction, True),
     "enter": (enter, True),

@@ -216,6 +216,37 @@ def slow_store_function(size: int) -> Callable[[FunctionHart], None]:
     return slow_store
 
 
+def _hit(h: Code, va: Value, size: int, write: bool) -> tuple[Value, Value]:
+    """Whether the TLB has all of an access, and the host's address if it has."""
+    entry = h.get("tlb") + ((va >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))
+    return load(entry + (8 if write else 0)) == ((va + (size - 1)) & PAGE_MASK), va + load(entry + 16)
+
+
+def again_load_function(size: int) -> Callable[[FunctionHart], None]:
+    def again_load(h: FunctionHart) -> None:
+        """slow_load for a region, which may come here for an access that hits: it looks at several at once."""
+        va = p1()
+        hit, host = _hit(h, va, size, False)
+        if hit:
+            returns(load(host, 8 * size, "volatile", 1).zext(64))
+        returns(*call(f"slow_load_{size}", h.s, va))
+
+    return again_load
+
+
+def again_store_function(size: int) -> Callable[[FunctionHart], None]:
+    def again_store(h: FunctionHart) -> None:
+        """slow_store, as again_load."""
+        va, value = p1(), p2()
+        hit, host = _hit(h, va, size, True)
+        if hit:
+            store(host, value.trunc(8 * size), "volatile", 1)
+            returns(u64(0))
+        returns(*call(f"slow_store_{size}", h.s, va, value))
+
+    return again_store
+
+
 def send_msi(h: FunctionHart) -> None:
     """(identity), exit_gpa: a store to seteipnum_le of a hart that runs; EXITED if it is not that.
 

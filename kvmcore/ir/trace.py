@@ -47,7 +47,9 @@ class TraceError(Exception):
 class Tracer:
     """Records the operations of one function; `pure` and `effect` are what Values and harts call."""
 
-    def __init__(self, max_paths: int = 4096) -> None:
+    def __init__(self, max_paths: int = 4096, prefix: str = "") -> None:
+        """`prefix` begins the name of every result: traces that share a function need different ones."""
+        self._prefix = prefix
         self.root = Block(0)
         self.blocks: list[Block] = [self.root]
         self._max_paths = max_paths
@@ -136,7 +138,7 @@ class Tracer:
             if op.opcode != opcode or op.attrs != attrs or [a.key for a in op.args] != [a.key for a in args]:
                 raise TraceError(f"{opcode}: recorded as {op.opcode} in an earlier run")
         else:
-            name = f"v{block.number}_{len(block.ops)}"
+            name = f"{self._prefix}v{block.number}_{len(block.ops)}"
             op = Op(opcode, args, attrs, Value(width, None, name) if width else None)
             block.ops.append(op)
         self._cursor += 1

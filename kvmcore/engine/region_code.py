@@ -1,0 +1,406 @@
+"""A region as the text of one LLVM function with a handler's signature.
+
+Guest registers are variables (allocas that LLVM turns into SSA): loaded at the entry, those that may have changed
+stored at every exit. Whatever is rare leaves: a trap or an instruction's odd case goes back to the interpreter at
+that instruction ("aside"). Everything is relative to the parameters, so the code runs wherever it is mapped.
+Runs in the translator; the text is parsed by region_compiler.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvmcore.engine import hart_state
+from kvmcore.engine.region_hart import trace
+from kvmcore.engine.regions import Block, Code, Region, Step
+from kvmcore.ir.llvm_text import HANDLER_PARAMETERS, Emitter, literal, typed
+from kvmcore.ir.trace import Block as TraceBlock
+from kvmcore.ir.trace import Op
+
+_PARAMETERS = ", ".join(f"i64 %{name}" for name in HANDLER_PARAMETERS)
+_LIKELY, _UNLIKELY = "!prof !0", "!prof !1"
+_STATE, _GUEST, _TLB = "!tbaa !2", "!tbaa !3", "!tbaa !4"
+_METADATA = """
+!0 = !{!"branch_weights", i32 10000, i32 1}
+!1 = !{!"branch_weights", i32 1, i32 10000}
+!2 = !{!6, !6, i64 0}
+!3 = !{!7, !7, i64 0}
+!4 = !{!8, !8, i64 0}
+!5 = !{!"softkvm"}
+!6 = !{!"state", !5}
+!7 = !{!"guest", !5}
+!8 = !{!"tlb", !5}
+"""
+#: Return sites that a return is compared with at most.
+_COMPARED = 6
+_DATA_MASK = (hart_state.DATA_TLB_ENTRIES - 1) << 5
+_FETCH_MASK = hart_state.FETCH_TLB_ENTRIES - 1
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where the emission is: a step of a block, what may have been written so far, steps done in this block."""
+
+    block: Block
+    step: Step
+    done: int
+    dirty: frozenset[str]
+    prefix: str
+
+
+class RegionEmitter(Emitter):
+    """Writes one region. `offsets`: the image's functions, relative to what records are relative to."""
+
+    def __init__(self, code: Code, region: Region, offsets: Mapping[str, int]) -> None:
+        super().__init__()
+        self._code, self._region, self._offsets = code, region, offsets
+        self._traces = {step.delta: trace(step, f"i{_label(step.delta)}.") for step in region.steps}
+        self._written = {delta: _registers(blocks, "setreg") for delta, blocks in self._traces.items()}
+        self._dirty_in = self._dataflow()
+        self._lines: list[str] = []
+        self._place: _Place
+
+    def text(self) -> str:
+        """The module."""
+        used: set[str] = set()
+        for blocks in self._traces.values():
+            used |= _registers(blocks, "getreg") | _registers(blocks, "setreg")
+        for block in self._region.blocks.values():
+            self._block(block)
+        entry = ["entry:", "  %pc4 = sub i64 %ip, %ab", "  %pc0 = ashr i64 %pc4, 2", "  %icv = alloca i64"]
+        entry.append("  store i64 %ic, ptr %icv")
+        for name in sorted(used):
+            entry += [f"  %{name} = alloca i64", *(f"  {line}" for line in self._register(name, f"init.{name}"))]
+            entry += [f"  %init.{name} = load i64, ptr %init.{name}.p, {_STATE}", f"  store i64 %init.{name}, ptr %{name}"]
+        entry.append("  br label %B0")
+        body = "\n".join([*entry, *self._lines])
+        self.raw(f"define preserve_nonecc void @region({_PARAMETERS}) #0 {{\n{body}\n}}\n")
+        return self.module() + _METADATA
+
+    # -- what may have been written ----------------------------------------------------------------------------
+    def _dataflow(self) -> dict[int, frozenset[str]]:
+        """For each block the registers that may have been written between the region's entry and its start."""
+        blocks = self._region.blocks
+        found: dict[int, frozenset[str]] = {start: frozenset() for start in blocks}
+        waiting = list(blocks)
+        while waiting:
+            block = blocks[waiting.pop()]
+            out = found[block.start].union(*(self._written[step.delta] for step in block.steps))
+            for successor in self._successors(block.steps[-1]):
+                if successor in blocks and not out <= found[successor]:
+                    found[successor] |= out
+                    waiting.append(successor)
+        return found
+
+    def _successors(self, step: Step) -> list[int]:
+        if step.kind == "jalr":
+            return self._region.return_sites if step.returns else []
+        if step.kind == "jal":
+            return [step.target]
+        return [step.next, step.target] if step.kind == "branch" else [step.next]
+
+    # -- blocks ------------------------------------------------------------------------------------------------
+    def _out(self, *lines: str) -> None:
+        self._lines.extend(f"  {line}" for line in lines)
+
+    def _label(self, name: str) -> None:
+        self._lines.append(f"{name}:")
+
+    def _block(self, block: Block) -> None:
+        dirty = self._dirty_in[block.start]
+        self._label(f"B{_label(block.start)}")
+        for index, step in enumerate(block.steps):
+            prefix = f"i{_label(step.delta)}"
+            self._place = _Place(block, step, index, dirty, prefix)
+            self._out(f"br label %{prefix}.b0")
+            self._step(self._traces[step.delta])
+            dirty |= self._written[step.delta]
+            if index + 1 < len(block.steps):
+                self._label(f"{prefix}.next")
+        last = block.steps[-1]
+        if last.kind in ("plain", "branch"):  # falls out of the block's end
+            self._place = _Place(block, last, len(block.steps), dirty, f"i{_label(last.delta)}")
+            self._label(f"i{_label(last.delta)}.next")
+            self._go_to(last.next, taken=False)
+
+    def _step(self, blocks: list[TraceBlock]) -> None:
+        place = self._place
+        for block in blocks:
+            self._label(f"{place.prefix}.b{block.number}")
+            for op in block.ops:
+                self._operation(op)
+            if block.condition is not None:
+                assert block.if_true is not None
+                assert block.if_false is not None
+                yes, no = (f"label %{place.prefix}.b{side.number}" for side in (block.if_true, block.if_false))
+                weights = ""
+                if _leaves(block.if_true) != _leaves(block.if_false):
+                    weights = ", " + (_UNLIKELY if _leaves(block.if_true) else _LIKELY)
+                self._out(f"br i1 {literal(block.condition)}, {yes}, {no}{weights}")
+
+    def _operation(self, op: Op) -> None:
+        name = op.result.name if op.result is not None else ""
+        place = self._place
+        match op.opcode:
+            case "getreg":
+                self._out(f"%{name} = load i64, ptr %{op.attrs[0]}")
+            case "setreg":
+                self._out(f"store {typed(op.args[0])}, ptr %{op.attrs[0]}")
+            case "pc":
+                self._out(f"%{name} = add i64 %pc0, {place.step.delta}")
+            case "gload":
+                assert op.result is not None
+                self._guest_load(op, name, op.result.width)
+            case "gstore":
+                self._guest_store(op)
+            case "ghost":
+                self._guest_host(op, name)
+            case "next":
+                self._out(f"br label %{place.prefix}.next")
+            case "goto":
+                place.done += 1
+                place.dirty |= self._written[place.step.delta]
+                self._go_to(place.step.delta + int(str(op.attrs[0])), taken=True)
+                place.done -= 1
+            case "jump":
+                self._jump(literal(op.args[0]))
+            case "aside":
+                self._aside()
+            case "load" | "store":
+                lines = self._op(op)
+                if "volatile" not in lines[-1] and "atomic" not in lines[-1]:
+                    lines[-1] += f", {_STATE}"
+                self._out(*lines)
+            case _:
+                self._out(*self._op(op))
+
+    # -- going on ------------------------------------------------------------------------------------------------
+    def _count(self) -> str:
+        """The name of `ic` with this block's finished steps counted."""
+        before, after = self.fresh(), self.fresh()
+        self._out(f"%{before} = load i64, ptr %icv", f"%{after} = add i64 %{before}, {self._place.done}")
+        return f"%{after}"
+
+    def _go_to(self, delta: int, taken: bool) -> None:
+        """On to another block, or out of the region."""
+        inside = delta in self._region.blocks
+        backward = delta <= self._place.step.delta
+        count = self._count()
+        if taken and (backward or not inside):
+            self._poll(count, self._address(delta))
+        if inside:
+            self._out(f"store i64 {count}, ptr %icv", f"br label %B{_label(delta)}")
+        else:
+            self._leave(delta, count)
+
+    def _address(self, delta: int) -> str:
+        pc = self.fresh()
+        self._out(f"%{pc} = add i64 %pc0, {delta}")
+        return f"%{pc}"
+
+    def _poll(self, count: str, pc: str) -> None:
+        """Where other threads, time and interrupts are looked at, as at every taken branch of tier 1."""
+        n = self.fresh()
+        self._out(
+            f"%{n}a = add i64 %s, {hart_state.offset('limit')}",
+            f"%{n}p = inttoptr i64 %{n}a to ptr",
+            f"%{n}l = load volatile i64, ptr %{n}p",
+            f"%{n}c = icmp uge i64 {count}, %{n}l",
+            f"br i1 %{n}c, label %{n}.poll, label %{n}.go, {_UNLIKELY}",
+        )
+        self._label(f"{n}.poll")
+        self._spill()
+        self._tail("poll", count, a0=pc)
+        self._label(f"{n}.go")
+
+    def _leave(self, delta: int, count: str) -> None:
+        """By the record of an instruction of the head's page, by the fetch TLB elsewhere."""
+        self._spill()
+        if self._code.page(delta) == 0:
+            n = self.fresh()
+            self._out(f"%{n} = add i64 %ip, {4 * delta}")
+            self._dispatch(f"%{n}", "%ab", count)
+        else:
+            self._go(self._address(delta), count)
+
+    def _aside(self) -> None:
+        """The interpreter does this step from its beginning. The head's own record leads back here, so it is passed by."""
+        count = self._count()
+        if self._place.step.delta:
+            self._leave(self._place.step.delta, count)
+        else:
+            self._spill()
+            self._tail("interpret", count, a0="%pc0")
+
+    def _jump(self, target: str) -> None:
+        """To an address in a register: a return of a call of this region stays inside."""
+        place = self._place
+        place.done += 1
+        place.dirty |= self._written[place.step.delta]
+        count = self._count()
+        for site in self._region.return_sites[:_COMPARED] if place.step.returns else ():
+            n = self.fresh()
+            expected = self._address(site)
+            self._out(f"%{n} = icmp eq i64 {target}, {expected}")
+            self._out(f"br i1 %{n}, label %{n}.yes, label %{n}.no")
+            self._label(f"{n}.yes")
+            if site <= place.step.delta:
+                self._poll(count, expected)
+            self._out(f"store i64 {count}, ptr %icv", f"br label %B{_label(site)}")
+            self._label(f"{n}.no")
+        self._poll(count, target)
+        self._spill()
+        self._go(target, count)
+        place.done -= 1
+
+    def _go(self, target: str, count: str) -> None:
+        """HandlerHart.go: by the fetch TLB."""
+        n = self.fresh()
+        self._out(
+            f"%{n}i = lshr i64 {target}, 12",
+            f"%{n}m = and i64 %{n}i, {_FETCH_MASK}",
+            f"%{n}o = shl i64 %{n}m, 4",
+            f"%{n}e = add i64 %tlb, %{n}o",
+            f"%{n}ta = add i64 %{n}e, {hart_state.FETCH_TLB_OFFSET}",
+            f"%{n}tp = inttoptr i64 %{n}ta to ptr",
+            f"%{n}t = load i64, ptr %{n}tp, {_TLB}",
+            f"%{n}g = and i64 {target}, -4096",
+            f"%{n}h = icmp eq i64 %{n}t, %{n}g",
+            f"br i1 %{n}h, label %{n}.hit, label %{n}.miss, {_LIKELY}",
+        )
+        self._label(f"{n}.miss")
+        self._tail("fetch_miss", count, a0=target)
+        self._label(f"{n}.hit")
+        self._out(
+            f"%{n}ba = add i64 %{n}e, {hart_state.FETCH_TLB_OFFSET + 8}",
+            f"%{n}bp = inttoptr i64 %{n}ba to ptr",
+            f"%{n}b = load i64, ptr %{n}bp, {_TLB}",
+            f"%{n}s = shl i64 {target}, 2",
+            f"%{n}ip = add i64 %{n}s, %{n}b",
+        )
+        self._dispatch(f"%{n}ip", f"%{n}b", count)
+
+    def _dispatch(self, ip: str, ab: str, count: str) -> None:
+        n = self.fresh()
+        self._out(
+            f"%{n}p = inttoptr i64 {ip} to ptr",
+            f"%{n}o = load i32, ptr %{n}p",
+            f"%{n}x = zext i32 %{n}o to i64",
+            f"%{n}h = add i64 %base, %{n}x",
+            f"%{n}t = inttoptr i64 %{n}h to ptr",
+        )
+        self._musttail(f"%{n}t", ip, ab, count, "poison")
+
+    def _tail(self, handler: str, count: str, a0: str) -> None:
+        """To a routine of the image."""
+        n = self.fresh()
+        self._out(f"%{n}a = add i64 %base, {self._offsets[handler]}", f"%{n}p = inttoptr i64 %{n}a to ptr")
+        self._musttail(f"%{n}p", "%ip", "%ab", count, a0)
+
+    def _musttail(self, target: str, ip: str, ab: str, count: str, a0: str) -> None:
+        arguments = f"i64 %s, i64 {ip}, i64 {ab}, i64 %base, i64 {count}, i64 %tlb, i64 {a0}, i64 poison"
+        self._out(f"musttail call preserve_nonecc void {target}({arguments})", "ret void")
+
+    # -- registers -------------------------------------------------------------------------------------------------
+    def _register(self, name: str, at: str) -> list[str]:
+        number = int(name[1:])
+        offset = hart_state.offset(name[0]) + 8 * number
+        return [f"%{at}.a = add i64 %s, {offset}", f"%{at}.p = inttoptr i64 %{at}.a to ptr"]
+
+    def _spill(self) -> None:
+        for name in sorted(self._place.dirty):
+            n = self.fresh()
+            self._out(f"%{n} = load i64, ptr %{name}", *self._register(name, n))
+            self._out(f"store i64 %{n}, ptr %{n}.p, {_STATE}")
+
+    # -- guest memory ------------------------------------------------------------------------------------------------
+    def _lookup(self, address: str, size: int, write: bool, n: str) -> None:
+        """Branches to n.fast, where %n.host is the host's address, or to n.slow."""
+        self._out(
+            f"%{n}.i = lshr i64 {address}, 7",
+            f"%{n}.m = and i64 %{n}.i, {_DATA_MASK}",
+            f"%{n}.e = add i64 %tlb, %{n}.m",
+            f"%{n}.ta = add i64 %{n}.e, {8 if write else 0}",
+            f"%{n}.tp = inttoptr i64 %{n}.ta to ptr",
+            f"%{n}.t = load i64, ptr %{n}.tp, {_TLB}",
+            f"%{n}.l = add i64 {address}, {size - 1}",
+            f"%{n}.g = and i64 %{n}.l, -4096",
+            f"%{n}.h = icmp eq i64 %{n}.t, %{n}.g",
+            f"br i1 %{n}.h, label %{n}.fast, label %{n}.slow, {_LIKELY}",
+        )
+        self._label(f"{n}.fast")
+        self._out(
+            f"%{n}.da = add i64 %{n}.e, 16",
+            f"%{n}.dp = inttoptr i64 %{n}.da to ptr",
+            f"%{n}.d = load i64, ptr %{n}.dp, {_TLB}",
+            f"%{n}.host = add i64 {address}, %{n}.d",
+            f"%{n}.hp = inttoptr i64 %{n}.host to ptr",
+        )
+
+    def _call(self, function: str, arguments: str, n: str) -> None:
+        """A routine of the image, from a slow path; an access that it could not do is the interpreter's."""
+        self._out(
+            f"%{n}.fa = add i64 %base, {self._offsets[function]}",
+            f"%{n}.fp = inttoptr i64 %{n}.fa to ptr",
+            f"%{n}.r = call preserve_mostcc i64 %{n}.fp(i64 %s, {arguments})",
+            f"%{n}.sa = add i64 %s, {hart_state.offset('region_status')}",
+            f"%{n}.sp = inttoptr i64 %{n}.sa to ptr",
+            f"%{n}.st = load i64, ptr %{n}.sp, {_STATE}",
+            f"%{n}.ok = icmp eq i64 %{n}.st, 0",
+            f"br i1 %{n}.ok, label %{n}.did, label %{n}.not, {_LIKELY}",
+        )
+        self._label(f"{n}.not")
+        self._aside()
+        self._label(f"{n}.did")
+
+    def _guest_load(self, op: Op, name: str, width: int) -> None:
+        address, n = literal(op.args[0]), self.fresh()
+        self._lookup(address, width // 8, False, n)
+        self._out(f"%{n}.v = load volatile i{width}, ptr %{n}.hp, align 1, {_GUEST}", f"br label %{n}.done")
+        self._label(f"{n}.slow")
+        self._call(f"region_load_{width // 8}", f"i64 {address}", n)
+        value = f"%{n}.r"
+        if width < 64:
+            self._out(f"%{n}.w = trunc i64 %{n}.r to i{width}")
+            value = f"%{n}.w"
+        self._out(f"br label %{n}.done")
+        self._label(f"{n}.done")
+        self._out(f"%{name} = phi i{width} [ %{n}.v, %{n}.fast ], [ {value}, %{n}.did ]")
+
+    def _guest_store(self, op: Op) -> None:
+        address, value, n = literal(op.args[0]), op.args[1], self.fresh()
+        self._lookup(address, value.width // 8, True, n)
+        self._out(f"store volatile {typed(value)}, ptr %{n}.hp, align 1, {_GUEST}", f"br label %{n}.done")
+        self._label(f"{n}.slow")
+        wide = literal(value)
+        if value.width < 64:
+            self._out(f"%{n}.w = zext {typed(value)} to i64")
+            wide = f"%{n}.w"
+        self._call(f"region_store_{value.width // 8}", f"i64 {address}, i64 {wide}", n)
+        self._out(f"br label %{n}.done")
+        self._label(f"{n}.done")
+
+    def _guest_host(self, op: Op, name: str) -> None:
+        """The host's address of an atomic access; a miss is the interpreter's."""
+        size, write = op.attrs
+        n = self.fresh()
+        self._lookup(literal(op.args[0]), int(str(size)), bool(write), n)
+        self._out(f"br label %{n}.done")
+        self._label(f"{n}.slow")
+        self._aside()
+        self._label(f"{n}.done")
+        self._out(f"%{name} = add i64 %{n}.host, 0")
+
+
+def _registers(blocks: list[TraceBlock], opcode: str) -> frozenset[str]:
+    return frozenset(str(op.attrs[0]) for block in blocks for op in block.ops if op.opcode == opcode)
+
+
+def _leaves(block: TraceBlock) -> bool:
+    return bool(block.ops) and block.ops[-1].opcode == "aside"
+
+
+def _label(delta: int) -> str:
+    """A delta in a name."""
+    return str(delta) if delta >= 0 else f"m{-delta}"
