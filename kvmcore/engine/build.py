@@ -70,6 +70,11 @@ define i64 @signal(i64 %s, i64 %flags) #1 {{
   store atomic i64 0, ptr %lp seq_cst, align 8
   ret i64 0
 }}
+define i64 @decode_record(i64 %raw, i64 %offset) #1 {{
+  %r = call fastcc {{i64, i64}} @decode_word(i64 %raw, i64 %offset)
+  %v = extractvalue {{i64, i64}} %r, 0
+  ret i64 %v
+}}
 define i64 @ticks() #1 {{
   %r = call i64 @llvm.readcyclecounter()
   ret i64 %r

@@ -77,6 +77,7 @@ def decoded_page(h: FunctionHart) -> None:
         if changed == 0:
             store(page + machine_state.PAGE_CHECKED, epoch)
             returns(page)
+        store(page + machine_state.PAGE_IDENTITY, u64(0))
         if load(h.machine("harts")) == 1:
             call("zero", page + machine_state.PAGE_RECORDS, u64(2048 * machine_state.RECORD))
             call("copy", page + machine_state.PAGE_COPY, host, u64(4096))
@@ -90,6 +91,7 @@ def decoded_page(h: FunctionHart) -> None:
     store(h.machine("pool_used"), used + machine_state.PAGE_STRIDE)
     fresh = load(h.machine("pool")) + used
     store(fresh + machine_state.PAGE_GPA, gpa)
+    store(fresh + machine_state.PAGE_IDENTITY, u64(0))
     store(fresh + machine_state.PAGE_HOST, host)
     store(fresh + machine_state.PAGE_NEXT, load(bucket))
     store(fresh + machine_state.PAGE_CHECKED, load(h.machine("epoch"), 64, "volatile"))

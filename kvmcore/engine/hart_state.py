@@ -121,7 +121,7 @@ FIELDS: tuple[Field, ...] = (
     _f("tlb_blocks", 64, "the TLBs (see TLB_BLOCK)", TLB_BLOCKS * TLB_BLOCK // 8),
     _f("region_status", 64, "what region_load_* and region_store_* found: 0, or the interpreter does it"),
     _f("sample_count", 64, "samples taken since Python has looked; SAMPLES: none are taken"),
-    _f("samples", 64, "addresses of records that the poll went on at, where no region begins", SAMPLES),
+    _f("samples", 64, "where the poll went on, and no region begins", SAMPLES),
     # -- counters --------------------------------------------------------------------------------------------
     _f("count_fill", 64, "data TLB misses"),
     _f("count_fetch_fill", 64, "fetch TLB misses"),

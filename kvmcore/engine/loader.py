@@ -82,6 +82,7 @@ class Image:
         self.atomic_or = ctypes.CFUNCTYPE(word, word, word)(self.address("atomic_or64"))
         self.atomic_and = ctypes.CFUNCTYPE(word, word, word)(self.address("atomic_and64"))
         self.signal = ctypes.CFUNCTYPE(word, word, word)(self.address("signal"))
+        self._decode = ctypes.CFUNCTYPE(word, word, word)(self.address("decode_record"))
         self.ticks = ctypes.CFUNCTYPE(word)(self.address("ticks"))
 
     def address(self, name: str) -> int:
@@ -99,6 +100,13 @@ class Image:
     def _mprotect(self, protection: int) -> None:
         if self._libc.mprotect(ctypes.c_void_p(self._base), ctypes.c_size_t(self._room), protection):
             raise EngineError(f"cannot map the engine image executable: {os.strerror(ctypes.get_errno())}")
+
+    def decode(self, page: bytes, offset: int) -> int:
+        """The record of the instruction at `offset` of a page, which has all of it."""
+        raw = int.from_bytes(page[offset : offset + 4], "little")
+        return int(self._decode(raw if raw & 3 == 3 else raw & 0xFFFF, offset))
+
+    arena_bytes = ARENA_BYTES
 
     @property
     def arena(self) -> int:

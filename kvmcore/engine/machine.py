@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EOPNOTSUPP
+from typing import TYPE_CHECKING
 
 from kvmcore.engine import hart_state, machine_state
 from kvmcore.engine.completion import destination, is_plain, plain_access
@@ -22,6 +23,9 @@ from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.hart_state import HartState
 from kvmcore.engine.host_clock import HostClock
 from kvmcore.engine.loader import Image
+
+if TYPE_CHECKING:
+    from kvmcore.engine.hot_code import HotCode
 
 STIP = 1 << 5
 U64 = (1 << 64) - 1
@@ -71,6 +75,15 @@ class Machine:
         self.clock = HostClock.shared(image)
         self.set_time(0)
         self.state.regions = 1 << 32  # a record's offset has 32 bits: none
+        self.hot_code: HotCode | None = None
+
+    def translate(self, path: str) -> None:
+        """From now on hot code is translated, by the translator that listens on `path`."""
+        from kvmcore.engine.hot_code import HotCode
+
+        self.hot_code = HotCode(self, self.image, path)
+        for hart in self.harts:
+            hart.state.sample_count = 0
 
     @property
     def address(self) -> int:
@@ -98,7 +111,7 @@ class Machine:
             slot.dirty = view.dirty_bitmap
         self.state.slots, self.state.slot_count = ctypes.addressof(slots), len(slots)
         self._slots = slots
-        self._forget_decoded()
+        self.forget_decoded()
         for hart in self.harts:
             hart.flush_tlb()
 
@@ -115,12 +128,13 @@ class Machine:
             self.state.imsic_harts = ctypes.addressof(table)
             self._imsics = table
 
-    def _forget_decoded(self) -> None:
+    def forget_decoded(self) -> None:
         """Drop all decoded pages; no hart is in native code."""
         ctypes.memset(ctypes.addressof(self.state.buckets), 0, ctypes.sizeof(self.state.buckets))
         if self.state.pool_used:
             self._pool.madvise(mmap.MADV_DONTNEED)
         self.state.pool_used = 0
+        self.flushes_of_pool += 1
         self.state.retired = 0
         for hart in self.harts:
             hart.flush_icache()
@@ -129,8 +143,7 @@ class Machine:
         """Called by a hart that found the pool full."""
         with self.quiesce():
             if self.state.pool_used + machine_state.PAGE_STRIDE > self.pool_bytes:
-                self.flushes_of_pool += 1
-                self._forget_decoded()
+                self.forget_decoded()
 
     @contextmanager
     def quiesce(self) -> Iterator[None]:
@@ -209,7 +222,7 @@ class Hart:
         state.dirty_budget = 1 << 62
         state.tlb = self._address + hart_state.offset("tlb_blocks")
         state.context_satp = U64  # no satp: the first entry flushes
-        state.sample_count = hart_state.SAMPLES
+        state.sample_count = 0 if self.machine.hot_code is not None else hart_state.SAMPLES
 
     @property
     def address(self) -> int:
@@ -232,6 +245,9 @@ class Hart:
                 kind = self.emulate()
                 if kind != ExitKind.NONE:
                     return kind
+            elif kind == ExitKind.PROFILE:
+                assert self.machine.hot_code is not None
+                self.machine.hot_code.take(self)
             elif kind == ExitKind.POOL_FULL:
                 self.machine.reclaim_decoded()
             elif kind in (ExitKind.MMIO_READ, ExitKind.MMIO_WRITE) and not is_plain(self.state.exit_insn):

@@ -65,6 +65,8 @@ PAGE_GPA = 0
 PAGE_HOST = 8
 PAGE_NEXT = 16
 PAGE_CHECKED = 24
+#: What the page's bytes are, for regions that go on in it: a keyed hash of them, or 0 while nobody knows.
+PAGE_IDENTITY = 32
 PAGE_HEADER = 64
 PAGE_COPY = PAGE_HEADER
 PAGE_RECORDS = PAGE_HEADER + 4096 + 64

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvmcore.engine import hart_state
+from kvmcore.engine import hart_state, machine_state
 from kvmcore.engine.region_hart import trace
 from kvmcore.engine.regions import Block, Code, Region, Step
 from kvmcore.ir.llvm_text import HANDLER_PARAMETERS, Emitter, literal, typed
@@ -52,9 +52,12 @@ class _Place:
 class RegionEmitter(Emitter):
     """Writes one region. `offsets`: the image's functions, relative to what records are relative to."""
 
-    def __init__(self, code: Code, region: Region, offsets: Mapping[str, int]) -> None:
+    def __init__(
+        self, code: Code, region: Region, offsets: Mapping[str, int], identities: Mapping[int, int]
+    ) -> None:
+        """`identities`: of the pages other than the head's, by number (see PAGE_IDENTITY in machine_state.py)."""
         super().__init__()
-        self._code, self._region, self._offsets = code, region, offsets
+        self._code, self._region, self._offsets, self._identities = code, region, offsets, identities
         self._traces = {step.delta: trace(step, f"i{_label(step.delta)}.") for step in region.steps}
         self._written = {delta: _registers(blocks, "setreg") for delta, blocks in self._traces.items()}
         self._dirty_in = self._dataflow()
@@ -188,18 +191,43 @@ class RegionEmitter(Emitter):
         backward = delta <= self._place.step.delta
         count = self._count()
         if taken and (backward or not inside):
-            self._poll(count, self._address(delta))
+            self._poll(count, self._address(delta), "poll_region" if inside else "poll")
         if inside:
-            self._out(f"store i64 {count}, ptr %icv", f"br label %B{_label(delta)}")
+            self._enter(delta, count)
         else:
             self._leave(delta, count)
+
+    def _enter(self, delta: int, count: str) -> None:
+        """On to a block. On another page than the head's, what is mapped there must be what was translated.
+
+        The head's page is what the region was entered by, and translations change only outside of regions.
+        """
+        page = self._code.page(delta)
+        if page not in (0, self._code.page(self._place.step.delta)):
+            n = self.fresh()
+            target = self._address(delta)
+            self._fetch_entry(target, n)
+            self._out(
+                f"%{n}pb = shl i64 %{n}g, 2",
+                f"%{n}pa = add i64 %{n}pb, %{n}b",
+                f"%{n}ia = add i64 %{n}pa, {machine_state.PAGE_IDENTITY - machine_state.PAGE_RECORDS}",
+                f"%{n}ix = inttoptr i64 %{n}ia to ptr",
+                f"%{n}id = load i64, ptr %{n}ix, {_TLB}",
+                f"%{n}same = icmp eq i64 %{n}id, {self._identities[page]}",
+                f"br i1 %{n}same, label %{n}.in, label %{n}.out, {_LIKELY}",
+            )
+            self._label(f"{n}.out")
+            self._spill()
+            self._dispatch_at(target, n, count)
+            self._label(f"{n}.in")
+        self._out(f"store i64 {count}, ptr %icv", f"br label %B{_label(delta)}")
 
     def _address(self, delta: int) -> str:
         pc = self.fresh()
         self._out(f"%{pc} = add i64 %pc0, {delta}")
         return f"%{pc}"
 
-    def _poll(self, count: str, pc: str) -> None:
+    def _poll(self, count: str, pc: str, routine: str) -> None:
         """Where other threads, time and interrupts are looked at, as at every taken branch of tier 1."""
         n = self.fresh()
         self._out(
@@ -211,7 +239,7 @@ class RegionEmitter(Emitter):
         )
         self._label(f"{n}.poll")
         self._spill()
-        self._tail("poll", count, a0=pc)
+        self._tail(routine, count, a0=pc)
         self._label(f"{n}.go")
 
     def _leave(self, delta: int, count: str) -> None:
@@ -246,17 +274,22 @@ class RegionEmitter(Emitter):
             self._out(f"br i1 %{n}, label %{n}.yes, label %{n}.no")
             self._label(f"{n}.yes")
             if site <= place.step.delta:
-                self._poll(count, expected)
-            self._out(f"store i64 {count}, ptr %icv", f"br label %B{_label(site)}")
+                self._poll(count, expected, "poll_region")
+            self._enter(site, count)
             self._label(f"{n}.no")
-        self._poll(count, target)
+        self._poll(count, target, "poll")
         self._spill()
         self._go(target, count)
         place.done -= 1
 
     def _go(self, target: str, count: str) -> None:
-        """HandlerHart.go: by the fetch TLB."""
+        """HandlerHart.go: by the fetch TLB. Registers are in the hart's block already."""
         n = self.fresh()
+        self._fetch_entry(target, n, count)
+        self._dispatch_at(target, n, count)
+
+    def _fetch_entry(self, target: str, n: str, count: str = "") -> None:
+        """%n.b: what turns pc * 4 into the record's address. A miss leaves; without `count` registers are stored then."""
         self._out(
             f"%{n}i = lshr i64 {target}, 12",
             f"%{n}m = and i64 %{n}i, {_FETCH_MASK}",
@@ -270,15 +303,19 @@ class RegionEmitter(Emitter):
             f"br i1 %{n}h, label %{n}.hit, label %{n}.miss, {_LIKELY}",
         )
         self._label(f"{n}.miss")
+        if not count:
+            count = self._count()
+            self._spill()
         self._tail("fetch_miss", count, a0=target)
         self._label(f"{n}.hit")
         self._out(
             f"%{n}ba = add i64 %{n}e, {hart_state.FETCH_TLB_OFFSET + 8}",
             f"%{n}bp = inttoptr i64 %{n}ba to ptr",
             f"%{n}b = load i64, ptr %{n}bp, {_TLB}",
-            f"%{n}s = shl i64 {target}, 2",
-            f"%{n}ip = add i64 %{n}s, %{n}b",
         )
+
+    def _dispatch_at(self, target: str, n: str, count: str) -> None:
+        self._out(f"%{n}s = shl i64 {target}, 2", f"%{n}ip = add i64 %{n}s, %{n}b")
         self._dispatch(f"%{n}ip", f"%{n}b", count)
 
     def _dispatch(self, ip: str, ab: str, count: str) -> None:

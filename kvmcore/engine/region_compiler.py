@@ -28,9 +28,9 @@ def _machine() -> llvm.TargetMachine:
     )
 
 
-def compile_region(code: Code, region: Region, offsets: Mapping[str, int]) -> bytes:
+def compile_region(code: Code, region: Region, offsets: Mapping[str, int], identities: Mapping[int, int]) -> bytes:
     """Position-independent machine code; its entry is at its beginning."""
-    blob, functions = link(optimised(RegionEmitter(code, region, offsets).text()))
+    blob, functions = link(optimised(RegionEmitter(code, region, offsets, identities).text()))
     assert functions["region"] == 0
     return blob
 

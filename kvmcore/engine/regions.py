@@ -74,8 +74,7 @@ class Block:
 class Region:
     """What is translated at once. `blocks` by their start; the one at 0 is the head.
 
-    return_sites: where calls of this region come back to, each a block. spans: the guest bytes that it was made
-    from, as (delta, bytes).
+    return_sites: where calls of this region come back to, each a block.
     """
 
     blocks: dict[int, Block]
@@ -94,9 +93,13 @@ class Code:
     """The bytes of one or more guest pages, addressed by offset from the head."""
 
     def __init__(self, pages: Mapping[int, bytes], offset: int) -> None:
-        """`pages`: content by page number, the head's page being 0; `offset`: of the head in its page."""
+        """`pages`: content by page number, the head's page being 0; `offset`: of the head in its page.
+
+        `wanted` collects the numbers of pages that discovery would have gone on in.
+        """
         self._pages, self.offset = pages, offset
         self._decoded: dict[int, Step | None] = {}
+        self.wanted: set[int] = set()
 
     def step(self, delta: int) -> Step | None:
         """The instruction there; None if it cannot be part of a region, or its bytes are not at hand."""
@@ -110,7 +113,10 @@ class Code:
 
     def _decode(self, delta: int) -> Step | None:
         page, at = divmod(self.offset + delta, PAGE)
-        if page not in self._pages or at > PAGE - 2:
+        if page not in self._pages:
+            self.wanted.add(page)
+            return None
+        if at > PAGE - 2:
             return None
         raw = int.from_bytes(self._pages[page][at : at + 4], "little")
         if raw & 3 == 3:

@@ -22,13 +22,22 @@ SLICE = 20_000
 
 def poll(h: HandlerHart) -> None:
     """(a0 pc): look at other threads, time and interrupts; then go on there."""
-    pc = param("a0")
+    _look_around(h)
+    h.tail("interrupts", param("a0"), u64(1))
+
+
+def poll_region(h: HandlerHart) -> None:
+    """poll, from a branch inside a region: what is translated already is no sample."""
+    _look_around(h)
+    h.tail("interrupts", param("a0"), u64(0))
+
+
+def _look_around(h: HandlerHart) -> None:
     store(h.address("limit"), h.ic + SLICE, "volatile")
     tracer().effect("fence", (), 0, ("seq_cst",))
     attention = h.get("attention")
     if attention != 0:
-        h.tail("serve", pc)
-    h.tail("interrupts", pc)
+        h.tail("serve", param("a0"))
 
 
 def serve(h: HandlerHart) -> None:
@@ -49,14 +58,14 @@ def serve(h: HandlerHart) -> None:
 
 
 def interrupts(h: HandlerHart) -> None:
-    """(a0 pc): take the interrupt that is due, or go on."""
+    """(a0 pc, a1 whether to take a sample): take the interrupt that is due, or go on."""
     pc = param("a0")
     cause = traps.pending_interrupt(h)
     if cause != traps.NO_INTERRUPT:
         h.set("trap_cause", cause)
         h.set("trap_value", 0)
         h.tail("take_trap", pc)
-    if h.get("sample_count") < hart_state.SAMPLES:
+    if (param("a1") != 0) & (h.get("sample_count") < hart_state.SAMPLES):
         h.tail("sample", pc)
     h.go(pc, h.ic)
 
@@ -74,7 +83,7 @@ def sample(h: HandlerHart) -> None:
     if load(record, 32).zext(64) >= load(h.machine("regions")):
         h.go(pc, h.ic)
     count = h.get("sample_count")
-    h.set_at("samples", count, record)
+    h.set_at("samples", count, pc)
     h.set("sample_count", count + 1)
     if count == hart_state.SAMPLES - 1:
         h.set("exit_kind", int(ExitKind.PROFILE))
@@ -166,6 +175,7 @@ HANDLERS: dict[str, tuple[Callable[[HandlerHart], None], bool]] = {
     "page_end": (code_pages.page_end, False),
     "fetch_miss": (code_pages.fetch_miss, True),
     "poll": (poll, True),
+    "poll_region": (poll_region, True),
     "serve": (serve, True),
     "interrupts": (interrupts, True),
     "sample": (sample, True),

@@ -1,0 +1,259 @@
+"""The translator: one process per host that makes machine code of the hot regions of all its VMs.
+
+`python -m kvmcore.engine.translator SOCKET`, started by the daemon. VM processes connect; each gets the arena, a sealed
+memfd that only this process can write. The main thread answers what is known, a second one compiles (LLVM works with
+the GIL released). A crash costs speed, not VMs. The only process that imports LLVM while VMs run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import queue
+import selectors
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kvmcore.engine import image
+from kvmcore.engine.code_cache import CodeCache, secret
+from kvmcore.engine.loader import ARENA_BYTES, ensure_image
+from kvmcore.engine.regions import Code, discover
+from kvmcore.engine.translation import (
+    MAX_PAGES,
+    PAGE,
+    BadMessage,
+    Hello,
+    Known,
+    Message,
+    Regions,
+    Translate,
+    Wanted,
+    identity_of,
+    mark_of,
+    receive,
+    send,
+)
+
+log = logging.getLogger("kvmcore.translator")
+
+#: Requests of one VM that may wait; more are dropped, the VM asks again.
+_WAITING = 64
+_ALIGN = 64
+
+
+class Arena:
+    """Finished code. Sealed against writing by anybody who maps it later."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.fd = os.memfd_create(f"softkvm-regions-{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, ARENA_BYTES)
+        self._memory = mmap.mmap(self.fd, ARENA_BYTES)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10  # F_SEAL_FUTURE_WRITE
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
+        self.used = 0
+        self.placed: dict[bytes, dict[int, int]] = {}
+
+    def place(self, identity: bytes, offset: int, code: bytes) -> bool:
+        """Put a region's code in; False when it is full."""
+        if not code:
+            return True
+        if self.used + len(code) > ARENA_BYTES:
+            return False
+        self._memory[self.used : self.used + len(code)] = code
+        self.placed.setdefault(identity, {})[offset] = self.used
+        self.used = -(-(self.used + len(code)) // _ALIGN) * _ALIGN
+        return True
+
+
+@dataclass(eq=False)
+class Client:
+    """A connected VM process."""
+
+    sock: socket.socket
+    waiting: int = 0
+
+
+class Translator:
+    """The whole of it. serve() runs until the process is killed."""
+
+    def __init__(self, path: str) -> None:
+        self._offsets = _functions()
+        self._secret = secret()
+        self._cache = CodeCache(self._secret)
+        self._asked: dict[bytes, dict[int, bytes]] = {}
+        self._arena = Arena(1)
+        self._clients: set[Client] = set()
+        self._work: queue.Queue[tuple[Client, Translate, Code, dict[int, bytes]]] = queue.Queue()
+        self._done: queue.Queue[tuple[Client, Translate, bytes, bytes]] = queue.Queue()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(path)
+        self._listener.listen(128)
+        self._listener.setblocking(False)
+
+    def serve(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._finished)
+        threading.Thread(target=self._compile_for_ever, name="compiler", daemon=True).start()
+        while True:
+            for key, _ in self._selector.select():
+                key.data()
+
+    # -- clients -----------------------------------------------------------------------------------------------
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            log.warning("no connection taken: %s", error)
+            return
+        client = Client(sock)
+        self._clients.add(client)
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._serve(client))
+        self._send(client, Hello(self._secret, self._arena.number), [self._arena.fd])
+
+    def _send(self, client: Client, message: Message, fds: list[int] | None = None) -> None:
+        try:
+            send(client.sock, message, fds)
+        except OSError:  # gone, or not reading: a VM that gets no regions runs without
+            if isinstance(message, Hello):
+                self._drop(client)
+
+    def _drop(self, client: Client) -> None:
+        if client in self._clients:
+            self._clients.discard(client)
+            self._selector.unregister(client.sock)
+            client.sock.close()
+
+    def _serve(self, client: Client) -> None:
+        try:
+            message, fds = receive(client.sock)
+        except BlockingIOError:
+            return
+        except (OSError, BadMessage):
+            self._drop(client)
+            return
+        for fd in fds:
+            os.close(fd)
+        if isinstance(message, Known):
+            self._known(client, message)
+        elif isinstance(message, Translate) and self._sound(message):
+            self._translate(client, message)
+        else:
+            self._drop(client)
+
+    @staticmethod
+    def _sound(message: Translate) -> bool:
+        numbers = [number for number, _ in message.pages]
+        return (
+            0 < len(numbers) <= MAX_PAGES
+            and numbers[0] == 0
+            and len(set(numbers)) == len(numbers)
+            and all(len(content) == PAGE for _, content in message.pages)
+            and 0 <= message.offset < PAGE
+            and message.offset % 2 == 0
+        )
+
+    def _known(self, client: Client, message: Known) -> None:
+        identity = message.identity
+        for offset, code in self._kept(identity).items():
+            if offset not in self._arena.placed.get(identity, {}) and not self._place(identity, offset, code):
+                return
+        self._answer(client, message.page, identity, -1)
+
+    def _kept(self, identity: bytes) -> dict[int, bytes]:
+        if identity not in self._asked:
+            self._asked[identity] = self._cache.find(identity)
+        return self._asked[identity]
+
+    def _answer(self, client: Client, page: int, identity: bytes, offset: int) -> None:
+        regions = list(self._arena.placed.get(identity, {}).items())
+        if offset >= 0:
+            regions = [(head, at) for head, at in regions if head == offset]
+        self._send(client, Regions(page, identity, self._arena.number, offset, regions))
+
+    def _translate(self, client: Client, message: Translate) -> None:
+        identities = {number: identity_of(self._secret, content) for number, content in message.pages}
+        known = self._kept(identities[0])
+        if message.offset in known:
+            if self._place(identities[0], message.offset, known[message.offset]):
+                self._answer(client, message.page, identities[0], message.offset)
+            return
+        code = Code(dict(message.pages), message.offset)
+        if not message.final:
+            discover(code)
+            if code.wanted:
+                numbers = sorted(code.wanted, key=abs)[: MAX_PAGES - len(message.pages)]
+                self._send(client, Wanted(message.page, message.offset, numbers))
+                return
+        if client.waiting < _WAITING:
+            client.waiting += 1
+            self._work.put((client, message, code, identities))
+
+    # -- compiling -----------------------------------------------------------------------------------------------
+    def _compile_for_ever(self) -> None:
+        """The second thread. A region that cannot be compiled is one that the interpreter keeps."""
+        while True:
+            client, message, code, identities = self._work.get()
+            blob = b""
+            try:
+                region = discover(code)
+                if region is not None:
+                    from kvmcore.engine.region_compiler import compile_region  # LLVM, at the first hot region
+
+                    marks = {number: mark_of(identity) for number, identity in identities.items()}
+                    blob = compile_region(code, region, self._offsets, marks)
+            except Exception:
+                log.exception("a region at offset %#x of its page is not translated", message.offset)
+            self._done.put((client, message, identities[0], blob))
+            os.write(self._wake_write, b"x")
+
+    def _finished(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        while True:
+            try:
+                client, message, identity, code = self._done.get_nowait()
+            except queue.Empty:
+                return
+            client.waiting -= 1
+            self._kept(identity)[message.offset] = code
+            self._cache.store(identity, message.offset, code)
+            if self._place(identity, message.offset, code):
+                self._answer(client, message.page, identity, message.offset)
+
+    def _place(self, identity: bytes, offset: int, code: bytes) -> bool:
+        """Into the arena; a full one is left to those who use it, and everybody is given a new one (False)."""
+        if offset in self._arena.placed.get(identity, {}) or self._arena.place(identity, offset, code):
+            return True
+        old, self._arena = self._arena, Arena(self._arena.number + 1)
+        os.close(old.fd)
+        self._asked.clear()
+        for client in list(self._clients):
+            self._send(client, Hello(self._secret, self._arena.number), [self._arena.fd])
+        return False
+
+
+def _functions() -> Mapping[str, int]:
+    """The image's functions, relative to what records are relative to."""
+    _, _, functions = image.unpack(ensure_image().read_bytes())
+    return functions
+
+
+def main() -> int:
+    logging.basicConfig(format="%(name)s: %(message)s")
+    Translator(sys.argv[1]).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
