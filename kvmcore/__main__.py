@@ -13,6 +13,7 @@ import logging
 import sys
 
 from kvmcore.server import runtime_dir
+from kvmcore.vm.accelerator import ACCELERATORS, TRANSLATOR
 from protocol.abi.compat import Compat
 from protocol.channel import fd_passing
 
@@ -48,9 +49,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--accel",
-        choices=["native", "reference"],
-        default="native",
-        help="how vCPUs run: native code (default), or the slow reference, one instruction at a time",
+        choices=ACCELERATORS,
+        default=TRANSLATOR,
+        help="how vCPUs run: interpreter plus translator (default), interpreter alone, or the slow reference",
     )
     made.add_argument("--ready-fd", metavar="FD", type=int, default=-1, help="write 'ready' to FD when listening")
     made.add_argument("-v", "--verbose", action="store_true", help="log sessions and VMs as they come and go")

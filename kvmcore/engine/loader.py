@@ -12,7 +12,6 @@ from pathlib import Path
 
 from kvmcore.engine import image
 
-
 #: Address space for translated regions, behind the image; records reach 4 GB.
 ARENA_BYTES = 48 << 20
 _PROT_NONE = 0

@@ -1,6 +1,6 @@
 """The translator: one process per host that makes machine code of the hot regions of all its VMs.
 
-`python -m kvmcore.engine.translator SOCKET`, started by the daemon. VM processes connect; each gets the arena, a sealed
+Run by kvmcore/server/translator.py. VM processes connect; each gets the arena, a sealed
 memfd that only this process can write. The main thread answers what is known, a second one compiles (LLVM works with
 the GIL released). A crash costs speed, not VMs. The only process that imports LLVM while VMs run.
 """
@@ -14,7 +14,6 @@ import os
 import queue
 import selectors
 import socket
-import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -247,13 +246,3 @@ def _functions() -> Mapping[str, int]:
     """The image's functions, relative to what records are relative to."""
     _, _, functions = image.unpack(ensure_image().read_bytes())
     return functions
-
-
-def main() -> int:
-    logging.basicConfig(format="%(name)s: %(message)s")
-    Translator(sys.argv[1]).serve()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,7 +26,9 @@ from kvmcore.server.quotas import Quotas
 from kvmcore.server.requests import Ticket
 from kvmcore.server.runtime_dir import PrivateDirectory
 from kvmcore.server.session import ClientSession, Peer
+from kvmcore.server.translator import TranslatorProcess
 from kvmcore.server.zygote import VmOrder, Zygote
+from kvmcore.vm.accelerator import TRANSLATOR
 from kvmcore.vm.objects import Deferred, System
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
@@ -44,7 +46,7 @@ class Options:
 
     path: str
     compat: Compat = Compat.DEFAULT
-    accel: str = "native"
+    accel: str = TRANSLATOR
     idle_timeout: float = 0.0
     ready_fd: int = -1
 
@@ -103,6 +105,7 @@ class Daemon:
         self._sessions: dict[bytes, ClientSession] = {}
         self._vms: set[VmRecord] = set()
         self._loop = EventLoop()
+        self._translator = TranslatorProcess(private, self._loop)
         self._idle_since = 0
         self._context = zmq_socket.context()
         self._endpoint = f"ipc://{private.name('r')}"
@@ -191,6 +194,7 @@ class Daemon:
         mine = sum(1 for vm in self._vms if vm.session is session)
         if len(self._vms) >= self._quotas.vms or mine >= self._quotas.vms_per_session:
             raise KvmError(EMFILE, "CREATE_VM", "too many VMs")
+        accel = self._options.accel
         order = VmOrder(
             session=session.id.hex(),
             pid=session.peer.pid,
@@ -198,7 +202,8 @@ class Daemon:
             key=session.peer.key,
             name=session.name,
             compat=session.compat.value,
-            accel=self._options.accel,
+            accel=accel,
+            translator=self._translator.path if accel == TRANSLATOR else "",
             incarnation=self._incarnation,
             door=self._private.name("d"),
             router=self._private.name("v"),
@@ -215,6 +220,8 @@ class Daemon:
             raise KvmError(EIO, "CREATE_VM", f"no VM process: {error}") from error
         finally:
             theirs.close()
+        if order.translator:
+            self._translator.start()
         vm = VmRecord(session, ours, order, ticket)
         self._vms.add(vm)
         self._loop.add_reader(ours.fileno(), lambda: self._vm_says(vm))

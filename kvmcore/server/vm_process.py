@@ -63,7 +63,7 @@ class VmProcess:
         self._socket = zmq_socket.router(self._context, f"ipc://{order.router}")
         sessions = {self._session.id: self._session}
         self._router = Router(self._loop, self._socket, order.incarnation, sessions, quotas)
-        self._vm = Vm(self._session, self._loop, name=order.name, accel=order.accel)
+        self._vm = Vm(self._session, self._loop, name=order.name, accel=order.accel, translator=order.translator)
         self._vm.on_destroyed = lambda: self._loop.call_soon_threadsafe(self._end)
         self._number = self._session.install(self._vm)
         self._connection: Connection | None = None

@@ -41,6 +41,7 @@ class VmOrder:
     door: str
     router: str
     allowed_host: str = ""
+    translator: str = ""
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

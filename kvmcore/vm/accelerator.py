@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvmcore.engine")
 
+TRANSLATOR, INTERPRETER, REFERENCE = "translator", "interpreter", "reference"
+#: What `--accel` may be: tier 1 and, for what is hot, the translator; tier 1 alone; Python.
+ACCELERATORS = (TRANSLATOR, INTERPRETER, REFERENCE)
+
 
 @cache
 def native_image() -> Image:
@@ -26,8 +30,8 @@ def native_image() -> Image:
 
 
 def make_hart(accel: str, machine: Machine, index: int, hartid: int) -> Hart:
-    """A hart that runs as `accel` says: "native" or "reference"."""
-    if accel == "reference":
+    """A hart that runs as `accel` says, one of ACCELERATORS."""
+    if accel == REFERENCE:
         from kvmcore.engine.reference_hart import InterpretedHart
 
         return InterpretedHart(machine, index, hartid)

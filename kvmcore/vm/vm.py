@@ -13,6 +13,7 @@ from collections.abc import Callable
 from errno import EEXIST, EINVAL, EIO
 from typing import TYPE_CHECKING
 
+from kvmcore.vm.accelerator import INTERPRETER
 from kvmcore.vm.capabilities import VmCaps
 from kvmcore.vm.eventfd import Eventfds
 from kvmcore.vm.memory import Memory
@@ -35,11 +36,15 @@ class Vm(Handle):
 
     kind = "vm"
 
-    def __init__(self, session: Session, loop: Loop, *, name: str = "", accel: str = "native") -> None:
+    def __init__(
+        self, session: Session, loop: Loop, *, name: str = "", accel: str = INTERPRETER, translator: str = ""
+    ) -> None:
+        """`accel`: one of accelerator.ACCELERATORS; `translator`: the path of its socket."""
         self.session = session
         self.loop = loop
         self.name = name
         self.accel = accel
+        self._translator = translator
         self.lock = threading.RLock()
         self.dead = False
         self.vcpus: list[Vcpu] = []
@@ -131,6 +136,8 @@ class Vm(Handle):
                     from kvmcore.vm.accelerator import native_image
 
                     machine = Machine(native_image(), max_harts=MAX_VCPUS)
+                    if self._translator:
+                        machine.translate(self._translator)
                     self._machine = machine
                     self.memory.publish()
         return self._machine
