@@ -58,14 +58,14 @@ def _usable(path: Path) -> bool:
 
 
 class Image:
-    """A mapped image. `address(name)` is a function's host address;
+    """A mapped image. `functions`: offsets, relative to what records are relative to. `address(name)` is a function's host address;
     the named methods call it without the GIL.
     """
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
         try:
-            offset, size, self._functions = image.unpack(data)
+            offset, size, self.functions = image.unpack(data)
         except (image.ImageError, ValueError) as error:
             raise EngineError(f"engine image {path}: {error}") from error
         # Copied from the verified bytes: later changes of the file cannot reach it.
@@ -86,7 +86,7 @@ class Image:
 
     def address(self, name: str) -> int:
         """Host address of a function of the image."""
-        return self._base + self._functions["_decode_at"] + self._functions[name]
+        return self._base + self.functions["_decode_at"] + self.functions[name]
 
     def _mmap(self, at: int | None, size: int, protection: int, flags: int, fd: int) -> int:
         where = self._libc.mmap(
@@ -110,7 +110,7 @@ class Image:
     @property
     def arena(self) -> int:
         """Where translated regions are, relative to what records are relative to."""
-        return self._room - self._functions["_decode_at"]
+        return self._room - self.functions["_decode_at"]
 
     def map_arena(self, fd: int) -> None:
         """Map the translator's memory, readable and executable, behind the image. EngineError."""

@@ -16,8 +16,10 @@ from tests.framework.differential import Differential
 from tests.framework.engine_peer import EnginePeer
 from tests.framework.random_profiles import PROFILES
 from tests.framework.random_programs import Program
+from tests.framework.translated_peer import TranslatedPeer
 
 PROGRAMS = 100
+TIER2_PROGRAMS = 25
 REFERENCE_PROGRAMS, REFERENCE_LENGTH = 6, 8
 WITH_QEMU = [name for name, profile in PROFILES.items() if profile.qemu]
 
@@ -40,13 +42,18 @@ def reference() -> EnginePeer:
     return EnginePeer(reference=True)
 
 
+@pytest.fixture(scope="module")
+def tier2() -> TranslatedPeer:
+    return TranslatedPeer()
+
+
 def check(differential: Differential, programs: list[Program]) -> None:
     """Fails with the minimised first program whose outcomes differ."""
     failures = differential.compare(programs)
     if failures:
         count = f"{len(failures)} of {len(programs)} programs differ; the first:\n"
         pytest.fail(count + str(differential.minimise(failures[0])), pytrace=False)
-    assert differential.timeouts <= len(programs) // 20
+    assert differential.timeouts <= max(1, len(programs) // 20)
 
 
 @pytest.mark.qemu
@@ -60,6 +67,14 @@ def test_tier1_equals_qemu(profile: str, qemu: qemu_peer.QemuPeer, tier1: Engine
 def test_reference_equals_tier1(profile: str, tier1: EnginePeer, reference: EnginePeer) -> None:
     programs = [Program(seed, profile, REFERENCE_LENGTH) for seed in range(REFERENCE_PROGRAMS)]
     check(Differential(reference, tier1, ("reference", "tier 1")), programs)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_tier2_equals_tier1(profile: str, tier1: EnginePeer, tier2: TranslatedPeer) -> None:
+    programs = [Program(seed, profile) for seed in range(TIER2_PROGRAMS)]
+    before = tier2.regions.installed
+    check(Differential(tier1, tier2, ("tier 1", "tier 2")), programs)
+    assert tier2.regions.installed > before
 
 
 def test_every_instruction_is_generated() -> None:

@@ -56,11 +56,17 @@ class EnginePeer:
         return [self._run(case) for case in cases]
 
     def _run(self, case: Case) -> Outcome:
+        self._begin(case)
+        return self._outcome(self._until_end())
+
+    def _begin(self, case: Case, keep_code: bool = False) -> None:
+        """Everything as the case has it; decoded pages are compared with memory, so they may stay."""
         hart, state = self.hart, self.hart.state
         self._memory[:] = case.image.ljust(WINDOW_SIZE, b"\0")
         hart.reset()
         hart.flush_tlb()
-        hart.flush_icache()
+        if not keep_code:
+            hart.flush_icache()
         state.pc, state.mode = case.pc, int(not case.user)
         state.x[:] = [*case.x, 0]
         state.f[:] = case.f
@@ -70,8 +76,6 @@ class EnginePeer:
             setattr(state, name, case.csrs["sstatus"] >> shift & mask)
         state.sip = case.csrs["sip"] & 1 << 1
         state.fflags, state.frm = case.csrs["fcsr"] & 31, case.csrs["fcsr"] >> 5 & 7
-        status = self._until_end()
-        return self._outcome(status)
 
     def _until_end(self) -> str:
         hart, state = self.hart, self.hart.state
