@@ -116,7 +116,9 @@ def test_our_failures_are_125(host: dict[str, str]) -> None:
 
 
 def test_signals_reach_the_command(host: dict[str, str]) -> None:
-    process = start(host, "signals", "trap 'echo got; exit 9' TERM; while :; do sleep 0.1; done")
+    process = start(host, "signals", "trap 'echo got; exit 9' TERM; echo ready; while :; do sleep 0.1; done")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"  # a signal before that ends the shell
     process.send_signal(signal.SIGTERM)
     assert process.wait(LIMIT) == 9
 
