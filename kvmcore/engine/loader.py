@@ -58,8 +58,9 @@ def _usable(path: Path) -> bool:
 
 
 class Image:
-    """A mapped image. `functions`: offsets, relative to what records are relative to. `address(name)` is a function's host address;
-    the named methods call it without the GIL.
+    """A mapped image. `functions`: offsets, relative to what records are relative to.
+
+    `address(name)` is a function's host address; the named methods call it without the GIL.
     """
 
     def __init__(self, path: Path) -> None:
