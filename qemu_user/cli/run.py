@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--append", default="", metavar="TEXT", help="kernel command line, or what to add to the image's")
     result.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help="disk: file=PATH[,readonly=on]")
     result.add_argument("--netdev", action="append", default=[], metavar="OPTIONS", help="network: user|tap|stream,id=ID,...")
+    result.add_argument("--share", action="append", default=[], metavar="DIR:TAG[:ro]", help="shared folder, in /mnt/TAG")
     result.add_argument("-v", "--verbose", action="store_true", help="show the kernel's messages (on stderr)")
     return result
 
@@ -97,7 +98,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     from qemu_user.management.instance import Instance
 
     words = ["-m", options.memory, "-smp", options.smp, "-name", options.name or _free_name()]
-    for flag, values in (("-drive", options.drive), ("-netdev", options.netdev)):
+    for flag, values in (("-drive", options.drive), ("-netdev", options.netdev), ("-share", options.share)):
         for value in values:
             words += [flag, value]
     ours, theirs = socket.socketpair()
@@ -111,13 +112,15 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             config, _ = parse([*words, "-nographic"])
         else:
             with Bar() as progress:
-                image = Store().ensure(options.image or DEFAULT_IMAGE, progress)
+                extras = ["9p"] if options.share else []
+                image = Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=extras)
             append = " ".join(filter(None, (image.meta.append, options.append)))
             if options.verbose:
                 append = append.replace("quiet", "").strip()
             words += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", append]
             config, _ = parse([*words, "-nographic"])
-            config = _with_ports(config, command, options.verbose, theirs.fileno())
+            modules = b"".join(image.extra(name).read_bytes() for name in extras)
+            config = _with_ports(config, command, options.verbose, theirs.fileno(), modules)
         instance = Instance(config, ensure())
     except (ConfigError, ImageError, StartError) as error:
         return _fail(str(error))
@@ -148,7 +151,9 @@ def _free_name() -> str:
     return f"vm-{os.getpid()}"
 
 
-def _with_ports(config: MachineConfig, command: list[str], verbose: bool, control: int) -> MachineConfig:
+def _with_ports(
+    config: MachineConfig, command: list[str], verbose: bool, control: int, modules: bytes
+) -> MachineConfig:
     """The image's devices: console, and the ports that /init speaks over."""
     import msgspec
 
@@ -156,6 +161,8 @@ def _with_ports(config: MachineConfig, command: list[str], verbose: bool, contro
     from qemu_user.images.store import command_line, settings
 
     conf = {"NAME": config.name, "COMMAND": command_line(command) if command else "exec sh -l"}
+    if config.shares:
+        conf["SHARES"] = " ".join(share.tag for share in config.shares)
     if command:
         console = Chardev(id="console", kind="fd", output=2) if verbose else Chardev(id="console", kind="hub")
     else:
@@ -173,7 +180,7 @@ def _with_ports(config: MachineConfig, command: list[str], verbose: bool, contro
                  for number, name in enumerate(_PORTS, 1)]  # fmt: skip
     else:
         ports = [ConsolePort(id=4, name="org.softkvm.control", chardev="control")]
-    boot = msgspec.structs.replace(config.boot, initrd_extra=settings(conf))
+    boot = msgspec.structs.replace(config.boot, initrd_extra=settings(conf) + modules)
     return msgspec.structs.replace(
         config, boot=boot, chardevs=tuple(chardevs), serial="", console="console", ports=tuple(ports)
     ).validate()

@@ -78,6 +78,16 @@ class Net(Part, frozen=True, kw_only=True):
     slot: Slot = Slot()
 
 
+class Share(Part, frozen=True, kw_only=True):
+    """A folder of the host that the guest mounts as `tag` (9P)."""
+
+    id: str = ""
+    folder: str
+    tag: str
+    readonly: bool = False
+    slot: Slot = Slot()
+
+
 class Chardev(Part, frozen=True, kw_only=True):
     """Where the bytes of a serial port or console port go. `hub`: a console shared with those who attach."""
 
@@ -126,6 +136,7 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     boot: Boot = Boot()
     drives: tuple[Drive, ...] = ()
     nets: tuple[Net, ...] = ()
+    shares: tuple[Share, ...] = ()
     chardevs: tuple[Chardev, ...] = (Chardev(id="console", kind="hub", stdio=True),)
     serial: str = "console"
     """chardev of the UART; "" for none connected."""
@@ -208,6 +219,7 @@ def _check_slots(slots: list[Slot]) -> None:
 
 def _check_devices(config: MachineConfig) -> None:
     slots = [drive.slot for drive in config.drives] + [net.slot for net in config.nets]
+    slots += [share.slot for share in config.shares]
     if config.rng:
         slots.append(config.rng_slot)
     if config.console or config.ports:
@@ -222,6 +234,14 @@ def _check_devices(config: MachineConfig) -> None:
             f"mac={net.mac}: is a multicast address (first byte odd)",
         )
         _demand(net.kind != "stream" or bool(net.path), f"netdev {net.id}: stream needs addr.path=SOCKET")
+    tags = [share.tag for share in config.shares]
+    _demand(len(tags) == len(set(tags)), "two shared folders of one tag")
+    for share in config.shares:
+        _demand(
+            _NAME.match(share.tag) is not None and len(share.tag) < 32,
+            f"shared folder {share.folder}: its tag {share.tag!r} has to be 1 to 31 letters, digits, '.', '_' and '-'",
+        )
+        _demand(bool(share.folder), f"shared folder {share.tag}: needs a path")
     for drive in config.drives:
         _demand(bool(drive.file), "drive: needs file=IMAGE")
         _demand(len(drive.serial.encode()) <= 20, f"serial={drive.serial}: at most 20 bytes")

@@ -14,7 +14,7 @@ import msgspec
 
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size
-from qemu_user.config.machine_config import Boot, Chardev, ConsolePort, Drive, MachineConfig, Net, Qmp, Slot
+from qemu_user.config.machine_config import Boot, Chardev, ConsolePort, Drive, MachineConfig, Net, Qmp, Share, Slot
 
 
 class Option(NamedTuple):
@@ -40,6 +40,9 @@ class Builder:
         self.unplugged: set[str] = set()
         self.nets: dict[str, Net] = {}
         self.plugged_nets: list[str] = []
+        self.folders: dict[str, Share] = {}
+        """-fsdev that no device uses yet."""
+        self.shares: list[Share] = []
         self.chardevs: dict[str, Chardev] = {}
         self.serials: list[str] = []
         self.ports: list[ConsolePort] = []
@@ -161,6 +164,42 @@ class Builder:
     def _plug(self, name: str, mac: str, slot: Slot) -> None:
         self.nets[name] = msgspec.structs.replace(self.nets[name], mac=mac, slot=slot)
         self.plugged_nets.append(name)
+
+    # -- shared folders ----------------------------------------------------------------------------
+
+    def fsdev(self, text: str) -> None:
+        values = KeyValues("-fsdev", text, "fsdriver")
+        name = values.take("id")
+        if not name or name in self.folders:
+            raise ConfigError(f"-fsdev {text}: needs an id of its own")
+        self.folders[name] = self._share(values, name, "")
+        values.done()
+
+    def virtfs(self, text: str) -> None:
+        values = KeyValues("-virtfs", text, "fsdriver")
+        self.shares.append(self._share(values, values.take("id"), values.take("mount_tag")))
+        values.done()
+
+    def share(self, text: str) -> None:
+        folder, colon, tag = text.rpartition(":")
+        readonly = colon and tag == "ro" and ":" in folder
+        if readonly:
+            folder, colon, tag = folder.rpartition(":")
+        if not colon:
+            raise ConfigError(f"--share {text}: expected DIR:TAG or DIR:TAG:ro")
+        self.shares.append(Share(folder=folder, tag=tag, readonly=bool(readonly)))
+
+    def _share(self, values: KeyValues, name: str, tag: str) -> Share:
+        values.take_choice("fsdriver", ("local",), "local")
+        values.take_choice("security_model", ("none", "passthrough"), "none")
+        values.ignore("writeout", "multidevs", "fmode", "dmode")
+        return Share(id=name, folder=values.take("path"), tag=tag, readonly=values.take_switch("readonly", False))
+
+    def _p9_device(self, values: KeyValues, slot: Slot) -> None:
+        name = values.take("fsdev")
+        if name not in self.folders:
+            raise ConfigError(f"-device {values.text}: fsdev={name}: no free -fsdev of that id before it")
+        self.shares.append(msgspec.structs.replace(self.folders.pop(name), tag=values.take("mount_tag"), slot=slot))
 
     # -- characters --------------------------------------------------------------------------------
 
@@ -332,6 +371,7 @@ class Builder:
             boot=Boot(**self.boot),
             drives=tuple(self.drives.values()),
             nets=() if no_net else tuple(nets),
+            shares=tuple(self.shares),
             chardevs=tuple(self.chardevs.values()),
             serial=self.serials[0],
             ports=tuple(self.ports),
@@ -346,6 +386,7 @@ _DEVICES: dict[str, Callable[[Builder, KeyValues, Slot], None]] = {
     "virtio-net": Builder._net_device,
     "virtio-rng": Builder._rng_device,
     "virtio-serial": Builder._serial_device,
+    "virtio-9p": Builder._p9_device,
 }
 _PORTS: dict[str, Callable[[Builder, KeyValues], None]] = {
     "virtconsole": Builder._console_device,
@@ -404,10 +445,13 @@ OPTIONS: tuple[Option, ...] = (
         Builder.netdev,
     ),
     Option(("nic",), "KIND|none", "network with its device in one", Builder.nic),
+    Option(("share",), "DIR:TAG[:ro]", "shared folder: mount -t 9p -o trans=virtio TAG /mnt", Builder.share),
+    Option(("fsdev",), "local,id=..,path=..", "folder for -device virtio-9p-pci,fsdev=,mount_tag=", Builder.fsdev),
+    Option(("virtfs",), "local,path=..,mount_tag=..", "-fsdev and -device virtio-9p-pci in one", Builder.virtfs),
     Option(
         ("device",),
         "NAME[,..]",
-        "virtio-{blk,net,rng,serial}-pci[,addr=] or -device, virtconsole, virtserialport",
+        "virtio-{blk,net,rng,serial,9p}-pci[,addr=] or -device, virtconsole, virtserialport",
         Builder.device,
     ),
     Option(("chardev",), "KIND,id=..", "stdio, pty, socket, file, null", Builder.chardev),

@@ -17,6 +17,12 @@ from qemu_user.images.errors import ImageError
 
 #: Modules by the virtio device that needs them; dependencies are found in the modules themselves.
 MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "ext4", "crc32c_generic")
+#: What only some VMs need, each an archive of its own behind the initrd of those VMs.
+EXTRAS = {
+    "9p": ("9pnet_virtio", "9p"),
+    "vsock": ("vmw_vsock_virtio_transport",),
+    "balloon": ("virtio_balloon",),
+}
 KERNEL_OPTIONS = "console=hvc0 quiet random.trust_bootloader=on"
 #: Applets that /init and people use before anything could be installed.
 _APPLETS = """[ [[ ash awk base64 basename cat chmod chown clear cmp cp cut date dd df diff dirname dmesg du echo egrep
@@ -34,9 +40,13 @@ def build(target: Path, progress: Progress) -> str:
         listed, how = archive.packages(folder, progress)
         kernel_deb = archive.fetch(_kernel(listed), folder, progress)
         busybox_deb = archive.fetch(_package(listed, "busybox-static"), folder, progress)
-        kernel, modules = _unpack_kernel(kernel_deb, progress)
+        kernel, found = _unpack_kernel(kernel_deb, progress)
+        modules = _with_dependencies(found, MODULES)
         (target / "kernel").write_bytes(kernel)
         (target / "initrd").write_bytes(_initrd(_busybox(busybox_deb), modules))
+        for extra, names in EXTRAS.items():
+            more = {name: content for name, content in _with_dependencies(found, names).items() if name not in modules}
+            (target / f"modules-{extra}").write_bytes(_modules(extra, more).finish())
     return how
 
 
@@ -56,8 +66,8 @@ def _kernel(listed: list[dict[str, str]]) -> dict[str, str]:
     return _package(listed, match[0])
 
 
-def _unpack_kernel(path: Path, progress: Progress) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """The kernel, and the wanted modules in an order in which they can be loaded."""
+def _unpack_kernel(path: Path, progress: Progress) -> tuple[bytes, dict[str, bytes]]:
+    """The kernel, and its modules as they are packed, by name."""
     kernel, found = None, {}
     for count, (name, content) in enumerate(deb.members(path)):
         if name.startswith(("boot/vmlinux-", "boot/vmlinuz-")):
@@ -70,6 +80,11 @@ def _unpack_kernel(path: Path, progress: Progress) -> tuple[bytes, list[tuple[st
             progress("unpacking the kernel", count, 0)
     if kernel is None:
         raise ImageError(f"{path.name}: no kernel inside")
+    return kernel, found
+
+
+def _with_dependencies(found: dict[str, bytes], names: tuple[str, ...]) -> dict[str, bytes]:
+    """The modules with what they need, unpacked, in an order in which they can be loaded."""
     ordered: dict[str, bytes] = {}
 
     def add(name: str) -> None:
@@ -82,9 +97,9 @@ def _unpack_kernel(path: Path, progress: Progress) -> tuple[bytes, list[tuple[st
             add(needed)
         ordered[name] = content
 
-    for name in MODULES:
+    for name in names:
         add(name)
-    return kernel, list(ordered.items())
+    return ordered
 
 
 def _busybox(path: Path) -> bytes:
@@ -101,7 +116,17 @@ def add_scripts(initrd: cpio.Archive) -> None:
     initrd.file("etc/udhcpc.script", folder.joinpath("udhcpc.sh").read_bytes(), 0o755)
 
 
-def _initrd(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
+def _modules(extra: str, modules: dict[str, bytes], archive: cpio.Archive | None = None) -> cpio.Archive:
+    """The modules, and a list of them that /init loads: `extra` "" is the list of all devices' modules."""
+    archive = archive or cpio.Archive()
+    for name, content in modules.items():
+        archive.file(f"lib/modules/{name}.ko", content)
+    order = f"lib/modules/{extra}.order" if extra else "lib/modules/order"
+    archive.file(order, "".join(f"{name}\n" for name in modules).encode())
+    return archive
+
+
+def _initrd(busybox: bytes, modules: dict[str, bytes]) -> bytes:
     initrd = cpio.Archive()
     for folder in ("dev", "proc", "sys", "tmp", "root", "etc", "mnt", "run", "sbin", "usr/bin", "usr/sbin"):
         initrd.folder(folder)
@@ -113,7 +138,4 @@ def _initrd(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
     add_scripts(initrd)
     initrd.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     initrd.file("etc/group", b"root:x:0:\n")
-    for name, content in modules:
-        initrd.file(f"lib/modules/{name}.ko", content)
-    initrd.file("lib/modules/order", "\n".join(name for name, _ in modules).encode() + b"\n")
-    return initrd.finish()
+    return _modules("", modules, initrd).finish()

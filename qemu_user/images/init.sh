@@ -12,6 +12,11 @@ for device in /sys/bus/platform/devices/*.virtio_mmio; do
     [ ! -e "$device" ] || load virtio_mmio
 done
 
+# What the host has added for this VM's devices.
+for list in /lib/modules/*.order; do
+    [ ! -e "$list" ] || while read -r module; do load "$module"; done <"$list"
+done
+
 # Device types of the virtio specification, chapter 5: 1 network, 2 block, 4 entropy.
 types=$(cat /sys/bus/virtio/devices/*/device 2>/dev/null)
 case "$types" in *0x0002*) load virtio_blk ;; esac
@@ -20,6 +25,9 @@ case "$types" in *0x0004*) load rng_core; load virtio_rng ;; esac 2>/dev/null
 
 [ -r /softkvm.conf ] && . /softkvm.conf
 hostname "${NAME:-softkvm}"
+for tag in $SHARES; do
+    mkdir -p "/mnt/$tag" && mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 "$tag" "/mnt/$tag"
+done
 case "$types" in *0x0001*)
     ip link set lo up
     ip link set eth0 up

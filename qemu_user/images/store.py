@@ -58,6 +58,10 @@ class Image(msgspec.Struct, frozen=True):
     def initrd(self) -> Path:
         return self.folder / "initrd"
 
+    def extra(self, name: str) -> Path:
+        """The archive of additional modules of that name (busybox.EXTRAS); images of earlier versions lack it."""
+        return self.folder / f"modules-{name}"
+
     @property
     def size(self) -> int:
         """Bytes on disk."""
@@ -87,18 +91,18 @@ class Store:
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
         return [image for name in names if (image := self.find(name)) is not None]
 
-    def ensure(self, name: str, progress: Progress, renew: bool = False) -> Image:
-        """The image, built if it is not there (or anew). ImageError."""
+    def ensure(self, name: str, progress: Progress, renew: bool = False, extras: Sequence[str] = ()) -> Image:
+        """The image, built if it is not there or lacks one of `extras` (or anew). ImageError."""
         if name not in CATALOGUE:
             raise ImageError(f"no image {name!r}; there are: {', '.join(CATALOGUE)}")
-        if not renew and (image := self.find(name)) is not None:
+        if not renew and (image := self._find_with(name, extras)) is not None:
             return image
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / ".lock", "w") as lock:
                 _wait_for(lock)
                 self._clear()
-                if not renew and (image := self.find(name)) is not None:
+                if not renew and (image := self._find_with(name, extras)) is not None:
                     return image  # somebody else has just built it
                 self._build(name, progress)
         except OSError as error:
@@ -111,6 +115,10 @@ class Store:
         if image is None:
             raise ImageError(f"image {name!r} is not whole after it was built; look into {self.folder}")
         return image
+
+    def _find_with(self, name: str, extras: Sequence[str]) -> Image | None:
+        image = self.find(name)
+        return image if image and all(image.extra(extra).is_file() for extra in extras) else None
 
     def _build(self, name: str, progress: Progress) -> None:
         _, builder, append = CATALOGUE[name]

@@ -21,6 +21,7 @@ from qemu_user.backends.chardev.null import NullChardev
 from qemu_user.backends.chardev.stdio import StdioChardev
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
+from qemu_user.backends.share.server import Server
 from qemu_user.config.machine_config import Chardev as ChardevConfig
 from qemu_user.config.machine_config import Drive, MachineConfig, Net, Slot
 from qemu_user.devices.device import Device, FdtNode, Place
@@ -53,6 +54,7 @@ class Parts:
         self.nodes: list[FdtNode] = []
         self.disks: list[LoggedDisk] = []
         self.nets: list[NetBackend] = []
+        self.shares: list[Server] = []
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
         self._console_path = console_path
@@ -67,6 +69,8 @@ class Parts:
             self.disks.append(LoggedDisk(RawImage(drive.file, drive.readonly, drive.discard)))
         for net in self.config.nets:
             self.nets.append(_open_net(net))
+        for share in self.config.shares:
+            self.shares.append(Server(share.folder, share.readonly))
 
     def _open_chardev(self, config: ChardevConfig) -> Chardev:
         name = config.id
@@ -168,6 +172,7 @@ class Parts:
         from qemu_user.devices.virtio.blk import VirtioBlk
         from qemu_user.devices.virtio.console import VirtioConsole
         from qemu_user.devices.virtio.net import VirtioNet
+        from qemu_user.devices.virtio.p9 import VirtioP9
         from qemu_user.devices.virtio.rng import VirtioRng
 
         wanted: list[tuple[Slot, VirtioDevice]] = []
@@ -178,6 +183,8 @@ class Parts:
                 bytes.fromhex(net.mac.replace(":", "")) if net.mac else _default_mac(self.config.name, number)
             )
             wanted.append((net.slot, VirtioNet(net.id, backend, mac)))
+        for share, server in zip(self.config.shares, self.shares, strict=True):
+            wanted.append((share.slot, VirtioP9(f"share-{share.tag}", share.tag, server)))
         ports = [(port.id, port.name, self._channel(port.chardev, port.name)) for port in self.config.ports]
         if self.config.console:
             ports.insert(0, (0, "", self._channel(self.config.console, "hvc0")))
@@ -222,7 +229,7 @@ class Parts:
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
-        closing: list[Any] = [*self.nets, *self.chardevs.values(), *self.disks]
+        closing: list[Any] = [*self.nets, *self.chardevs.values(), *self.disks, *self.shares]
         for backend in closing:
             backend.close()
 

@@ -12,6 +12,7 @@ from typing import Any
 from qemu_user.backends.block.raw import RawImage
 from qemu_user.backends.chardev.chardev import Chardev
 from qemu_user.backends.net.backend import NetBackend
+from qemu_user.backends.share.server import Server
 from qemu_user.devices.device import Device
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.ns16550a import Ns16550a
@@ -23,6 +24,7 @@ from qemu_user.devices.virtio.console import VirtioConsole
 from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.mmio import VirtioMmio
 from qemu_user.devices.virtio.net import VirtioNet
+from qemu_user.devices.virtio.p9 import VirtioP9
 from qemu_user.devices.virtio.pci import VirtioPci
 from qemu_user.devices.virtio.rng import VirtioRng
 from tests.framework.virtio_driver import Driver, Line, PciDriver, make_memory
@@ -131,6 +133,7 @@ BUILDERS: dict[str, Callable[[Bench], Device]] = {
     "virtio_pci": lambda b: VirtioPci("disk", b.memory, VirtioBlk("disk", b.image()), b.vector),
     "virtio-blk": lambda b: b.virtio(VirtioBlk("disk", b.image(), "serial-1")),
     "virtio-net": lambda b: b.virtio(VirtioNet("net", NetBackend("none"), b"\x52\x54\0\x12\x34\x56")),
+    "virtio-9p": lambda b: b.virtio(VirtioP9("share", "tag", Server(str(b.tmp_path)))),
     "virtio-rng": lambda b: b.virtio(VirtioRng("rng")),
     "virtio-serial": lambda b: b.virtio(
         VirtioConsole("console", [(0, "", Chardev("a")), (1, "org.softkvm.stdin", Chardev("b"))])

@@ -1,4 +1,4 @@
-"""The virtio devices, by the name that `-device virtio-NAME-device` uses. The list is explicit: a new one
+"""The virtio devices, by the name that `-device virtio-NAME-pci` (or -device) uses. The list is explicit: a new one
 adds a line.
 """
 
@@ -8,6 +8,7 @@ from qemu_user.devices.virtio.blk import VirtioBlk
 from qemu_user.devices.virtio.console import VirtioConsole
 from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.net import VirtioNet
+from qemu_user.devices.virtio.p9 import VirtioP9
 from qemu_user.devices.virtio.rng import VirtioRng
 
 DEVICES: dict[str, type[VirtioDevice]] = {
@@ -15,4 +16,5 @@ DEVICES: dict[str, type[VirtioDevice]] = {
     "net": VirtioNet,
     "serial": VirtioConsole,
     "rng": VirtioRng,
+    "9p": VirtioP9,
 }
