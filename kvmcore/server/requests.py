@@ -8,13 +8,16 @@ request. Must never wait on the I/O thread.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable
 from errno import EINVAL, EIO, ENOTTY
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from kvmcore import ioctl
 from kvmcore.server.session import ClientSession
 from kvmcore.vm.address_space import InlineSegment
+from kvmcore.vm.irqchip.aia import Aia
 from kvmcore.vm.objects import Deferred, Handle
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
@@ -172,6 +175,8 @@ def _control(ticket: Ticket) -> None:
         case control.READ:
             handle = session.table.handle(request.handle)
             ticket.answer(0, handle.read(request.arg, _length(request)))
+        case control.GET_STATE | control.SET_STATE:
+            _state(ticket, session.table.handle(request.handle))
         case control.READ_GPA:
             memory = _vm(session.table.handle(request.handle)).memory
             ticket.answer(0, memory.read(request.arg, _length(request)))
@@ -181,6 +186,53 @@ def _control(ticket: Ticket) -> None:
             ticket.answer(0)
         case _:
             raise KvmError(ENOTTY, reason="unknown control request")
+
+
+def _state(ticket: Ticket, handle: Handle) -> None:
+    """GET_STATE, SET_STATE: like the ioctls that they stand for, a vCPU's behind what runs there."""
+    if handle.kind == "vcpu":
+        vcpu = cast("Vcpu", handle)
+        work = partial(_vcpu_state, ticket, vcpu)
+        if not vcpu.try_now(work):
+            vcpu.submit(work)
+    elif isinstance(handle, Aia):
+        _transfer(ticket, handle.read_register, handle.write_register)
+    else:
+        raise KvmError(EINVAL, reason="only vCPUs and devices have such state")
+
+
+def _vcpu_state(ticket: Ticket, vcpu: Vcpu) -> None:
+    registers = vcpu.registers
+
+    def get(key: int) -> int:
+        vcpu.vm.check_alive()
+        return int.from_bytes(registers.get(key), "little")
+
+    def put(key: int, value: int) -> None:
+        vcpu.vm.check_alive()
+        registers.set(key, value.to_bytes(8, "little")[: registers.size(key)])
+
+    _transfer(ticket, get, put)
+
+
+def _transfer(ticket: Ticket, get: Callable[[int], int], put: Callable[[int, int], None]) -> None:
+    payload, writes = ticket.request.payload, ticket.request.request == control.SET_STATE
+    if len(payload) % (16 if writes else 8) or len(payload) > (16 if writes else 8) * control.MAX_STATE:
+        ticket.fail(EINVAL, b"keys, or keys and values, of 8 bytes each")
+        return
+    words, key = memoryview(payload).cast("Q"), 0
+    values = array("Q")
+    try:
+        for position in range(0, len(words), 2 if writes else 1):
+            key = words[position]
+            if writes:
+                put(key, words[position + 1])
+            else:
+                values.append(get(key))
+    except KvmError as error:
+        ticket.fail(error.errno or EIO, f"{key:#x}: {error.reason}".encode())
+        return
+    ticket.answer(0, values.tobytes())
 
 
 def _kick(handle: Handle, arg: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
+
 from protocol.abi import structs
 from protocol.client.handle import POINTEE, Handle
+from protocol.codec import control
 
 
 class Device(Handle):
@@ -25,6 +28,16 @@ class Device(Handle):
             {POINTEE: value},
         )
         return bytes(value)
+
+    def get_attrs(self, attributes: list[tuple[int, int]]) -> list[int]:
+        """Many (group, attribute) at once, at most control.MAX_STATE."""
+        keys = array("Q", [group << 32 | attribute for group, attribute in attributes])
+        return list(array("Q", self.control(control.GET_STATE, 0, keys.tobytes()).extra))
+
+    def set_attrs(self, values: list[tuple[int, int, int]]) -> None:
+        """Many (group, attribute, value) at once, in order; those before one that fails are written."""
+        flat = array("Q", [word for group, attribute, value in values for word in (group << 32 | attribute, value)])
+        self.control(control.SET_STATE, 0, flat.tobytes())
 
     def has_attr(self, group: int, attr: int) -> bool:
         """Whether it exists. KvmError only if the server is gone."""

@@ -31,10 +31,21 @@ GOODBYE = _BASE | 7
 DUP = _BASE | 8
 """dup() of `handle`: a second number for the same object, which lives until both are closed."""
 
+GET_STATE = _BASE | 9
+"""Many registers of a vCPU (KVM_GET_ONE_REG) or attributes of a device (KVM_GET_DEVICE_ATTR) in one message, for a guest
+stands while its state is read. Payload: u64 keys, ONE_REG ids or group << 32 | attribute. Extra: their values, u64 each.
+The first that fails fails all."""
+SET_STATE = _BASE | 10
+"""The same for KVM_SET_ONE_REG and KVM_SET_DEVICE_ATTR. Payload: (u64 key, u64 value) each. Done in order, up to the first
+that fails; the reason names it."""
+
 LENGTH = struct.Struct("<I")
+MAX_STATE = 8192
+"""Keys in one message."""
 
 NAMES = {HELLO: "HELLO", PING: "PING", CLOSE: "CLOSE", READ: "READ", KICK: "KICK", READ_GPA: "READ_GPA",
-         WRITE_GPA: "WRITE_GPA", GOODBYE: "GOODBYE", DUP: "DUP"}  # fmt: skip
+         WRITE_GPA: "WRITE_GPA", GOODBYE: "GOODBYE", DUP: "DUP",
+         GET_STATE: "GET_STATE", SET_STATE: "SET_STATE"}  # fmt: skip
 
 
 def is_control(request: int) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from protocol.abi import structs_riscv as riscv
@@ -39,6 +40,16 @@ PHANDLE_CONTROLLER, PHANDLE_IMSIC = 1, 2
 PHANDLE_TEST = 3
 PHANDLE_CPU = 0x10
 """The controller of hart i has phandle PHANDLE_CPU + 2 * i, the hart itself one more."""
+
+
+def _aplic(first: int, count: int) -> list[tuple[int, int]]:
+    """(group, attribute) of `count` APLIC registers from an offset on."""
+    return [(riscv.AiaGroup.APLIC, first + 4 * index) for index in range(count)]
+
+
+def _imsic(cpu: int) -> list[tuple[int, int]]:
+    """(group, attribute) of a vCPU's IMSIC registers."""
+    return [(riscv.AiaGroup.IMSIC, riscv.aia_imsic_attr(cpu, register)) for register in _IMSIC_REGISTERS]
 
 
 class AiaState(State, frozen=True, tag="aia", kw_only=True):
@@ -200,36 +211,22 @@ class AiaInterrupts:
         ]
 
     def reset(self) -> None:
-        for cpu in range(self._cpus):
-            for register in _IMSIC_REGISTERS:
-                attribute = riscv.aia_imsic_attr(cpu, register)
-                self._device.set_attr(riscv.AiaGroup.IMSIC, attribute, bytes(8))
-
-    def _aplic(self, first: int, count: int) -> list[int]:
-        read = self._device.get_attr
-        return [
-            int.from_bytes(read(riscv.AiaGroup.APLIC, first + 4 * index, 4), "little") for index in range(count)
-        ]
-
-    def _put_aplic(self, first: int, values: list[int]) -> None:
-        for index, value in enumerate(values):
-            self._device.set_attr(riscv.AiaGroup.APLIC, first + 4 * index, value.to_bytes(4, "little"))
+        self._device.set_attrs([(*key, 0) for cpu in range(self._cpus) for key in _imsic(cpu)])
 
     def save(self) -> AiaState:
-        read = self._device.get_attr
+        sources = virt.INTERRUPT_SOURCES
+        parts = [(_DOMAINCFG, 1), (_SOURCECFG, sources), (_TARGET, sources), (_SETIP, _WORDS), (_SETIE, _WORDS)]
+        keys = [key for first, count in parts for key in _aplic(first, count)]
+        keys += [key for cpu in range(self._cpus) for key in _imsic(cpu)]
+        values = iter(self._device.get_attrs(keys))
+        (domaincfg,), sourcecfg, target, pending, enabled = (list(islice(values, count)) for _, count in parts)
         return AiaState(
-            domaincfg=self._aplic(_DOMAINCFG, 1)[0],
-            sourcecfg=self._aplic(_SOURCECFG, virt.INTERRUPT_SOURCES),
-            target=self._aplic(_TARGET, virt.INTERRUPT_SOURCES),
-            pending=self._aplic(_SETIP, _WORDS),
-            enabled=self._aplic(_SETIE, _WORDS),
-            imsics=[
-                [
-                    int.from_bytes(read(riscv.AiaGroup.IMSIC, riscv.aia_imsic_attr(cpu, register), 8), "little")
-                    for register in _IMSIC_REGISTERS
-                ]
-                for cpu in range(self._cpus)
-            ],
+            domaincfg=domaincfg,
+            sourcecfg=sourcecfg,
+            target=target,
+            pending=pending,
+            enabled=enabled,
+            imsics=[list(islice(values, len(_IMSIC_REGISTERS))) for _ in range(self._cpus)],
         )
 
     def check(self, state: AiaState) -> None:
@@ -244,19 +241,21 @@ class AiaInterrupts:
             require(all(0 <= value < 1 << 64 for value in imsic), "aia: an IMSIC register out of range")
 
     def restore(self, state: AiaState) -> None:
+        everything = [0xFFFFFFFF] * _WORDS
+        # With the domain off nothing is delivered while sources take their modes and lines.
+        parts = [
+            (_DOMAINCFG, [0]), (_SOURCECFG, state.sourcecfg), (_TARGET, state.target), (_CLRIP, everything),
+            (_SETIP, state.pending), (_CLRIE, everything), (_SETIE, state.enabled), (_DOMAINCFG, [state.domaincfg]),
+        ]  # fmt: skip
+        values = [
+            (*key, value)
+            for cpu, imsic in enumerate(state.imsics)
+            for key, value in zip(_imsic(cpu), imsic, strict=True)
+        ]
+        for first, words in parts:
+            values += [(*key, word) for key, word in zip(_aplic(first, len(words)), words, strict=True)]
         try:
-            for cpu, values in enumerate(state.imsics):
-                for register, value in zip(_IMSIC_REGISTERS, values, strict=True):
-                    attribute = riscv.aia_imsic_attr(cpu, register)
-                    self._device.set_attr(riscv.AiaGroup.IMSIC, attribute, value.to_bytes(8, "little"))
-            # With the domain off nothing is delivered while sources take their modes and lines.
-            self._put_aplic(_DOMAINCFG, [0])
-            self._put_aplic(_SOURCECFG, state.sourcecfg)
-            self._put_aplic(_TARGET, state.target)
-            for clear, put, words in ((_CLRIP, _SETIP, state.pending), (_CLRIE, _SETIE, state.enabled)):
-                self._put_aplic(clear, [0xFFFFFFFF] * _WORDS)
-                self._put_aplic(put, words)
-            self._put_aplic(_DOMAINCFG, [state.domaincfg])
+            self._device.set_attrs(values)
         except KvmError as error:
             raise StateError(f"aia: {error}") from error
 

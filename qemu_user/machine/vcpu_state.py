@@ -35,15 +35,12 @@ class VcpuState(State, frozen=True, tag="vcpu", kw_only=True):
 
 def save(vcpu: Vcpu) -> VcpuState:
     """The state of a parked vCPU. KvmError."""
+    ids = [register for register in vcpu.get_reg_list() if register & _MASK != _TIME & _MASK]
     registers = []
-    for register in vcpu.get_reg_list():
-        if register & _MASK == _TIME & _MASK:
-            continue
-        value = vcpu.get_one_reg(register)
-        if register == _SIP:
-            # What an interrupt controller holds up is its own state; stored here it could never fall again.
-            value &= ~_EXTERNAL_PENDING
-        registers.append((register & ~(0xF << 60), value))
+    for register, value in zip(ids, vcpu.get_registers(ids), strict=True):
+        # What an interrupt controller holds up is its own state; stored here it could never fall again.
+        kept = value & ~_EXTERNAL_PENDING if register == _SIP else value
+        registers.append((register & ~(0xF << 60), kept))
     return VcpuState(index=vcpu.id, mp_state=vcpu.get_mp_state(), registers=registers)
 
 
@@ -65,12 +62,10 @@ def check(state: VcpuState, vcpu: Vcpu) -> None:
 def restore(state: VcpuState, vcpu: Vcpu) -> None:
     """Write a checked state into a vCPU that has not run. StateError: a value that this host refuses (an ISA
     extension that it does not have, say)."""
-    for register, value in state.registers:
-        full = register | riscv.ARCH_RISCV
-        if full == _TIMER_STATE and not value:
-            continue  # off is how a new vCPU's timer is, and cannot be said (KVM_ABI 1.11)
-        try:
-            vcpu.set_one_reg(full, value)
-        except KvmError as error:
-            raise StateError(f"CPU {state.index}: register {register:#x} refuses {value:#x}: {error}") from error
+    wanted = [(register | riscv.ARCH_RISCV, value) for register, value in state.registers]
+    try:
+        # A timer that is off is how a new vCPU has it, and cannot be said (KVM_ABI 1.11).
+        vcpu.set_registers([pair for pair in wanted if pair != (_TIMER_STATE, 0)])
+    except KvmError as error:
+        raise StateError(f"CPU {state.index}: {error}") from error
     vcpu.set_mp_state(state.mp_state)

@@ -129,6 +129,29 @@ class Aia(Device):
             else:
                 raise KvmError(ENXIO, reason=f"group {group}")
 
+    def read_register(self, key: int) -> int:
+        """A register by group << 32 | attribute, as get_attr() reads it: for many in one message."""
+        with self.vm.lock:
+            self.vm.check_alive()
+            group, attr = key >> 32, key & 0xFFFFFFFF
+            if group == AiaGroup.APLIC:
+                return self._the_aplic().read(attr)
+            if group == AiaGroup.IMSIC:
+                return self._imsic_of(attr).read(attr & 0xFFF)
+        raise KvmError(ENXIO, reason=f"group {group}")
+
+    def write_register(self, key: int, value: int) -> None:
+        """The same for set_attr()."""
+        with self.vm.lock:
+            self.vm.check_alive()
+            group, attr = key >> 32, key & 0xFFFFFFFF
+            if group == AiaGroup.APLIC:
+                self._the_aplic().write(attr, value & 0xFFFFFFFF)
+            elif group == AiaGroup.IMSIC:
+                self._imsic_of(attr).write(attr & 0xFFF, value)
+            else:
+                raise KvmError(ENXIO, reason=f"group {group}")
+
     def has_attr(self, group: int, attr: int) -> None:
         """KVM_HAS_DEVICE_ATTR: returns when the attribute exists. Takes the lock that set_attr takes."""
         with self.vm.lock:
