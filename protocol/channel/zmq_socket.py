@@ -144,6 +144,13 @@ def peer_key(frame: zmq.Frame) -> str:
         return ""
 
 
+def bound_to(sock: zmq.Socket[bytes]) -> str:
+    """Where a bound socket listens, with the port that `*` has become."""
+    name = sock.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(name, bytes)
+    return name.rstrip(b"\0").decode()
+
+
 def is_tcp(endpoint: str) -> bool:
     return endpoint.startswith("tcp://")
 

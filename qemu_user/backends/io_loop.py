@@ -15,11 +15,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 Callback = Callable[[], None]
 
 READ, WRITE = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR, select.EPOLLOUT | select.EPOLLERR
+
+
+class _Stopped(BaseException):
+    """Stopped while frozen: the rest of the turn is not served."""
 
 
 class IoLoop:
@@ -120,12 +124,16 @@ class IoLoop:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Another thread's `with`: inside, the loop stands between two callbacks and serves nothing."""
+        """Another thread's `with`: inside, the loop stands between two callbacks and serves nothing. stop() there
+        means that it never serves anything again.
+        """
         arrived, leave = threading.Event(), threading.Event()
 
         def stand() -> None:
             arrived.set()
             leave.wait()
+            if self._stopping:
+                raise _Stopped
 
         if self._thread_id and not self._stopping:
             self.call_soon(stand)
@@ -153,8 +161,9 @@ class IoLoop:
     def run(self) -> None:
         """Serve until stop()."""
         self._thread_id = threading.get_ident()
-        while not self._stopping:
-            self.turn(None)
+        with suppress(_Stopped):
+            while not self._stopping:
+                self.turn(None)
 
     def turn(self, longest: float | None) -> None:
         """One round: wait at most `longest` seconds for something, and serve it."""

@@ -136,6 +136,10 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     if not options.kernel:
         threading.Thread(target=_listen, args=(ours, outcome), daemon=True).start()
     status = instance.wait()
+    job = instance.machine.job
+    if job is not None and job.kind == "migration" and job.status == "completed":
+        sys.stderr.write(f"softkvm: {job.result}\n")
+        return 0
     if options.kernel:
         return status
     if outcome.status is not None:

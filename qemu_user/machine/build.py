@@ -61,12 +61,12 @@ class Parts:
 
     # -- back ends, before kvmcore is asked for anything -------------------------------------------
 
-    def open_backends(self) -> None:
+    def open_backends(self, lock_disks: bool = True) -> None:
         """BackendError if something that the user named cannot be had."""
         for chardev in self.config.chardevs:
             self.chardevs[chardev.id] = self._open_chardev(chardev)
         for drive in self.config.drives:
-            self.disks.append(LoggedDisk(RawImage(drive.file, drive.readonly, drive.discard)))
+            self.disks.append(LoggedDisk(RawImage(drive.file, drive.readonly, drive.discard, lock_disks)))
         for net in self.config.nets:
             self.nets.append(_open_net(net))
         for share in self.config.shares:
@@ -224,6 +224,10 @@ class Parts:
         for transport in self.transports:
             if isinstance(transport.virtio, VirtioConsole):
                 transport.virtio.finish(seconds)
+        self.drain_output(seconds)
+
+    def drain_output(self, seconds: float) -> None:
+        """What devices have handed to their back ends reaches the host."""
         for chardev in self.chardevs.values():
             chardev.drain(seconds)
 

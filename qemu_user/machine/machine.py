@@ -7,6 +7,8 @@ of it outlives close().
 
 from __future__ import annotations
 
+import mmap
+import os
 import queue
 import sys
 import threading
@@ -40,6 +42,8 @@ PRELAUNCH, RUNNING, PAUSED, SHUTDOWN = "prelaunch", "running", "paused", "shutdo
 INTERNAL_ERROR, ENDED = "internal-error", "ended"
 INMIGRATE, POSTMIGRATE = "inmigrate", "postmigrate"
 RAM_SLOT = 0
+_RAM_SEGMENT = 1 << 40
+"""Where memory that is no guest_memfd lies in the address space of our session with kvmcore."""
 STOP_SECONDS = 10.0
 DRAIN_SECONDS = 30.0
 _POWER_PORT = "org.softkvm.control"
@@ -86,8 +90,9 @@ class Machine:
         self.vcpus: list[Any] = []
         self.threads: list[VcpuThread] = []
         self.memory = GuestMemory([])
-        self.memfd: Any = None
-        """RAM: the guest_memfd of slot RAM_SLOT."""
+        self.ram_fd = -1
+        """RAM's memfd: that of a guest_memfd, or one that came from the process that ran this VM before."""
+        self._memfd: Any = None
         self.job: Any = None
         """The migration or snapshot that is under way, or was the last one (migration/job.py)."""
         self.interrupts: Any = None
@@ -97,13 +102,14 @@ class Machine:
 
     # -- start -------------------------------------------------------------------------------------
 
-    def start(self, arriving: bool = False) -> None:
+    def start(self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1) -> None:
         """Build the machine and let it run (unless `paused`). `arriving`: its memory and state come from elsewhere,
-        so nothing is booted; it stands (INMIGRATE) until resume(). StartError, with nothing left behind.
+        so nothing is booted; it stands (INMIGRATE) until resume(). Not `lock_disks`: whoever still has them hands them
+        over before that. `ram_fd`: the sealed memfd that is its memory, ours from now on. StartError, with nothing left behind.
         """
         try:
-            self.parts.open_backends()
-            self._create()
+            self.parts.open_backends(lock_disks)
+            self._create(ram_fd)
             if arriving:
                 self.status = INMIGRATE
             else:
@@ -125,7 +131,7 @@ class Machine:
         if not self.config.paused and not arriving:
             self.resume()
 
-    def _create(self) -> None:
+    def _create(self, ram_fd: int) -> None:
         """Everything that kvmcore keeps: memory, vCPUs, interrupt controller, eventfds."""
         from protocol.client import Kvm
 
@@ -133,10 +139,14 @@ class Machine:
         self._kvm = Kvm.open(self._endpoint, name=config.name)
         vm = self.vm = self._kvm.create_vm()
         aia = AiaInterrupts(vm) if config.aia == "aplic-imsic" else None
-        self.memfd = vm.create_guest_memfd(config.memory)
-        mapping = self.memfd.map()
-        vm.set_user_memory_region2(RAM_SLOT, virt.RAM_BASE, config.memory, 0, MEM_GUEST_MEMFD, self.memfd, 0)
-        self.memory = GuestMemory([(virt.RAM_BASE, memoryview(mapping))])
+        if ram_fd < 0:
+            self._memfd = vm.create_guest_memfd(config.memory)
+            self.ram_fd = self._memfd.fd
+        else:
+            vm.map_segment(_RAM_SEGMENT, config.memory, ram_fd)
+            self.ram_fd = ram_fd
+        self.log_dirty_pages(False)
+        self.memory = GuestMemory([(virt.RAM_BASE, memoryview(mmap.mmap(self.ram_fd, config.memory)))])
         self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
         for vcpu in self.vcpus:
             vcpu.set_one_reg(one_reg(SBI_EXT, SbiExt.DBCN), 1)
@@ -185,9 +195,20 @@ class Machine:
         set_boot_state(self.vcpus, kernel.entry, at)
 
     def log_dirty_pages(self, on: bool) -> None:
-        """Switch kvmcore's dirty log of RAM. It starts empty."""
-        flags = MEM_GUEST_MEMFD | (MEM_LOG_DIRTY_PAGES if on else 0)
-        self.vm.set_user_memory_region2(RAM_SLOT, virt.RAM_BASE, self.config.memory, 0, flags, self.memfd, 0)
+        """Switch kvmcore's dirty log of RAM. It starts empty. The first call makes the memslot."""
+        flags = MEM_LOG_DIRTY_PAGES if on else 0
+        if self._memfd is not None:
+            flags |= MEM_GUEST_MEMFD
+        where = 0 if self._memfd is not None else _RAM_SEGMENT
+        self.vm.set_user_memory_region2(RAM_SLOT, virt.RAM_BASE, self.config.memory, where, flags, self._memfd, 0)
+
+    def disown(self) -> None:
+        """Inside standing(): the VM lives on elsewhere, perhaps in this very memory, which is not touched any more."""
+        self.status = POSTMIGRATE
+        for transport, _ in self.parts.transports:
+            if transport.virtio is not None:
+                transport.virtio.live = False
+        self._loop.stop()
 
     def rest(self, seconds: float, enough: threading.Event) -> None:
         """The vCPUs stand for so long or until `enough`, if they run: how a migration slows a guest that outruns it."""
@@ -319,6 +340,11 @@ class Machine:
 
     def _end(self, happening: Happening) -> int:
         guest = happening.what in ("shutdown", "reset")
+        if self.status == POSTMIGRATE:
+            self._stop_threads()
+            self.parts.drain_output(DRAIN_SECONDS)
+            self.close()
+            return happening.status & 0xFF
         if happening.what == "fail":
             self.failure, self.status = happening.reason, INTERNAL_ERROR
             self.warn(happening.reason)
@@ -356,6 +382,9 @@ class Machine:
                     pass  # the daemon may be gone already
         if self._kicks is not None:
             self._kicks.close()
+        if self._memfd is None and self.ram_fd >= 0:
+            os.close(self.ram_fd)
+            self.ram_fd = -1
         self._loop.close()
 
     # -- telling -----------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 
 from qemu_user.backends.errors import BackendError
 from qemu_user.config.machine_config import MachineConfig
@@ -19,10 +21,11 @@ from qemu_user.management.registry import NameTaken, Registration
 class Instance:
     """start(), wait(); the rest may be called from any thread and from signal handlers."""
 
-    def __init__(self, config: MachineConfig, endpoint: str) -> None:
-        """StartError if the name is taken."""
+    def __init__(self, config: MachineConfig, endpoint: str, provisional: bool = False) -> None:
+        """StartError if the name is taken. `provisional`: under another name, until take_name()."""
+        name = f"{config.name[:40]}.incoming-{os.getpid()}" if provisional else config.name
         try:
-            self._registration = Registration(config.name)
+            self._registration = Registration(name)
         except (NameTaken, OSError) as error:
             raise StartError(str(error)) from error
         directory = self._registration.directory
@@ -36,12 +39,12 @@ class Instance:
         """Where control.sock and console.sock are."""
         return str(self._registration.directory)
 
-    def start(self, arriving: bool = False) -> None:
-        """StartError, with nothing left behind. `arriving`: as Machine.start() has it."""
+    def start(self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1) -> None:
+        """StartError, with nothing left behind. The arguments are Machine.start()'s."""
         try:
             paths = [self._control, *(qmp.path for qmp in self.config.qmp)]
             self._qmp = QmpServer(self.machine, paths)
-            self.machine.start(arriving)
+            self.machine.start(arriving, lock_disks, ram_fd)
             self._qmp.start()
             self._registration.describe(
                 vm_pid=self.machine.vm.pid,
@@ -62,6 +65,23 @@ class Instance:
             return self.machine.wait()
         finally:
             self._close()
+
+    def take_name(self, name: str, seconds: float = 30.0) -> None:
+        """Be registered under `name`, as soon as the process that had it is gone; at once if nobody has."""
+
+        def take() -> None:
+            end = time.monotonic() + seconds
+            while not self._registration.rename(name):
+                if time.monotonic() > end:
+                    self.machine.warn(f"is listed as {self._registration.name}: {name} is taken")
+                    return
+                time.sleep(0.01)
+
+        threading.Thread(target=take, name="take-name", daemon=True).start()
+
+    def abandon(self) -> None:
+        """It was built in vain: give everything back."""
+        self._close()
 
     def request_powerdown(self) -> bool:
         """Ask the guest to shut down; False if it has nobody who listens."""

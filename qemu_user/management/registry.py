@@ -71,6 +71,7 @@ class Registration:
         """NameTaken, OSError."""
         self.name = name
         self.directory = _vms() / name
+        self._meta: dict[str, Any] = {}
         while True:
             self.directory.mkdir(mode=0o700, exist_ok=True)
             self._lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -89,12 +90,25 @@ class Registration:
 
     def describe(self, **meta: Any) -> None:
         """Write meta.json: from now on others see the VM."""
+        self._meta = meta
         path = self.directory / "meta.json"
         partial = path.with_suffix(".partial")
         partial.write_text(
             json.dumps({"name": self.name, "pid": os.getpid(), "created": time.time(), **meta})
         )
         partial.rename(path)
+
+    def rename(self, name: str) -> bool:
+        """Be `name` from now on; False while another VM has it."""
+        new = _vms() / name
+        _look(new)  # removes what a dead one has left
+        try:
+            self.directory.rename(new)  # over an empty directory, or none
+        except OSError:
+            return False
+        self.directory, self.name = new, name
+        self.describe(**self._meta)
+        return True
 
     def close(self) -> None:
         """The VM is over. Idempotent."""

@@ -66,14 +66,14 @@ def find(sections: Mapping[str, Section], name: str) -> Section:
     return section
 
 
-def capture(machine: Machine) -> list[Section]:
-    """All of a standing machine. KvmError when its kvmcore process is gone."""
+def capture(machine: Machine, generation: int | None = None) -> list[Section]:
+    """All of a standing machine, as it is to go on in `generation` (its own). KvmError when its kvmcore process is gone."""
     first = machine.vcpus[0]
     own = MachineState(
         time=first.get_one_reg(riscv.TIMER_ID["time"]),
         frequency=first.get_one_reg(riscv.TIMER_ID["frequency"]),
         taken=time.time(),
-        generation=machine.generation,
+        generation=machine.generation if generation is None else generation,
     )
     sections = [config_section(machine.config), _section("machine", own)]
     sections += [_section(f"vcpu/{vcpu.id}", vcpu_state.save(vcpu)) for vcpu in machine.vcpus]

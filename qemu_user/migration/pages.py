@@ -70,6 +70,11 @@ def with_data(fd: int, size: int, unit: int) -> bytearray:
     return result
 
 
+def is_zero(data: bytes) -> bool:
+    """Whether these are all zeroes."""
+    return not data.strip(b"\0")
+
+
 def split_zeroes(address: int, first: int, length: int, unit: int) -> Iterator[tuple[bool, int, int]]:
     """(is zero, first unit, how many) for the units [first, first + length) of memory whose first unit is at
     `address`: alternating stretches, in order.

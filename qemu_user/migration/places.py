@@ -1,4 +1,4 @@
-"""Where migration keeps things: snapshots and templates under the user's data directory, journals under the state
+"""Where migration keeps things: snapshots and templates under the user's data directory, journals in the runtime
 directory (XDG base directories). Names become folders here, and nowhere else.
 """
 
@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+
+from qemu_user.management.registry import runtime_directory
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 
@@ -32,8 +34,8 @@ def disks() -> Path:
 
 
 def journals() -> Path:
-    """The folder of hand-over journals."""
-    return _base("XDG_STATE_HOME", ".local/state") / "handover"
+    """The folder of hand-over journals: they need to live as long as the machine is up."""
+    return runtime_directory() / "handover"
 
 
 def is_name(text: str) -> bool:

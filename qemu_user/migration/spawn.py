@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from qemu_user.management.registry import runtime_directory
 
@@ -15,24 +16,35 @@ class SpawnError(Exception):
     """The VM did not start; the text says why."""
 
 
-def spawn(order: bytes, name: str) -> dict[str, Any]:
-    """Give `order` (JSON) to a new process; what it says when the VM is there: name and pid. SpawnError."""
+def start(order: bytes, name: str, fds: list[int] | None = None) -> tuple[subprocess.Popen[bytes], IO[bytes], Path]:
+    """Give `order` (JSON) and descriptors to a new process: it, the pipe on which it will say how it went, its log."""
     readable, writable = os.pipe()
-    log = runtime_directory() / f"{name}.log"
-    with open(log, "wb") as output, os.fdopen(readable, "rb") as pipe:
+    directory = runtime_directory()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log = directory / f"{name}.log"
+    pipe = os.fdopen(readable, "rb")
+    with open(log, "wb") as output:
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "qemu_user.migration.arrival", "--tell", str(writable)],
-                stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, pass_fds=[writable], cwd="/",
+                stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+                pass_fds=[writable, *(fds or [])], cwd="/",
             )  # fmt: skip
         finally:
             os.close(writable)
-        assert process.stdin is not None
-        try:
-            process.stdin.write(order)
-            process.stdin.close()
-        except BrokenPipeError:
-            pass
+    assert process.stdin is not None
+    try:
+        process.stdin.write(order)
+        process.stdin.close()
+    except BrokenPipeError:
+        pass
+    return process, pipe, log
+
+
+def spawn(order: bytes, name: str) -> dict[str, Any]:
+    """The same, and what it says first: the VM's name and pid, or where it listens. SpawnError."""
+    process, pipe, log = start(order, name)
+    with pipe:
         line = pipe.readline()
     if not line:
         process.wait()

@@ -25,7 +25,7 @@ class Ram:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self.fd: int = machine.memfd.fd
+        self.fd: int = machine.ram_fd
         _, self.view = machine.memory.regions[0]
         self.size = len(self.view)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))

@@ -13,7 +13,7 @@ import pytest
 from qemu_user.machine.machine import RUNNING, Machine, StartError
 from qemu_user.migration import job as jobs
 from qemu_user.migration import snapshot
-from qemu_user.migration.arrival import Order, start
+from qemu_user.migration.arrival import Restore, restored
 from qemu_user.migration.snapshot import Snapshot, SnapshotError
 from tests.framework import memory_guest
 
@@ -47,7 +47,7 @@ def test_snapshot_of_a_busy_guest_and_back(endpoint: str, goes_on: Callable[...,
     before = Path(disk.file).read_bytes()
     Path(disk.file).write_bytes(b"spoilt")
 
-    instance = start(Order(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "first"), name="vm"))
+    instance = restored(Restore(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "first"), name="vm"))
     try:
         goes_on("vm", more=at)
     finally:
@@ -103,9 +103,9 @@ def test_damage_is_noticed(file: str, endpoint: str, goes_on: Callable[..., int]
     data = bytearray(path.read_bytes())
     data[0x200010 if file == "memory" else 100] ^= 1
     path.write_bytes(bytes(data))
-    order = Order(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "one"), name="vm")
+    order = Restore(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "one"), name="vm")
     with pytest.raises(StartError, match=r"damaged|cannot be used"):
-        start(order)
+        restored(order)
 
 
 def test_shorter_memory_and_strange_files_are_refused(endpoint: str, tmp_path: Path) -> None:

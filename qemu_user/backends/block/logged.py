@@ -44,5 +44,11 @@ class LoggedDisk:
         self.image.zero(offset, length, unmap)
         self.log.wrote(offset, length)
 
+    def lock(self) -> None:
+        self.image.lock()
+
+    def unlock(self) -> None:
+        self.image.unlock()
+
     def close(self) -> None:
         self.image.close()

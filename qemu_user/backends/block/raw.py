@@ -48,6 +48,12 @@ class BlockBackend(Protocol):
     def zero(self, offset: int, length: int, unmap: bool) -> None:
         """The range reads as zeroes; `unmap`: it need not take space."""
 
+    def lock(self) -> None:
+        """One writer or many readers, on all machines that share the image. BackendError if others have it."""
+
+    def unlock(self) -> None:
+        """Let others have it; what was written is on the disk (flush) before."""
+
     def close(self) -> None: ...
 
 
@@ -64,8 +70,9 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 class RawImage:
     """A BlockBackend over a raw file or block device."""
 
-    def __init__(self, path: str, readonly: bool = False, discard: bool = True) -> None:
-        """BackendError if it cannot be opened, is no disk, or is in use."""
+    def __init__(self, path: str, readonly: bool = False, discard: bool = True, locked: bool = True) -> None:
+        """BackendError if it cannot be opened, is no disk, or is in use. Not `locked`: somebody else still has it, and
+        nothing is written before lock()."""
         self.path, self.readonly, self.discard = path, readonly, discard and not readonly
         flags = os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR)
         try:
@@ -78,15 +85,26 @@ class RawImage:
             )
             raise BackendError(f"disk image {path}: {error.strerror}{'' if readonly else hint}") from error
         try:
-            self._check()
+            self._check(locked)
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _check(self) -> None:
+    def _check(self, locked: bool) -> None:
         kind = os.fstat(self._fd).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
             raise BackendError(f"disk image {self.path}: is neither a file nor a block device")
+        if locked:
+            self.lock()
+        self._end = os.lseek(self._fd, 0, os.SEEK_END)
+        if self._end == 0:
+            raise BackendError(f"disk image {self.path}: is empty")
+        # A file that ends within a sector is one sector longer, as QEMU has it; the missing bytes read as
+        # zeroes.
+        self.size = -(-self._end // SECTOR) * SECTOR
+
+    def lock(self) -> None:
+        """One writer or many readers: BackendError if others have it. Idempotent."""
         try:
             fcntl.flock(self._fd, (fcntl.LOCK_SH if self.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -95,12 +113,13 @@ class RawImage:
             raise BackendError(f"disk image {self.path}: {how} another VM{hint}") from None
         except OSError:
             pass  # a file system without locks
-        self._end = os.lseek(self._fd, 0, os.SEEK_END)
-        if self._end == 0:
-            raise BackendError(f"disk image {self.path}: is empty")
-        # A file that ends within a sector is one sector longer, as QEMU has it; the missing bytes read as
-        # zeroes.
-        self.size = -(-self._end // SECTOR) * SECTOR
+
+    def unlock(self) -> None:
+        """Let others have it: nothing is read or written until lock()."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        except OSError:
+            pass  # a file system without locks
 
     @property
     def descriptor(self) -> int | None:

@@ -97,6 +97,15 @@ class VirtioNet(VirtioDevice):
         self._blocked = False
         self.transport.run(self._transmit)
 
+    def announce(self, frame: bytes) -> None:
+        """Send a frame of the host's own making: who has moved tells the switches."""
+        self._backend.send([memoryview(frame)])
+
+    @property
+    def mac(self) -> bytes:
+        """The address that the driver sees."""
+        return self._mac
+
     # -- wire to driver ----------------------------------------------------------------------------
 
     def receive(self, frame: memoryview) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qemu_user.management.commands import (
     cont,
+    migrate,
     migrate_cancel,
     query_chardev,
     query_counters,
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
     for module in (
         cont,
+        migrate,
         migrate_cancel,
         query_chardev,
         query_counters,

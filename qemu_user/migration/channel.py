@@ -1,0 +1,309 @@
+"""Frames between the two ends of a migration: over a Unix stream socket on one machine, over ZeroMQ with CURVE keys between
+machines. Both carry the same frames; who uses one does not know which it is.
+
+    frame   magic "SKVM", u8 kind, u8 0, u16 0, u32 length of payload, u32 sequence number, u64 a, u64 b,
+            u32 CRC-32 of the header before it; payload
+
+The sequence number shows what a reconnect of ZeroMQ would hide: a frame lost or repeated ends the channel. What a and b
+mean is the kind's business (messages.py). Everything that comes in is hostile: ChannelError, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from protocol.channel import zmq_socket
+
+MAGIC = b"SKVM"
+HEADER = struct.Struct("<4sBBHIIQQI")
+MAX_PAYLOAD = 64 << 20
+CHUNK = 512 << 10
+"""Bytes of payload that fit one ZeroMQ message with its header (zmq_socket.MAX_MESSAGE)."""
+_LOOK_SECONDS = 0.2
+STALL_SECONDS = 20.0
+"""A peer that takes nothing for so long is given up."""
+
+
+class ChannelError(Exception):
+    """The connection is gone, or the other end does not speak this protocol."""
+
+
+class Frame(NamedTuple):
+    """A frame's header. Its payload is to be taken with read() or read_into() before the next receive()."""
+
+    kind: int
+    a: int
+    b: int
+    length: int
+
+
+class Channel(Protocol):
+    """`look` is called every now and then while it waits, and may raise."""
+
+    look: Callable[[], None]
+    fds: list[int]
+    """Descriptors that came with frames, ours to close."""
+
+    def send(self, kind: int, a: int = 0, b: int = 0, payload: bytes | memoryview = b"", fds: list[int] | None = None) -> int:
+        """Send a frame; bytes sent. ChannelError."""
+
+    def receive(self, seconds: float | None) -> Frame | None:
+        """The next frame; None when none came in time. ChannelError."""
+
+    def read(self) -> bytes:
+        """The payload of the frame just received. ChannelError."""
+
+    def read_into(self, view: memoryview) -> None:
+        """The same into memory of just that length."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+def _pack(kind: int, sequence: int, a: int, b: int, length: int) -> bytes:
+    head = HEADER.pack(MAGIC, kind, 0, 0, length, sequence & 0xFFFFFFFF, a, b, 0)[:-4]
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def _unpack(data: bytes | memoryview, sequence: int) -> Frame:
+    magic, kind, reserved, more, length, number, a, b, crc = HEADER.unpack(data)
+    if magic != MAGIC or reserved or more or zlib.crc32(bytes(data[:-4])) != crc:
+        raise ChannelError("the other end does not speak softkvm's migration protocol")
+    if number != sequence & 0xFFFFFFFF:
+        raise ChannelError(f"frame {number} where {sequence} was due: some were lost")
+    if length > MAX_PAYLOAD:
+        raise ChannelError(f"a frame of {length} bytes")
+    return Frame(kind, a, b, length)
+
+
+class StreamChannel:
+    """Over a connected Unix stream socket, which it owns."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+        self._socket = sock
+        self._sent = self._received = 0
+        self._unread = 0
+        self.fds: list[int] = []
+        self.look: Callable[[], None] = lambda: None
+
+    def send(self, kind: int, a: int = 0, b: int = 0, payload: bytes | memoryview = b"", fds: list[int] | None = None) -> int:
+        parts: list[bytes | memoryview] = [_pack(kind, self._sent, a, b, len(payload))]
+        if payload:
+            parts.append(payload)
+        self._sent += 1
+        try:
+            if fds:
+                self._wait(select.POLLOUT, STALL_SECONDS)
+                done = socket.send_fds(self._socket, [bytes(parts[0])], fds)
+                parts[0] = bytes(parts[0])[done:]
+            self._write(parts)
+        except OSError as error:
+            raise ChannelError(f"the connection is gone: {error.strerror or error}") from error
+        return HEADER.size + len(payload)
+
+    def _write(self, parts: list[bytes | memoryview]) -> None:
+        while parts:
+            try:
+                done = self._socket.sendmsg(parts, [], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                if not self._wait(select.POLLOUT, STALL_SECONDS):
+                    raise ChannelError(f"the other end takes nothing for {STALL_SECONDS:g} s") from None
+                continue
+            while parts and done >= len(parts[0]):
+                done -= len(parts.pop(0))
+            if done:
+                parts[0] = memoryview(parts[0])[done:]
+
+    def receive(self, seconds: float | None) -> Frame | None:
+        if self._unread:
+            raise ChannelError("a payload was left unread")
+        if not self._wait(select.POLLIN, seconds):
+            return None
+        data = b""
+        while len(data) < HEADER.size:
+            try:
+                part, fds, flags, _ = socket.recv_fds(self._socket, HEADER.size - len(data), 4)
+            except BlockingIOError:
+                self._wait(select.POLLIN, None)
+                continue
+            except OSError as error:
+                raise ChannelError(f"the connection is gone: {error.strerror}") from error
+            self.fds += fds
+            if not part or flags & socket.MSG_CTRUNC:
+                raise ChannelError("the other end has hung up")
+            data += part
+        frame = _unpack(data, self._received)
+        self._received += 1
+        self._unread = frame.length
+        return frame
+
+    def read(self) -> bytes:
+        data = bytearray(self._unread)
+        self.read_into(memoryview(data))
+        return bytes(data)
+
+    def read_into(self, view: memoryview) -> None:
+        if len(view) != self._unread:
+            raise ChannelError(f"a payload of {self._unread} bytes where {len(view)} were due")
+        while view:
+            try:
+                done = self._socket.recv_into(view)
+            except BlockingIOError:
+                self._wait(select.POLLIN, None)
+                continue
+            except OSError as error:
+                raise ChannelError(f"the connection is gone: {error.strerror}") from error
+            if not done:
+                raise ChannelError("the other end has hung up")
+            view = view[done:]
+        self._unread = 0
+
+    def _wait(self, events: int, seconds: float | None) -> bool:
+        """Until the socket is ready; False when it is not in time."""
+        poll = select.poll()
+        poll.register(self._socket, events)
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = _LOOK_SECONDS if end is None else min(_LOOK_SECONDS, max(end - time.monotonic(), 0))
+            if poll.poll(left * 1000):
+                return True
+            self.look()
+            if end is not None and time.monotonic() >= end:
+                return False
+
+    def close(self) -> None:
+        self._socket.close()
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+
+class ZmqChannel:
+    """Over a DEALER (who calls) or a ROUTER (who is called), which it owns. One peer: for a ROUTER the one that speaks
+    first, by its CURVE key."""
+
+    def __init__(self, sock: zmq.Socket[bytes], is_router: bool) -> None:
+        self._socket, self._is_router = sock, is_router
+        self._monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._identity = b""
+        self._key = ""
+        self._sent = self._received = 0
+        self._payload: memoryview = memoryview(b"")
+        self._broken = False
+        self.fds: list[int] = []
+        self.look: Callable[[], None] = lambda: None
+
+    def send(self, kind: int, a: int = 0, b: int = 0, payload: bytes | memoryview = b"", fds: list[int] | None = None) -> int:
+        if fds:
+            raise ChannelError("descriptors do not travel between machines")
+        head = _pack(kind, self._sent, a, b, len(payload))
+        self._sent += 1
+        total = HEADER.size + len(payload)
+        if total <= zmq_socket.MAX_MESSAGE:
+            self._put(b"".join((head, payload)))
+        else:  # states of many CPUs: a frame may spread over messages
+            self._put(head)
+            for at in range(0, len(payload), CHUNK):
+                self._put(bytes(payload[at : at + CHUNK]))
+        return total
+
+    def _put(self, message: bytes) -> None:
+        end = time.monotonic() + STALL_SECONDS
+        while True:
+            self._check()
+            try:
+                if self._is_router:
+                    self._socket.send_multipart((self._identity, message), zmq.NOBLOCK)
+                else:
+                    self._socket.send(message, zmq.NOBLOCK)
+                return
+            except zmq.Again:
+                if time.monotonic() >= end:
+                    raise ChannelError(f"the other end takes nothing for {STALL_SECONDS:g} s") from None
+                self._socket.poll(int(_LOOK_SECONDS * 1000), zmq.POLLOUT)
+                self.look()
+            except zmq.ZMQError as error:
+                raise ChannelError(f"the connection is gone: {error}") from error
+
+    def receive(self, seconds: float | None) -> Frame | None:
+        if self._payload:
+            raise ChannelError("a payload was left unread")
+        message = self._get(seconds)
+        if message is None:
+            return None
+        if len(message) < HEADER.size:
+            raise ChannelError("the other end does not speak softkvm's migration protocol")
+        frame = _unpack(message[: HEADER.size], self._received)
+        self._received += 1
+        rest = message[HEADER.size :]
+        if not rest and frame.length:
+            parts = bytearray()
+            while len(parts) < frame.length:
+                part = self._get(STALL_SECONDS)
+                if part is None:
+                    raise ChannelError("half a frame")
+                parts += part
+            rest = memoryview(parts)
+        if len(rest) != frame.length:
+            raise ChannelError(f"a payload of {len(rest)} bytes where {frame.length} were announced")
+        self._payload = rest
+        return frame
+
+    def _get(self, seconds: float | None) -> memoryview | None:
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            try:
+                if not self._is_router:
+                    return memoryview(self._socket.recv(zmq.NOBLOCK, copy=False).buffer)
+                received = zmq_socket.receive_from(self._socket)
+                if received is not None and self._is_ours(*received):
+                    return memoryview(received[1].buffer)
+                continue
+            except zmq.Again:
+                pass
+            self._check()
+            left = _LOOK_SECONDS if end is None else min(_LOOK_SECONDS, max(end - time.monotonic(), 0))
+            if not self._socket.poll(int(left * 1000)):
+                self.look()
+                if end is not None and time.monotonic() >= end:
+                    return None
+
+    def _is_ours(self, identity: zmq.Frame, frame: zmq.Frame) -> bool:
+        """The first who speaks is the peer; others are not heard."""
+        if not self._identity:
+            self._identity, self._key = identity.bytes, zmq_socket.peer_key(frame)
+        return identity.bytes == self._identity
+
+    def _check(self) -> None:
+        while self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            self._broken = True
+        if self._broken:
+            raise ChannelError("the connection is gone")
+
+    def read(self) -> bytes:
+        payload, self._payload = self._payload, memoryview(b"")
+        return bytes(payload)
+
+    def read_into(self, view: memoryview) -> None:
+        if len(view) != len(self._payload):
+            raise ChannelError(f"a payload of {len(self._payload)} bytes where {len(view)} were due")
+        view[:] = self._payload
+        self._payload = memoryview(b"")
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._socket.close(linger=1000)

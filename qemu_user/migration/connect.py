@@ -1,0 +1,46 @@
+"""Calling a host that takes VMs in: a Channel to the process that it makes for ours."""
+
+from __future__ import annotations
+
+import socket
+
+import zmq
+
+from protocol.channel import zmq_socket
+from protocol.channel.zmq_socket import Curve
+from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
+from qemu_user.migration.host import HostError, decode_reply
+from qemu_user.migration.job import JobError
+
+_CALL_MS = 15_000
+
+
+def connect(uri: str, key: Curve | None = None) -> Channel:
+    """`uri`: ipc://PATH, or tcp://HOST:PORT with our `key` that names the host's public one. JobError."""
+    scheme, _, address = uri.partition("://")
+    if scheme == "ipc":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(address)
+        except OSError as error:
+            sock.close()
+            raise JobError(f"no host listens on {uri} ({error.strerror}); start one with: softkvm host serve") from error
+        return StreamChannel(sock)
+    if scheme == "tcp" and key is not None:
+        return _over_tcp(uri, address.rpartition(":")[0], key)
+    raise JobError(f"{uri}: expected ipc://PATH, or tcp://HOST:PORT and keys")
+
+
+def _over_tcp(uri: str, address: str, key: Curve) -> Channel:
+    context = zmq_socket.context()
+    try:
+        with zmq_socket.dealer(context, uri, key) as caller:
+            caller.send(b"{}")
+            if not caller.poll(_CALL_MS):
+                raise JobError(f"{uri} does not answer: no host there, or it does not know our key")
+            reply = decode_reply(caller.recv())
+        return ZmqChannel(zmq_socket.dealer(context, f"tcp://{address}:{int(reply['port'])}", key), is_router=False)
+    except zmq.Again as error:
+        raise JobError(f"{uri} cannot be reached: no host there, or it does not know our key") from error
+    except (HostError, zmq.ZMQError, KeyError, ValueError) as error:
+        raise JobError(f"{uri}: {error}") from error

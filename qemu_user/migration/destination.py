@@ -1,0 +1,317 @@
+"""The side that a VM comes to: builds the machine that is announced, takes memory, disks and state, and runs it once the
+source has let go. Runs in the new VM's own process (arrival.py), before anything else of it.
+
+Nothing that a peer sends is believed: records, sections, places and lengths are checked against the machine that was
+built here. Until COMMIT this is a machine that stands, with its I/O frozen from the moment its state is in place.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from protocol.abi.errors import KvmError
+from qemu_user.backends.errors import BackendError
+from qemu_user.config.machine_config import MachineConfig
+from qemu_user.devices.device import StateError
+from qemu_user.machine.machine import PAUSED, Machine, StartError
+from qemu_user.management.instance import Instance
+from qemu_user.migration import journal as journals
+from qemu_user.migration import machine_state, messages, pages, places, sections, steps
+from qemu_user.migration.announce import announce
+from qemu_user.migration.background import for_background
+from qemu_user.migration.channel import Channel, ChannelError, Frame
+from qemu_user.migration.journal import Journal
+from qemu_user.migration.messages import Accept, Hello
+from qemu_user.migration.sections import SectionError
+from qemu_user.migration.volumes import Disk
+
+try:
+    import zstandard
+except ImportError:
+    zstandard = None  # type: ignore[assignment]
+
+_HELLO_SECONDS = 10.0
+_LOCK_SECONDS = 2.0
+_ASK_SECONDS = 0.02
+_MOST_UNITS = 1 << 20
+_ZEROES = bytes(1 << 20)
+
+
+class Refused(Exception):
+    """The VM is not taken; the text goes to the source."""
+
+
+class Discarded(Exception):
+    """The source keeps the VM: what was built here is to be forgotten."""
+
+
+class Incoming:
+    """One VM that comes in over `channel`. run() gives its Instance, running."""
+
+    def __init__(self, channel: Channel, endpoint: str, disks_folder: Path | None = None) -> None:
+        self._channel, self._endpoint = channel, endpoint
+        self._disks_folder = disks_folder if disks_folder is not None else places.disks()
+        self._instance: Instance | None = None
+        self._journal: Journal | None = None
+        self._features: list[str] = []
+        self._made: list[Path] = []
+
+    def run(self) -> Instance:
+        """Discarded, when nothing came of it; nothing is left then."""
+        try:
+            return self._run()
+        except (Refused, StartError, StateError, SectionError, BackendError, KvmError, OSError) as error:
+            with suppress(ChannelError):
+                self._channel.send(messages.REJECT, payload=str(error).encode()[:2000])
+            self._forget()
+            raise Discarded(str(error)) from error
+        except (Discarded, ChannelError) as error:
+            self._forget()
+            raise Discarded(str(error) or "the source keeps the VM") from error
+        finally:
+            self._channel.close()
+
+    def _forget(self) -> None:
+        if self._instance is not None:
+            self._instance.abandon()
+        for path in self._made:
+            path.unlink(missing_ok=True)
+        if self._journal is not None:
+            self._journal.write(journals.ABORTED, 0)
+            self._journal.keep()
+
+    def _run(self) -> Instance:
+        hello = self._hear_hello()
+        steps.reached("destination:hello", self._channel.close)
+        instance = self._instance = self._build(hello)
+        steps.reached("destination:built", self._channel.close)
+        self._journal = Journal(instance.config.uuid, "destination")
+        accept = Accept(features=self._features, journal=str(self._journal.path))
+        self._channel.send(messages.ACCEPT, payload=messages.encode(accept))
+        state = self._take_volumes(instance.machine, hello)
+        checked = machine_state.check(instance.machine, sections.decode(state))
+        if checked.machine.generation != hello.generation:
+            raise Refused(f"generation {checked.machine.generation} where {hello.generation} was announced")
+        with instance.machine.standing(), self._all_or_nothing(instance.machine):
+            machine_state.restore(instance.machine, checked)
+            self._lock_disks(instance.machine)
+            self._journal.write(journals.PREPARED, hello.generation)
+            steps.reached("destination:prepared", self._channel.close)
+            with suppress(ChannelError):
+                self._channel.send(messages.PREPARED)
+            steps.reached("destination:prepared-sent", self._channel.close)
+            if not self._may_run(hello):
+                raise Discarded
+            steps.reached("destination:commit", self._channel.close)
+            self._journal.write(journals.RUNNING, hello.generation)
+        if hello.running:
+            instance.machine.resume()
+        else:
+            instance.machine.status = PAUSED
+        steps.reached("destination:running", self._channel.close)
+        with suppress(ChannelError):
+            self._channel.send(messages.RUNNING, hello.generation)
+        announce(instance.machine)
+        instance.take_name(instance.config.name)
+        self._journal.keep()
+        steps.reached("destination:done", self._channel.close)
+        return instance
+
+    @contextmanager
+    def _all_or_nothing(self, machine: Machine) -> Iterator[None]:
+        """Whatever goes wrong inside, this machine never serves a device again: its memory may be the source's."""
+        try:
+            yield
+        except BaseException:
+            machine.disown()
+            raise
+
+    # -- what is to come ---------------------------------------------------------------------------
+
+    def _hear_hello(self) -> Hello:
+        frame = self._channel.receive(_HELLO_SECONDS)
+        if frame is None or frame.kind != messages.HELLO:
+            raise ChannelError("no hello")
+        try:
+            hello = msgspec.msgpack.decode(self._channel.read(), type=Hello)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Refused(f"its announcement cannot be read: {error}") from error
+        if hello.protocol != messages.PROTOCOL:
+            raise Refused(f"it speaks version {hello.protocol} of the migration protocol, this host {messages.PROTOCOL}")
+        return hello
+
+    def _build(self, hello: Hello) -> Instance:
+        state = sections.decode(hello.state)
+        config = for_background(machine_state.read_config(state), hello.name).validate(files=False)
+        if not config.uuid:
+            raise Refused("the VM has no uuid")
+        if set(hello.disks) - {1 + index for index, drive in enumerate(config.drives) if not drive.readonly}:
+            raise Refused("disks are announced that the machine does not have")
+        ram_fd = self._memory(config, hello)
+        if ram_fd < 0:
+            available = psutil.virtual_memory().available
+            if config.memory > available:
+                raise Refused(f"not enough memory: the VM has {config.memory >> 20} MiB, {available >> 20} MiB are free")
+        self._features = [name for name in hello.features if name == "zstd" and zstandard is not None]
+        self._features += ["memory-fd"] if ram_fd >= 0 else []
+        config = self._make_disks(config, hello)
+        instance = Instance(config, self._endpoint, provisional=True)
+        self._instance = instance
+        instance.start(arriving=True, lock_disks=False, ram_fd=ram_fd)
+        machine_state.check(instance.machine, state)
+        return instance
+
+    def _memory(self, config: MachineConfig, hello: Hello) -> int:
+        if not self._channel.fds or "memory-fd" not in hello.features:
+            return -1
+        fd = self._channel.fds.pop(0)
+        if os.fstat(fd).st_size != config.memory:
+            os.close(fd)
+            raise Refused("the memory that came along has another size than the machine's")
+        return fd
+
+    def _make_disks(self, config: MachineConfig, hello: Hello) -> MachineConfig:
+        drives = list(config.drives)
+        for number, size in hello.disks.items():
+            folder = self._disks_folder / config.uuid
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            free = os.statvfs(folder)
+            if not 0 < size <= free.f_bavail * free.f_frsize:
+                raise Refused(f"no room in {self._disks_folder} for a disk of {size >> 20} MiB")
+            path = folder / f"disk{number - 1}.{hello.generation}.raw"
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._made.append(path)
+            os.ftruncate(fd, size)
+            os.close(fd)
+            drives[number - 1] = msgspec.structs.replace(drives[number - 1], file=str(path))
+        return msgspec.structs.replace(config, drives=tuple(drives))
+
+    # -- memory and disks --------------------------------------------------------------------------
+
+    def _take_volumes(self, machine: Machine, hello: Hello) -> bytes:
+        """Everything up to the final state, whose bytes are returned."""
+        channel = self._channel
+        ram = machine.memory.regions[0][1]
+        disks = {number: Disk(number, machine.parts.disks[number - 1]) for number in hello.disks}
+        first = True
+        while True:
+            frame = channel.receive(None)
+            assert frame is not None
+            if frame.kind in (messages.DATA, messages.PACKED, messages.ZEROES):
+                volume, start = messages.placed(frame.a)
+                if volume == 0 and "memory-fd" not in self._features:
+                    self._take_memory(frame, ram, start)
+                elif volume in disks:
+                    self._take_disk(frame, disks[volume], start)
+                else:
+                    raise ChannelError(f"data for volume {volume}")
+                if first:
+                    first = False
+                    steps.reached("destination:data", channel.close)
+            elif frame.kind == messages.ROUND:
+                channel.send(messages.ROUND, frame.a)
+            elif frame.kind == messages.STATE:
+                steps.reached("destination:state", channel.close)
+                return channel.read()
+            elif frame.kind == messages.ABORT:
+                raise Discarded
+            else:
+                raise ChannelError(f"message {frame.kind} during the copy")
+
+    def _take_memory(self, frame: Frame, ram: memoryview, start: int) -> None:
+        unit = 4096
+        if not 0 < frame.b <= _MOST_UNITS or (start + frame.b) * unit > len(ram):
+            raise ChannelError("memory beyond the machine's")
+        view = ram[start * unit : (start + frame.b) * unit]
+        if frame.kind == messages.DATA:
+            self._channel.read_into(view)
+        elif frame.kind == messages.PACKED:
+            view[:] = self._unpack(len(view))
+        else:
+            for at in range(0, len(view), len(_ZEROES)):
+                part = view[at : at + len(_ZEROES)]
+                part[:] = _ZEROES[: len(part)]
+
+    def _take_disk(self, frame: Frame, disk: Disk, start: int) -> None:
+        offset = start * disk.unit
+        length = min(frame.b * disk.unit, disk.size - offset)
+        if not 0 < frame.b <= _MOST_UNITS or length <= 0 or frame.kind == messages.ZEROES:
+            raise ChannelError("a block beyond the disk's end")
+        data = self._unpack(length) if frame.kind == messages.PACKED else self._channel.read()
+        if len(data) != length:
+            raise ChannelError("a block of the wrong length")
+        view = memoryview(bytearray(data))
+        if pages.is_zero(data):
+            disk.disk.zero(offset, length, unmap=True)
+        else:
+            disk.disk.write(offset, [view])
+
+    def _unpack(self, length: int) -> bytes:
+        if "zstd" not in self._features:
+            raise ChannelError("compressed data was not agreed upon")
+        try:
+            with zstandard.ZstdDecompressor().stream_reader(self._channel.read()) as reader:
+                data = reader.read(length + 1)
+        except zstandard.ZstdError as error:
+            raise ChannelError(f"compressed data is damaged: {error}") from error
+        if len(data) != length:
+            raise ChannelError("compressed data of the wrong length")
+        return data
+
+    # -- the hand-over proper ----------------------------------------------------------------------
+
+    def _lock_disks(self, machine: Machine) -> None:
+        """The source has let go of them. Refused when somebody else has one."""
+        end = time.monotonic() + _LOCK_SECONDS
+        for disk in machine.parts.disks:
+            while True:
+                try:
+                    disk.flush()
+                    disk.lock()
+                    break
+                except BackendError as error:
+                    if time.monotonic() > end:
+                        raise Refused(str(error)) from error
+                    time.sleep(0.005)
+
+    def _may_run(self, hello: Hello) -> bool:
+        """The source's decision; when the source is dead, the last word of its journal."""
+        try:
+            while True:
+                frame = self._channel.receive(None)
+                assert frame is not None
+                if frame.kind == messages.COMMIT and frame.a == hello.generation:
+                    return True
+                if frame.kind == messages.ABORT:
+                    return False
+                raise ChannelError(f"message {frame.kind} instead of a decision")
+        except ChannelError:
+            return self._ask(hello)
+
+    def _ask(self, hello: Hello) -> bool:
+        assert self._journal is not None
+        local = hello.host == messages.boot_id()
+        told = self._journal.path.with_suffix(".verdict")
+        assert self._instance is not None
+        if not local:
+            self._instance.machine.warn(
+                "in doubt: its source on another host cannot be reached any more. It waits. Only if the source is "
+                f"certainly dead, `softkvm host settle {self._instance.config.uuid} run`; else `... forget`"
+            )
+        while True:
+            if told.exists():
+                return told.read_text().strip() == journals.COMMITTED
+            if local:
+                word = journals.ask_source(hello.journal, hello.generation)
+                if word in (journals.COMMITTED, journals.GRANTED):
+                    return True
+                if word == journals.ABORTED:
+                    return False
+            time.sleep(_ASK_SECONDS)

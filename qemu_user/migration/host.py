@@ -1,0 +1,166 @@
+"""A host that takes VMs in: `softkvm host serve`. Listens, and has a process made for each VM that comes (arrival.py).
+
+ipc://PATH: who may connect is who may enter the socket's directory; the connection is given to the VM's process. tcp://:
+CURVE, known keys only; the caller is told where the VM's process listens. This process holds no VM: it may end at any
+time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from protocol.channel import fd_passing, zmq_socket
+from protocol.channel.zmq_socket import Curve
+from qemu_user.backends.chardev.unix_socket import listen_unix
+from qemu_user.backends.errors import BackendError
+from qemu_user.migration.spawn import SpawnError, spawn, start
+
+DOMAIN = "kvmcore"
+"""ZAP domain that zmq_socket.router() sets."""
+
+
+class HostError(Exception):
+    """It cannot listen; the text is for the user."""
+
+
+class KnownKeys:
+    """ZAP: the public keys (Z85) that may connect."""
+
+    def __init__(self, keys: list[bytes]) -> None:
+        self._keys = set(keys)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self._keys
+
+
+def authenticated(keys: list[bytes]) -> tuple[zmq.Context[zmq.Socket[bytes]], ThreadAuthenticator]:
+    """A context whose CURVE servers admit these keys only."""
+    context = zmq_socket.context()
+    authenticator = ThreadAuthenticator(context)
+    authenticator.start()
+    authenticator.configure_curve_callback(domain=DOMAIN, credentials_provider=KnownKeys(keys))
+    return context, authenticator
+
+
+class Host:
+    """serve() until stop(). `endpoint`: the kvmcore daemon that VMs get ("": this user's); `disks`: folder for disks that travel along."""
+
+    def __init__(
+        self, listen: str, endpoint: str, disks: str = "", key: Curve | None = None, peers: list[bytes] | None = None
+    ) -> None:
+        """HostError."""
+        self.listen, self._endpoint, self._disks = listen, endpoint, disks
+        self._key, self._peers = key, peers or []
+        self._stop, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._count = 0
+        scheme, _, address = listen.partition("://")
+        self._unix: socket.socket | None = None
+        self._router: zmq.Socket[bytes] | None = None
+        try:
+            if scheme == "ipc":
+                self._unix = listen_unix(address, "migration socket")
+            elif scheme == "tcp" and key is not None:
+                if not self._peers:
+                    raise HostError("tcp needs the public keys of the hosts that may send VMs; see docs/migration.md")
+                self._address = address.rpartition(":")[0]
+                context, self._authenticator = authenticated(self._peers)
+                self._router = zmq_socket.router(context, listen, key)
+                self.listen = zmq_socket.bound_to(self._router)
+            else:
+                raise HostError(f"{listen}: expected ipc://PATH or tcp://ADDRESS:PORT")
+        except (BackendError, OSError, zmq.ZMQError) as error:
+            raise HostError(f"cannot listen on {listen}: {error}") from error
+
+    def serve(self) -> None:
+        """Take VMs until stop()."""
+        if self._unix is not None:
+            self._serve_unix(self._unix)
+        elif self._router is not None:
+            self._serve_tcp(self._router)
+
+    def stop(self) -> None:
+        """Any thread, signal handlers too."""
+        os.write(self._wake, b"x")
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self._unix is not None:
+            self._unix.close()
+            os.unlink(self.listen.removeprefix("ipc://"))
+        if self._router is not None:
+            self._router.close()
+            self._authenticator.stop()
+
+    def _order(self, **more: Any) -> bytes:
+        self._count += 1
+        return json.dumps({"type": "TakeIn", "endpoint": self._endpoint, "disks": self._disks, **more}).encode()
+
+    def _serve_unix(self, listener: socket.socket) -> None:
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        while not any(fd == self._stop for fd, _ in poll.poll()):
+            connection, _ = listener.accept()
+            with connection:
+                if fd_passing.credentials(connection).uid in (0, os.geteuid()):
+                    try:
+                        fd = connection.fileno()
+                        start(self._order(channel=fd), f"incoming-{os.getpid()}-{self._count}", [fd])
+                    except OSError as error:
+                        _log(f"no process for a VM: {error}")
+
+    def _serve_tcp(self, router: zmq.Socket[bytes]) -> None:
+        poller = zmq.Poller()
+        poller.register(router, zmq.POLLIN)
+        poller.register(self._stop, zmq.POLLIN)
+        while self._stop not in dict(poller.poll()):
+            try:
+                received = zmq_socket.receive_from(router)
+            except zmq.Again:
+                continue
+            if received is not None:
+                identity, frame = received
+                zmq_socket.send_to(router, identity.bytes, self._answer(zmq_socket.peer_key(frame)))
+
+    def _answer(self, peer: str) -> bytes:
+        assert self._key is not None
+        order = self._order(
+            listen=f"tcp://{self._address}:*", public=self._key.public.decode(), secret=self._key.secret.decode(), peer=peer
+        )
+        try:
+            word = spawn(order, f"incoming-{os.getpid()}-{self._count}")
+        except (SpawnError, OSError) as error:
+            _log(f"no process for a VM: {error}")
+            return json.dumps({"error": str(error)}).encode()
+        return json.dumps({"port": word["port"]}).encode()
+
+
+def _log(sentence: str) -> None:
+    sys.stderr.write(f"softkvm host: {sentence}\n")
+    sys.stderr.flush()
+
+
+def default_listen(runtime: Path) -> str:
+    """Where a host listens that was not told."""
+    return f"ipc://{runtime / 'migrate.sock'}"
+
+
+def decode_reply(data: bytes) -> dict[str, Any]:
+    """The host's answer to a caller on tcp. HostError when it refuses."""
+    try:
+        reply = msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise HostError("the host's answer makes no sense") from error
+    if "error" in reply:
+        raise HostError(str(reply["error"]))
+    return reply

@@ -1,0 +1,126 @@
+"""Who may run a VM: one small file for each side of a hand-over, held locked as long as the side's process lives.
+
+The rule: the VM belongs to the source until its journal says COMMITTED, and to the destination from then on. A side that
+hears nothing more looks at the other's journal. Locked: that side lives and decides. Not locked: it is dead, which the
+kernel proves, and what it last wrote counts; whoever holds the dead side's lock may settle it (GRANTED to the
+destination, REVOKED back to the source), once. Journals lie in the runtime directory: a machine that restarts has lost
+both memory and journal, and nothing of it can run.
+
+Source: OFFERED -> COMMITTED, or -> ABORTED. Destination: PREPARED -> RUNNING, or -> ABORTED.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+
+from qemu_user.migration import places
+
+OFFERED, COMMITTED, ABORTED = "offered", "committed", "aborted"
+PREPARED, RUNNING = "prepared", "running"
+GRANTED, REVOKED = "granted", "revoked"
+_OLD_SECONDS = 86400.0
+
+
+class Journal:
+    """Our side's. Lives until close() or death; keep() leaves the file for who may ask later."""
+
+    def __init__(self, uuid: str, role: str) -> None:
+        """`role`: "source" or "destination". OSError: another process of this machine is in that role for the VM."""
+        folder = places.journals()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _clear(folder)
+        self.path = folder / f"{uuid}.{os.getpid()}.{time.monotonic_ns()}.{role}"
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.state = ""
+
+    def write(self, state: str, generation: int) -> None:
+        """From now on this is so, whatever happens to this process."""
+        _put(self._fd, state, generation)
+        self.state = state
+
+    def close(self) -> None:
+        """It is settled and nobody will ask. Idempotent."""
+        if self._fd >= 0:
+            self.path.unlink(missing_ok=True)
+            self.keep()
+
+    def keep(self) -> None:
+        """Let go of the lock; the file tells how it ended. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _put(fd: int, state: str, generation: int) -> None:
+    data = json.dumps({"state": state, "generation": generation, "pid": os.getpid()}).encode().ljust(128)
+    os.pwrite(fd, data, 0)  # one write below a page: seen whole or not at all
+
+
+def _state(fd: int) -> str:
+    try:
+        return str(json.loads(os.pread(fd, 128, 0))["state"])
+    except (ValueError, KeyError):
+        return ""  # made, and killed before the first word
+
+
+def ask_source(path: str, generation: int) -> str:
+    """The destination, PREPARED, has lost the source: what may it do? COMMITTED or GRANTED: run. ABORTED: forget.
+    OFFERED: the source lives and has not decided; ask again.
+    """
+    return _ask(path, GRANTED, generation, final=(COMMITTED, GRANTED, ABORTED), gone=ABORTED)
+
+
+def ask_destination(path: str, generation: int) -> str:
+    """The source, COMMITTED, has lost the destination. RUNNING: done. REVOKED or ABORTED: the destination is dead and has
+    never run, the VM is the source's again. PREPARED: it lives; ask again.
+    """
+    return _ask(path, REVOKED, generation, final=(RUNNING, REVOKED), gone=PREPARED)
+
+
+def _ask(path: str, verdict: str, generation: int, final: tuple[str, ...], gone: str) -> str:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return gone
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _state(fd)
+        state = _state(fd)
+        if state in final:
+            return state
+        _put(fd, verdict, generation)
+        return verdict
+    finally:
+        os.close(fd)
+
+
+def _clear(folder: Path) -> None:
+    """Settled files that nobody has asked about for a day."""
+    for path in folder.iterdir():
+        try:
+            if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(fd)
+        except OSError:
+            continue
+
+
+def settle(uuid: str, run: bool) -> None:
+    """The user's word for a destination in doubt whose source is on another machine. LookupError: there is none."""
+    folder = places.journals()
+    waiting = [path for path in folder.glob(f"{uuid}.*.destination") if path.is_file()] if folder.is_dir() else []
+    if not waiting:
+        raise LookupError(uuid)
+    for path in waiting:
+        path.with_suffix(".verdict").write_text(COMMITTED if run else ABORTED)

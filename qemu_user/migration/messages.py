@@ -1,0 +1,82 @@
+"""What the two ends of a migration say to each other. Kinds of frames, the records in them; no I/O.
+
+    source                                  destination
+    HELLO (who, what, a trial state)   ->
+                                       <-   ACCEPT, or REJECT with the reason
+    DATA, ZEROES ...  ROUND            ->                                        pre-copy: any number of rounds
+                                       <-   ROUND
+    (stands) DATA ... STATE            ->   takes disks and state, does not run
+                                       <-   PREPARED, or REJECT with the reason
+    (journal: committed) COMMIT        ->   (journal: running) runs
+                                       <-   RUNNING
+    (ends)
+
+    ABORT, from the source at any time before COMMIT: the destination forgets everything.
+
+Until its journal says "committed" the VM is the source's, afterwards the destination's; see journal.py for what a
+side does that hears nothing more. Sizes and units are checked by the receiver against its own machine.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+PROTOCOL = 1
+HELLO, ACCEPT, REJECT = 1, 2, 3
+DATA, PACKED, ZEROES, ROUND = 4, 5, 6, 7
+STATE, PREPARED, COMMIT, RUNNING, ABORT = 8, 9, 10, 11, 12
+"""DATA: a = volume << 56 | first unit, b = units, payload: their bytes. PACKED: the same, zstd. ZEROES: without payload.
+ROUND: a = number. COMMIT, RUNNING: a = generation."""
+_VOLUME_SHIFT = 56
+
+
+def place(volume: int, first: int) -> int:
+    """The `a` of DATA and ZEROES."""
+    return volume << _VOLUME_SHIFT | first
+
+
+def placed(a: int) -> tuple[int, int]:
+    """(volume, first unit) of it."""
+    return a >> _VOLUME_SHIFT, a & (1 << _VOLUME_SHIFT) - 1
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of what HELLO and ACCEPT carry, as msgpack."""
+
+
+class Hello(Record, frozen=True, kw_only=True):
+    """What is to come. `state`: a container (sections.py) captured at this moment, so that whatever does not fit is found
+    before anything is moved."""
+
+    protocol: int
+    name: str
+    generation: int
+    state: bytes
+    features: list[str]
+    """What the source can do beside the rules above: "zstd"; "memory-fd": the guest's memory itself comes with this
+    message, as a descriptor, and is not to be touched before COMMIT."""
+    disks: dict[int, int]
+    """Disks that travel along: volume number -> bytes."""
+    running: bool
+    host: str
+    """boot id of the source's machine: journals of one machine can be looked at by both."""
+    journal: str
+    """Path of the source's journal there."""
+
+
+class Accept(Record, frozen=True, kw_only=True):
+    """`features`: those of the source's that will be used."""
+
+    features: list[str]
+    journal: str
+
+
+def encode(record: Record) -> bytes:
+    """A record's bytes."""
+    return msgspec.msgpack.encode(record)
+
+
+def boot_id() -> str:
+    """Which machine, since when."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

@@ -1,0 +1,259 @@
+"""The side that a VM leaves: offers it, copies it while it runs, hands it over, and forgets it; or keeps it.
+
+Runs on the job's thread in the VM's own process. The order of messages is in messages.py, who may run the VM at each
+moment in journal.py. Whatever fails before the journal says "committed" ends in the VM going on here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from qemu_user.backends.errors import BackendError
+from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
+from qemu_user.migration import journal as journals
+from qemu_user.migration import machine_state, messages, sections, steps
+from qemu_user.migration.channel import Channel, ChannelError
+from qemu_user.migration.job import DEVICE, Job, JobError
+from qemu_user.migration.journal import Journal
+from qemu_user.migration.messages import Accept, Hello
+from qemu_user.migration.precopy import Precopy
+from qemu_user.migration.volumes import Disk, Ram, writable_disks
+
+if TYPE_CHECKING:
+    from qemu_user.migration.channel import Frame
+
+try:
+    import zstandard
+except ImportError:
+    zstandard = None  # type: ignore[assignment]
+
+_ANSWER_SECONDS = 60.0
+"""For the destination to build the machine."""
+_PREPARED_SECONDS = 10.0
+"""For it to load the state, while the guest stands."""
+_ASK_SECONDS = 0.05
+_RELOCK_SECONDS = 30.0
+_LINGER_SECONDS = 0.3
+"""How long the process stays to be asked how it went."""
+_PACK_BELOW = 200e6
+"""Bytes per second: slower links are worth the time that compressing takes."""
+
+
+class Options(NamedTuple):
+    """`max_downtime` in seconds, `bandwidth` in bytes per second (0: no limit)."""
+
+    max_downtime: float = 0.03
+    bandwidth: float = 0.0
+    with_disks: bool = False
+    hand_memory: bool = True
+    """On one machine: give the memory itself instead of a copy."""
+
+
+class _Wire:
+    """A Sink that sends units to the destination."""
+
+    def __init__(self, channel: Channel, packed: bool, job: Job) -> None:
+        self._channel, self._job = channel, job
+        self._packer = zstandard.ZstdCompressor(level=1) if packed and zstandard is not None else None
+        self._round = 0
+
+    def data(self, volume: Ram | Disk, first: int, count: int, content: memoryview) -> int:
+        place = messages.place(volume.number, first)
+        if self._packer is not None:
+            packed = self._packer.compress(content)
+            if len(packed) < len(content) * 7 // 8:
+                return self._channel.send(messages.PACKED, place, count, packed)
+        return self._channel.send(messages.DATA, place, count, content)
+
+    def zeroes(self, volume: Ram | Disk, first: int, count: int, fresh: bool) -> int:
+        if fresh:
+            return 0  # the destination's memory is zero until something is said about it
+        return self._channel.send(messages.ZEROES, messages.place(volume.number, first), count)
+
+    def end_of_round(self) -> None:
+        """Wait until the destination has taken everything: only then is a round's time the link's."""
+        self._round += 1
+        self._channel.send(messages.ROUND, self._round)
+        frame = expect(self._channel, messages.ROUND, _ANSWER_SECONDS)
+        if frame.a != self._round:
+            raise ChannelError("rounds out of step")
+        steps.reached("source:round", self._channel.close)
+
+
+def expect(channel: Channel, kind: int, seconds: float) -> Frame:
+    """The frame that is due. JobError with the destination's reason for a REJECT; ChannelError for anything else."""
+    frame = channel.receive(seconds)
+    if frame is None:
+        raise ChannelError(f"the destination has not answered for {seconds:g} s")
+    if frame.kind == messages.REJECT:
+        raise JobError(f"the destination refuses it: {channel.read().decode(errors='replace')[:2000]}")
+    if frame.kind != kind:
+        raise ChannelError(f"message {frame.kind} where {kind} was due")
+    return frame
+
+
+class Outgoing:
+    """One hand-over. run() returns when the VM lives on elsewhere; an exception means that it goes on here."""
+
+    def __init__(self, machine: Machine, channel: Channel, options: Options, job: Job) -> None:
+        self._machine, self._channel, self._options, self._job = machine, channel, options, job
+        self._disks = writable_disks(machine)
+        self._journal: Journal | None = None
+        self._peer_journal = ""
+        self._unlocked = False
+        channel.look = job.check
+
+    def run(self) -> None:
+        """JobError, Cancelled."""
+        try:
+            self._run()
+        except (ChannelError, BackendError) as error:
+            raise JobError(str(error)) from error
+        finally:
+            self._channel.close()
+
+    def _run(self) -> None:
+        machine, job = self._machine, self._job
+        self._journal = Journal(machine.config.uuid, "source")
+        self._journal.write(journals.OFFERED, machine.generation)
+        copy: Precopy | None = None
+        try:
+            accepted = self._offer()
+            if "memory-fd" in accepted.features:
+                volumes: list[Ram | Disk] = []
+            else:
+                volumes = [Ram(machine)]
+            volumes += self._disks if self._options.with_disks else []
+            slow = 0 < self._options.bandwidth < _PACK_BELOW
+            wire = _Wire(self._channel, slow and "zstd" in accepted.features, job)
+            copy = Precopy(machine, volumes, wire, job, self._options.max_downtime, self._options.bandwidth)
+            copy.rounds()
+            self._switch_over(copy)
+        except BaseException:
+            if self._journal.state == journals.OFFERED:
+                self._journal.write(journals.ABORTED, machine.generation)
+                self._say_abort()
+            self._journal.keep()
+            raise
+        finally:
+            if copy is not None:
+                copy.close()
+        self._journal.keep()
+        threading.Timer(_LINGER_SECONDS, machine.quit).start()
+
+    def _say_abort(self) -> None:
+        try:
+            self._channel.look = lambda: None
+            self._channel.send(messages.ABORT)
+        except ChannelError:
+            pass  # it will look at our journal
+
+    def _offer(self) -> Accept:
+        machine, options = self._machine, self._options
+        assert self._journal is not None
+        steps.reached("source:connected", self._channel.close)
+        with machine.standing():
+            state = sections.encode(machine_state.capture(machine))
+        features = ["zstd"] if zstandard is not None else []
+        features += ["memory-fd"] if options.hand_memory else []
+        hello = Hello(
+            protocol=messages.PROTOCOL,
+            name=machine.config.name,
+            generation=machine.generation + 1,
+            state=state,
+            features=features,
+            disks={disk.number: disk.size for disk in self._disks} if options.with_disks else {},
+            running=machine.status == RUNNING,
+            host=messages.boot_id(),
+            journal=str(self._journal.path),
+        )
+        memory = [machine.ram_fd] if options.hand_memory else None
+        self._channel.send(messages.HELLO, payload=messages.encode(hello), fds=memory)
+        steps.reached("source:offered", self._channel.close)
+        expect(self._channel, messages.ACCEPT, _ANSWER_SECONDS)
+        try:
+            accepted = msgspec.msgpack.decode(self._channel.read(), type=Accept)
+        except msgspec.MsgspecError as error:
+            raise ChannelError(f"the destination's answer makes no sense: {error}") from error
+        self._peer_journal = accepted.journal
+        return accepted
+
+    # -- the hand-over proper ----------------------------------------------------------------------
+
+    def _switch_over(self, copy: Precopy) -> None:
+        machine, job, channel = self._machine, self._job, self._channel
+        assert self._journal is not None
+        was = machine.status
+        job.status = DEVICE
+        with machine.standing():
+            stopped = time.monotonic()
+            steps.reached("source:standing", channel.close)
+            try:
+                copy.finish()
+                for disk in self._disks:
+                    disk.disk.flush()
+                self._unlocked = True
+                for image in machine.parts.disks:
+                    image.unlock()
+                generation = machine.generation + 1
+                state = sections.encode(machine_state.capture(machine, generation))
+                channel.send(messages.STATE, payload=state)
+                steps.reached("source:state", channel.close)
+                expect(channel, messages.PREPARED, _PREPARED_SECONDS)
+                job.check()  # the last moment at which it can be called off
+                steps.reached("source:prepared", channel.close)
+            except BaseException:
+                self._journal.write(journals.ABORTED, machine.generation)
+                self._say_abort()
+                self._take_disks_back()
+                raise
+            self._journal.write(journals.COMMITTED, generation)
+            machine.status = POSTMIGRATE
+            channel.look = lambda: None
+            steps.reached("source:committed", channel.close)
+            if self._commit(generation):
+                job.downtime = time.monotonic() - stopped
+                machine.disown()
+            else:
+                machine.generation = generation + 1
+                self._take_disks_back()
+                machine.status = was
+                raise JobError("the destination has died before it ran the VM")
+        steps.reached("source:done", channel.close)
+
+    def _commit(self, generation: int) -> bool:
+        """Tell the destination that the VM is its own, until it is certain that it has heard; False when it is dead and
+        has never run it.
+        """
+        try:
+            self._channel.send(messages.COMMIT, generation)
+            steps.reached("source:commit-sent", self._channel.close)
+            expect(self._channel, messages.RUNNING, _PREPARED_SECONDS)
+            return True
+        except (ChannelError, JobError) as error:
+            self._job.error = f"the destination was told to run the VM and has not confirmed it ({error}); asking"
+        while True:
+            word = journals.ask_destination(self._peer_journal, generation + 1)
+            if word in (journals.RUNNING, journals.REVOKED):
+                self._job.error = ""
+                return word == journals.RUNNING
+            time.sleep(_ASK_SECONDS)
+
+    def _take_disks_back(self) -> None:
+        """Before the guest goes on: the destination lets go of the disks when it reads our journal."""
+        end = time.monotonic() + _RELOCK_SECONDS
+        while self._unlocked:
+            try:
+                for disk in self._machine.parts.disks:
+                    disk.lock()
+                self._unlocked = False
+            except BackendError as error:
+                if time.monotonic() > end:
+                    self._machine.warn(f"stays paused: {error}")
+                    self._machine.status = PAUSED
+                    return
+                time.sleep(0.02)

@@ -1,0 +1,30 @@
+"""Named points of a hand-over at which tests can break it: SOFTKVM_MIGRATION_FAULT="source:committed=kill" in the
+environment of a process makes it kill itself there; "=cut" makes it lose the connection, "=slow" wait a second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+STEPS = (
+    "source:connected", "source:offered", "source:round", "source:standing", "source:state", "source:prepared",
+    "source:committed", "source:commit-sent", "source:done",
+    "destination:hello", "destination:built", "destination:data", "destination:state", "destination:prepared",
+    "destination:prepared-sent", "destination:commit", "destination:running", "destination:done",
+)  # fmt: skip
+
+
+def reached(step: str, cut: Callable[[], None]) -> None:
+    """The hand-over is at `step`; `cut` ends its connection."""
+    name, _, action = os.environ.get("SOFTKVM_MIGRATION_FAULT", "").partition("=")
+    if name != step:
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "cut":
+        cut()
+    elif action == "slow":
+        time.sleep(1.0)

@@ -1,0 +1,117 @@
+"""Two hosts on one machine: runtime directories, daemons and `softkvm host serve` of their own, sharing a folder with
+the guest's kernel, disk and output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qemu_user.management.qmp_client import QmpClient
+from tests.framework import memory_guest
+from tests.framework.product import ROOT
+
+
+class HostUnderTest:
+    """One of them. `faults`: SOFTKVM_MIGRATION_FAULT for the processes that it starts."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.shared = folder
+        self.runtime = folder / name
+        self.runtime.mkdir(mode=0o700)
+        self.environment = {
+            **os.environ, "XDG_RUNTIME_DIR": str(self.runtime), "XDG_DATA_HOME": str(self.runtime / "data"),
+            "XDG_CONFIG_HOME": str(self.runtime / "config"), "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        self.environment.pop("SOFTKVM_ENDPOINT", None)
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def softkvm(self, *words: str, seconds: float = 60) -> subprocess.CompletedProcess[bytes]:
+        """A verb to its end."""
+        command = [sys.executable, "-P", "-m", "qemu_user.cli.main", *words]
+        return subprocess.run(command, env=self.environment, capture_output=True, timeout=seconds, check=False)
+
+    def serve(self, listen: str = "", fault: str = "") -> str:
+        """`softkvm host serve` in the background; where it listens."""
+        command = [sys.executable, "-P", "-m", "qemu_user.cli.main", "host", "serve"]
+        if listen:
+            command += ["--listen", listen]
+        environment = {**self.environment, "SOFTKVM_MIGRATION_FAULT": fault}
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        self._children.append(child)
+        assert child.stderr is not None
+        line = child.stderr.readline().decode()
+        assert "takes VMs at" in line, line + child.stderr.read().decode()
+        return line.split()[-1]
+
+    def boot(self, name: str, fault: str = "", pages: int = 256, pause: int = 20000, **more: Any) -> subprocess.Popen[bytes]:
+        """A VM with the memory guest, in a process of its own."""
+        config = memory_guest.config(self.shared, name, pages=pages, pause=pause, **more)
+        words = ["-kernel", config.boot.kernel, "-m", str(config.memory >> 20), "-name", name, "-display", "none",
+                 "-chardev", f"file,id=out,path={self.shared / name}.out,append=on", "-serial", "chardev:out"]  # fmt: skip
+        for drive in config.drives:
+            words += ["-drive", f"file={drive.file},format=raw,if=virtio"]
+        daemon = "from qemu_user.cli.daemon import ensure; print(ensure())"
+        subprocess.run([sys.executable, "-P", "-c", daemon], env=self.environment, check=True, stdout=subprocess.DEVNULL)
+        environment = {**self.environment, "SOFTKVM_MIGRATION_FAULT": fault}
+        log = (self.shared / f"{name}.log").open("ab")
+        child = subprocess.Popen([sys.executable, "-P", "-m", "qemu_user", *words], env=environment, stderr=log)
+        self._children.append(child)
+        end = time.monotonic() + 30
+        while self.status(name) != "running":
+            assert child.poll() is None, (self.shared / f"{name}.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        return child
+
+    def control(self, name: str) -> Path:
+        return self.runtime / "softkvm" / "vms" / name / "control.sock"
+
+    def status(self, name: str) -> str:
+        """The run state of the VM here; "" if there is none that answers."""
+        try:
+            with QmpClient(str(self.control(name)), timeout=20) as client:
+                return str(client.execute("query-status")["status"])
+        except (OSError, EOFError):
+            return ""
+
+    def names(self) -> list[str]:
+        """VMs that are listed here."""
+        return [row["name"] for row in json.loads(self.softkvm("ps", "--format", "json").stdout)]
+
+    def wait_for_names(self, names: list[str], seconds: float = 15) -> None:
+        """Until just these VMs are listed here: a source is there a moment longer, to be asked how it went."""
+        end = time.monotonic() + seconds
+        while (listed := self.names()) != names:
+            assert time.monotonic() < end, f"{listed} instead of {names}"
+            time.sleep(0.05)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that belongs to this host."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("XDG_RUNTIME_DIR") == str(self.runtime):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def close(self) -> None:
+        for process in self.processes():
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        for child in self._children:
+            child.wait(10)
+            if child.stderr is not None:
+                child.stderr.close()

@@ -1,0 +1,104 @@
+"""Live migration between two hosts: the guest counts in its memory and never finds a wrong page."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.framework import memory_guest
+from tests.migration.hosts import HostUnderTest
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[HostUnderTest, HostUnderTest]]:
+    one, two = HostUnderTest(tmp_path, "a"), HostUnderTest(tmp_path, "b")
+    yield one, two
+    one.close()
+    two.close()
+
+
+def moved(source: HostUnderTest, uri: str, *words: str) -> str:
+    done = source.softkvm("migrate", "vm", uri, *words)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stderr.decode()
+
+
+@pytest.mark.parametrize("words", [(), ("--copy",), ("--copy", "--bandwidth", "150M")], ids=["handed", "copied", "packed"])
+def test_back_and_forth(
+    words: tuple[str, ...], hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path
+) -> None:
+    one, two = hosts
+    there, back = two.serve(), one.serve()
+    child = one.boot("vm", pages=1000, drives=(memory_guest.drive(tmp_path / "disk"),))
+    goes_on("vm")
+    for source, target, uri in ((one, two, there), (two, one, back), (one, two, there)):
+        moved(source, uri, *words)
+        assert target.status("vm") in ("running", "")
+        goes_on("vm", more=10)
+    assert child.wait(20) == 0
+    one.wait_for_names([])
+    two.wait_for_names(["vm"])
+    assert two.status("vm") == "running"
+
+
+def test_disks_travel_along(hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path) -> None:
+    one, two = hosts
+    uri = two.serve()
+    disk = memory_guest.drive(tmp_path / "disk", size=9 << 20)
+    one.boot("vm", drives=(disk,))
+    goes_on("vm")
+    moved(one, uri, "--with-disks", "--copy")
+    goes_on("vm")
+    (copy,) = (two.runtime / "data" / "softkvm" / "disks").rglob("*.raw")
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (copy, Path(disk.file))}
+    assert len(digests) == 1
+
+
+def test_a_paused_vm_moves_and_stays_paused(hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int]) -> None:
+    one, two = hosts
+    uri = two.serve()
+    one.boot("vm")
+    goes_on("vm")
+    assert one.softkvm("pause", "vm").returncode == 0
+    moved(one, uri)
+    end = time.monotonic() + 10
+    while two.status("vm") != "paused":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert two.softkvm("resume", "vm").returncode == 0
+    goes_on("vm")
+
+
+def test_a_guest_that_outruns_the_copy_is_slowed_down(
+    hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int]
+) -> None:
+    one, two = hosts
+    uri = two.serve()
+    one.boot("vm", pages=8000, pause=0)
+    goes_on("vm")
+    assert "the guest stood" in moved(one, uri, "--copy", "--bandwidth", "60M", "--max-downtime", "20ms")
+    goes_on("vm")
+
+
+@pytest.mark.parametrize("reason", ["disk", "nobody"])
+def test_refusals_say_why_and_the_guest_goes_on(
+    reason: str, hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path
+) -> None:
+    one, two = hosts
+    drives = (memory_guest.drive(tmp_path / "disk"),) if reason == "disk" else ()
+    one.boot("vm", drives=drives)
+    goes_on("vm")
+    uri = f"ipc://{tmp_path}/nobody" if reason == "nobody" else two.serve()
+    if reason == "disk":
+        (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    done = one.softkvm("migrate", "vm", uri)
+    assert done.returncode == 1
+    expected = {"disk": "disk image", "nobody": "no host listens"}[reason]
+    assert expected in done.stderr.decode()
+    assert one.status("vm") == "running"
+    goes_on("vm")
+    assert two.names() == []
