@@ -30,11 +30,11 @@ def main(arguments: list[str]) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     from qemu_user.cli.vm import fail
-    from qemu_user.management.registry import runtime_directory
+    from qemu_user.management.registry import made_runtime_directory
     from qemu_user.migration import keys
     from qemu_user.migration.host import Host, HostError, default_listen
 
-    listen = options.listen or default_listen(runtime_directory())
+    listen = options.listen or default_listen(made_runtime_directory())
     try:
         key, peers = None, {}
         if listen.startswith("tcp://"):
@@ -44,7 +44,6 @@ def _serve(options: argparse.Namespace) -> int:
         host = Host(listen, os.environ.get("SOFTKVM_ENDPOINT", ""), disks, key, list(peers.values()))
     except (HostError, keys.KeyFileError) as error:
         return fail("host", error)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # VMs outlive us, and are not waited for
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: host.stop())
     sys.stderr.write(f"softkvm: takes VMs at {host.listen}\n")

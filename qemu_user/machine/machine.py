@@ -205,9 +205,8 @@ class Machine:
     def disown(self) -> None:
         """Inside standing(): the VM lives on elsewhere, perhaps in this very memory, which is not touched any more."""
         self.status = POSTMIGRATE
-        for transport, _ in self.parts.transports:
-            if transport.virtio is not None:
-                transport.virtio.live = False
+        for transport in self.parts.transports:
+            transport.virtio.live = False
         self._loop.stop()
 
     def rest(self, seconds: float, enough: threading.Event) -> None:

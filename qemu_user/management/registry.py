@@ -53,13 +53,18 @@ def runtime_directory() -> Path:
     return Path(f"/tmp/softkvm-{os.geteuid()}")
 
 
-def _vms() -> Path:
+def made_runtime_directory() -> Path:
+    """The runtime directory, made if need be. PermissionError when others may write there."""
     directory = runtime_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = directory.stat()
     if info.st_uid not in (0, os.geteuid()) or stat.S_IMODE(info.st_mode) & 0o022:
         raise PermissionError(f"{directory}: other users may write there; it must be yours with mode 0700")
-    vms = directory / "vms"
+    return directory
+
+
+def _vms() -> Path:
+    vms = made_runtime_directory() / "vms"
     vms.mkdir(mode=0o700, exist_ok=True)
     return vms
 

@@ -26,7 +26,7 @@ def rarp(mac: bytes) -> bytes:
 
 def announce(machine: Machine) -> None:
     """Any thread."""
-    for transport, _ in machine.parts.transports:
+    for transport in machine.parts.transports:
         device = transport.virtio
         if isinstance(device, VirtioNet):
             frame = rarp(device.mac)

@@ -11,6 +11,7 @@ import json
 import os
 import select
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def authenticated(keys: list[bytes]) -> tuple[zmq.Context[zmq.Socket[bytes]], Th
 
 
 class Host:
-    """serve() until stop(). `endpoint`: the kvmcore daemon that VMs get ("": this user's); `disks`: folder for disks that travel along."""
+    """serve() until stop(). `endpoint`: the kvmcore daemon that VMs get ("": this user's);
+    `disks`: folder for disks that travel along."""
 
     def __init__(
         self, listen: str, endpoint: str, disks: str = "", key: Curve | None = None, peers: list[bytes] | None = None
@@ -63,6 +65,7 @@ class Host:
         self._key, self._peers = key, peers or []
         self._stop, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._count = 0
+        self._processes: list[subprocess.Popen[bytes]] = []
         scheme, _, address = listen.partition("://")
         self._unix: socket.socket | None = None
         self._router: zmq.Socket[bytes] | None = None
@@ -101,6 +104,10 @@ class Host:
             self._router.close()
             self._authenticator.stop()
 
+    def _keep(self, process: subprocess.Popen[bytes]) -> None:
+        """Reap those that have ended; VMs outlive us."""
+        self._processes = [other for other in self._processes if other.poll() is None] + [process]
+
     def _order(self, **more: Any) -> bytes:
         self._count += 1
         return json.dumps({"type": "TakeIn", "endpoint": self._endpoint, "disks": self._disks, **more}).encode()
@@ -115,7 +122,9 @@ class Host:
                 if fd_passing.credentials(connection).uid in (0, os.geteuid()):
                     try:
                         fd = connection.fileno()
-                        start(self._order(channel=fd), f"incoming-{os.getpid()}-{self._count}", [fd])
+                        process, pipe, _ = start(self._order(channel=fd), f"incoming-{os.getpid()}-{self._count}", [fd])
+                        pipe.close()  # it speaks to whoever called
+                        self._keep(process)
                     except OSError as error:
                         _log(f"no process for a VM: {error}")
 
@@ -138,7 +147,8 @@ class Host:
             listen=f"tcp://{self._address}:*", public=self._key.public.decode(), secret=self._key.secret.decode(), peer=peer
         )
         try:
-            word = spawn(order, f"incoming-{os.getpid()}-{self._count}")
+            process, word = spawn(order, f"incoming-{os.getpid()}-{self._count}")
+            self._keep(process)
         except (SpawnError, OSError) as error:
             _log(f"no process for a VM: {error}")
             return json.dumps({"error": str(error)}).encode()

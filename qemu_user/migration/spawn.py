@@ -41,8 +41,8 @@ def start(order: bytes, name: str, fds: list[int] | None = None) -> tuple[subpro
     return process, pipe, log
 
 
-def spawn(order: bytes, name: str) -> dict[str, Any]:
-    """The same, and what it says first: the VM's name and pid, or where it listens. SpawnError."""
+def spawn(order: bytes, name: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+    """The process, and what it says first: the VM's name and pid, or where it listens. SpawnError."""
     process, pipe, log = start(order, name)
     with pipe:
         line = pipe.readline()
@@ -54,4 +54,4 @@ def spawn(order: bytes, name: str) -> dict[str, Any]:
     if "error" in word:
         process.wait()
         raise SpawnError(word["error"])
-    return dict(word)
+    return process, dict(word)

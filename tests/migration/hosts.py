@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ class HostUnderTest:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.shared = folder
-        self.runtime = folder / name
-        self.runtime.mkdir(mode=0o700)
+        self.name = name
+        self.runtime = Path(tempfile.mkdtemp(prefix="skvm-"))  # short: a socket's path has 107 characters
         self.environment = {
             **os.environ, "XDG_RUNTIME_DIR": str(self.runtime), "XDG_DATA_HOME": str(self.runtime / "data"),
             "XDG_CONFIG_HOME": str(self.runtime / "config"), "PYTHONPATH": str(ROOT),
@@ -115,3 +117,4 @@ class HostUnderTest:
             child.wait(10)
             if child.stderr is not None:
                 child.stderr.close()
+        shutil.rmtree(self.runtime)
