@@ -105,14 +105,26 @@ class FloatingPoint:
         if operation == "fma":
             self._invalid_product(width, *args)
         host, result = _ARITHMETIC[operation]
-        return _canonical(self._host(host, width, args, result or width))
+        return self._canonical(self._host(host, width, args, result or width))
+
+    def _is_nan(self, a: Value) -> Value:
+        """Quiet, but a signaling NaN raises NV: for results, and for operands whose operation does so anyway."""
+        return self._host("uno", a.width, (a, a), 1)
+
+    def _canonical(self, result: Value) -> Value:
+        """20.3: a NaN result is the canonical one. By a jump, which costs no latency when it is not taken."""
+        if self._is_nan(result):
+            _effect("rare", ())
+            return const(result.width, _NAN[result.width])
+        return result
 
     def _host(self, operation: str, width: int, args: tuple[Value, ...], result: int, *rest: int) -> Value:
         return _effect("fp", args, result, (operation, width, *rest))
 
     def _invalid_product(self, width: int, a: Value, b: Value, c: Value) -> None:
         """20.6: infinity times zero raises NV even when a quiet NaN is added; SSE does not."""
-        if _magnitude(c) > _INFINITY[width]:
+        if self._is_nan(c):
+            _effect("rare", ())
             zero_a, zero_b = _magnitude(a) == 0, _magnitude(b) == 0
             inf_a, inf_b = _magnitude(a) == _INFINITY[width], _magnitude(b) == _INFINITY[width]
             if (inf_a & zero_b) | (zero_a & inf_b):
@@ -166,12 +178,6 @@ class FloatingPoint:
 
 def _magnitude(a: Value) -> Value:
     return a & ((1 << (a.width - 1)) - 1)
-
-
-def _canonical(result: Value) -> Value:
-    """20.3: a NaN result is the canonical one."""
-    width = result.width
-    return select(_magnitude(result) > _INFINITY[width], const(width, _NAN[width]), result)
 
 
 def _power(width: int, exponent: int) -> int:

@@ -17,6 +17,8 @@ from kvmcore.engine.regions import Block, Code, Region, Step
 from kvmcore.ir.llvm_text import HANDLER_PARAMETERS, Emitter, literal, typed
 from kvmcore.ir.trace import Block as TraceBlock
 from kvmcore.ir.trace import Op
+from kvmcore.ir.value import Value
+from kvmcore.isa import rv64d
 
 _PARAMETERS = ", ".join(f"i64 %{name}" for name in HANDLER_PARAMETERS)
 _LIKELY, _UNLIKELY = "!prof !0", "!prof !1"
@@ -61,6 +63,10 @@ class RegionEmitter(Emitter):
         self._traces = {step.delta: trace(step, f"i{_label(step.delta)}.") for step in region.steps}
         self._written = {delta: _registers(blocks, "setreg") for delta, blocks in self._traces.items()}
         self._dirty_in = self._dataflow()
+        self._asked_first = any(_asks(self._traces[step.delta]) for step in region.blocks[0].steps)
+        self._fp_in = self._fp_dataflow()
+        self._fp_known = False
+        self._first: list[str] = []
         self._lines: list[str] = []
         self._place: _Place
 
@@ -69,15 +75,21 @@ class RegionEmitter(Emitter):
         used: set[str] = set()
         for blocks in self._traces.values():
             used |= _registers(blocks, "getreg") | _registers(blocks, "setreg")
+        if self._asked_first:
+            head = self._region.blocks[0]
+            self._place = _Place(head, head.steps[0], 0, frozenset(), "entry")
+            self._fp_ready()
+        self._first, self._lines = self._lines, []
         for block in self._region.blocks.values():
             self._block(block)
         entry = ["entry:", "  %pc4 = sub i64 %ip, %ab", "  %pc0 = ashr i64 %pc4, 2", "  %icv = alloca i64"]
         entry.append("  store i64 %ic, ptr %icv")
         for name in sorted(used):
-            entry += [f"  %{name} = alloca i64", *(f"  {line}" for line in self._register(name, f"init.{name}"))]
-            entry += [f"  %init.{name} = load i64, ptr %init.{name}.p, {_STATE}", f"  store i64 %init.{name}, ptr %{name}"]
-        entry.append("  br label %B0")
-        body = "\n".join([*entry, *self._lines])
+            kind = _kind(name)
+            entry += [f"  %{name} = alloca {kind}", *(f"  {line}" for line in self._register(name, f"init.{name}"))]
+            entry += [f"  %init.{name} = load {kind}, ptr %init.{name}.p, {_STATE}"]
+            entry += [f"  store {kind} %init.{name}, ptr %{name}"]
+        body = "\n".join([*entry, *self._first, "  br label %B0", *self._lines])
         self.raw(f"define preserve_nonecc void @region({_PARAMETERS}) #0 {{\n{body}\n}}\n")
         return self.module() + _METADATA
 
@@ -96,6 +108,23 @@ class RegionEmitter(Emitter):
                     waiting.append(successor)
         return found
 
+    def _fp_dataflow(self) -> set[int]:
+        """Blocks that are reached only through floating-point instructions, so that fpready holds at their start."""
+        blocks = self._region.blocks
+        asks = {step.delta for step in self._region.steps if _asks(self._traces[step.delta])}
+        known = set(blocks) if self._asked_first else set(blocks) - {0}
+        while True:
+            lost = {
+                successor
+                for start, block in blocks.items()
+                if start not in known and not any(step.delta in asks for step in block.steps)
+                for successor in self._successors(block.steps[-1])
+                if successor in known
+            }
+            if not lost:
+                return known
+            known -= lost
+
     def _successors(self, step: Step) -> list[int]:
         if step.kind == "jalr":
             return self._region.return_sites if step.returns else []
@@ -112,6 +141,7 @@ class RegionEmitter(Emitter):
 
     def _block(self, block: Block) -> None:
         dirty = self._dirty_in[block.start]
+        self._fp_known = block.start in self._fp_in
         self._label(f"B{_label(block.start)}")
         for index, step in enumerate(block.steps):
             prefix = f"i{_label(step.delta)}"
@@ -147,9 +177,9 @@ class RegionEmitter(Emitter):
         place = self._place
         match op.opcode:
             case "getreg":
-                self._out(f"%{name} = load i64, ptr %{op.attrs[0]}")
+                self._get_register(str(op.attrs[0]), name)
             case "setreg":
-                self._out(f"store {typed(op.args[0])}, ptr %{op.attrs[0]}")
+                self._set_register(str(op.attrs[0]), op.args[0])
             case "pc":
                 self._out(f"%{name} = add i64 %pc0, {place.step.delta}")
             case "gload":
@@ -159,6 +189,8 @@ class RegionEmitter(Emitter):
                 self._guest_store(op)
             case "ghost":
                 self._guest_host(op, name)
+            case "fpready":
+                self._fp_ready()
             case "next":
                 self._out(f"br label %{place.prefix}.next")
             case "goto":
@@ -347,9 +379,44 @@ class RegionEmitter(Emitter):
 
     def _spill(self) -> None:
         for name in sorted(self._place.dirty):
-            n = self.fresh()
-            self._out(f"%{n} = load i64, ptr %{name}", *self._register(name, n))
-            self._out(f"store i64 %{n}, ptr %{n}.p, {_STATE}")
+            n, kind = self.fresh(), _kind(name)
+            self._out(f"%{n} = load {kind}, ptr %{name}", *self._register(name, n))
+            self._out(f"store {kind} %{n}, ptr %{n}.p, {_STATE}")
+
+    def _get_register(self, name: str, result: str) -> None:
+        if name[0] == "x":
+            self._out(f"%{result} = load i64, ptr %{name}")
+            return
+        n = self.fresh()
+        self._out(f"%{n} = load double, ptr %{name}", f"%{result} = bitcast double %{n} to i64")
+
+    def _set_register(self, name: str, value: Value) -> None:
+        if name[0] == "x":
+            self._out(f"store {typed(value)}, ptr %{name}")
+            return
+        n = self.fresh()
+        self._out(f"%{n} = bitcast {typed(value)} to double", f"store double %{n}, ptr %{name}")
+
+    def _fp_ready(self) -> None:
+        """FS is dirty and frm is a mode of the host's; else the interpreter sees to it. Asked once in a row of blocks."""
+        if self._fp_known:
+            return
+        self._fp_known = True
+        n = self.fresh()
+        at = hart_state.offset("mode")
+        mask = 0xFF << 8 * (hart_state.offset("fs") - at) | 0xFC << 8 * (hart_state.offset("frm") - at)
+        wanted = 3 << 8 * (hart_state.offset("fs") - at)
+        self._out(
+            f"%{n}a = add i64 %s, {at}",
+            f"%{n}p = inttoptr i64 %{n}a to ptr",
+            f"%{n}w = load i64, ptr %{n}p, {_STATE}",
+            f"%{n}m = and i64 %{n}w, {mask}",
+            f"%{n}c = icmp eq i64 %{n}m, {wanted}",
+            f"br i1 %{n}c, label %{n}.yes, label %{n}.no, {_LIKELY}",
+        )
+        self._label(f"{n}.no")
+        self._aside()
+        self._label(f"{n}.yes")
 
     # -- guest memory ------------------------------------------------------------------------------------------------
     def _lookup(self, address: str, size: int, write: bool, n: str) -> None:
@@ -392,18 +459,24 @@ class RegionEmitter(Emitter):
         self._label(f"{n}.did")
 
     def _guest_load(self, op: Op, name: str, width: int) -> None:
+        """A load into a floating-point register is made as one, which spares LLVM the way through an integer register."""
         address, n = literal(op.args[0]), self.fresh()
+        double = width == 64 and self._place.step.row.function.__module__ == rv64d.__name__
+        kind = "double" if double else f"i{width}"
         self._lookup(address, width // 8, False, n)
-        self._out(f"%{n}.v = load volatile i{width}, ptr %{n}.hp, align 1, {_GUEST}", f"br label %{n}.done")
+        self._out(f"%{n}.v = load volatile {kind}, ptr %{n}.hp, align 1, {_GUEST}", f"br label %{n}.done")
         self._label(f"{n}.slow")
         self._call(f"region_load_{width // 8}", f"i64 {address}", n)
         value = f"%{n}.r"
-        if width < 64:
-            self._out(f"%{n}.w = trunc i64 %{n}.r to i{width}")
+        if kind != "i64":
+            self._out(f"%{n}.w = {'bitcast' if double else 'trunc'} i64 %{n}.r to {kind}")
             value = f"%{n}.w"
         self._out(f"br label %{n}.done")
         self._label(f"{n}.done")
-        self._out(f"%{name} = phi i{width} [ %{n}.v, %{n}.fast ], [ {value}, %{n}.did ]")
+        both = self.fresh() if double else name
+        self._out(f"%{both} = phi {kind} [ %{n}.v, %{n}.fast ], [ {value}, %{n}.did ]")
+        if double:
+            self._out(f"%{name} = bitcast double %{both} to i64")
 
     def _guest_store(self, op: Op) -> None:
         address, value, n = literal(op.args[0]), op.args[1], self.fresh()
@@ -434,8 +507,19 @@ def _registers(blocks: list[TraceBlock], opcode: str) -> frozenset[str]:
     return frozenset(str(op.attrs[0]) for block in blocks for op in block.ops if op.opcode == opcode)
 
 
+def _asks(blocks: list[TraceBlock]) -> bool:
+    """Whether every path through an instruction begins with fpready."""
+    return any(op.opcode == "fpready" for op in blocks[0].ops)
+
+
+def _kind(name: str) -> str:
+    """LLVM's type of a register's variable."""
+    return "i64" if name[0] == "x" else "double"
+
+
 def _leaves(block: TraceBlock) -> bool:
-    return bool(block.ops) and block.ops[-1].opcode == "aside"
+    """Whether a path is seldom taken."""
+    return bool(block.ops) and (block.ops[-1].opcode == "aside" or block.ops[0].opcode == "rare")
 
 
 def _label(delta: int) -> str:

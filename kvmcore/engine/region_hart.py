@@ -2,7 +2,7 @@
 
 Operands are known, so every trace is small. Effects that only a region has are recorded under names of their
 own, which region_code.py turns into LLVM IR: getreg, setreg, gload, gstore, ghost (host address of an atomic),
-pc, goto, jump, next, and aside: leave the region and let the interpreter do this instruction from its beginning.
+pc, fpready, goto, jump, next, and aside: leave the region and let the interpreter do this instruction from its beginning.
 """
 
 from __future__ import annotations
@@ -46,6 +46,19 @@ class RegionHart(Atomics):
     @property
     def pc(self) -> Value:
         return tracer().pure("pc", (), 64)
+
+    def get(self, name: str) -> Value:
+        """Floating point begins with fpready: then FS is dirty already, and the host rounds as frm says."""
+        if name in ("fs", "frm"):
+            tracer().effect("fpready", ())
+            return Value(8, 3) if name == "fs" else super().get(name) & 3
+        return super().get(name)
+
+    def set(self, name: str, value: Value | int) -> None:
+        if name == "fs" and int(value) == 3:
+            tracer().effect("fpready", ())
+        else:
+            super().set(name, value)
 
     def _end(self, opcode: str, args: tuple[Value, ...] = (), attrs: tuple[object, ...] = ()) -> NoReturn:
         tracer().effect(opcode, args, 0, attrs)

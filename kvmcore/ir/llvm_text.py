@@ -213,6 +213,11 @@ def _tail(emitter: Emitter, op: Op, name: str) -> list[str]:
     return [*lines, f"musttail call preserve_nonecc void {target}({', '.join(words)})", "ret void"]
 
 
+def _rare(emitter: Emitter, op: Op, name: str) -> list[str]:
+    """The path that this stands on is seldom taken."""
+    return []
+
+
 def _leave(emitter: Emitter, op: Op, name: str) -> list[str]:
     return ["ret void"]
 
@@ -259,7 +264,7 @@ def _fp(emitter: Emitter, op: Op, name: str) -> list[str]:
         lines.append(f"%{name}_{index} = bitcast {typed(arg)} to {source}")
         operands.append(f"{source} %{name}_{index}")
     strict = f"@llvm.experimental.constrained.{operation}"
-    if operation in ("oeq", "une", "olt", "ole", "quiet_olt", "quiet_ole"):
+    if operation in ("oeq", "une", "uno", "olt", "ole", "quiet_olt", "quiet_ole"):
         call = "fcmps" if operation in ("olt", "ole") else "fcmp"
         predicate = str(operation).removeprefix("quiet_")
         emitter.declare(
@@ -311,6 +316,7 @@ _EFFECTS: dict[str, Callable[[Emitter, Op, str], list[str]]] = {
     "second": _second,
     "return": _return,
     "tail": _tail,
+    "rare": _rare,
     "leave": _leave,
     "mxcsr_read": _mxcsr_read,
     "mxcsr_write": _mxcsr_write,
