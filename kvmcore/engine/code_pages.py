@@ -27,7 +27,7 @@ from kvmcore.engine.native_hart import (
     store,
     tracer,
 )
-from kvmcore.engine.softmmu import NEVER, lookup, note_superpage, p1, p2
+from kvmcore.engine.softmmu import NEVER, lookup, note_fill, note_superpage, p1, p2
 from kvmcore.ir.value import Value, select, u64
 from kvmcore.isa import traps
 
@@ -265,4 +265,5 @@ def fetch_miss(h: HandlerHart) -> None:
     entry = h.tlb + (((pc >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) << 4)
     store(entry + hart_state.FETCH_TLB_OFFSET, pc & PAGE_MASK)
     store(entry + (hart_state.FETCH_TLB_OFFSET + 8), ab)
+    note_fill(h, "fetch", entry + hart_state.FETCH_TLB_OFFSET)
     h.dispatch((pc << 2) + ab, ab, h.ic)

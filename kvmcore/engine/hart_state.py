@@ -30,14 +30,20 @@ def _f(name: str, bits: int, doc: str, count: int = 0, shared: bool = False) -> 
 
 X0_SINK = 32
 """Index in x[] of the slot that takes what instructions write to x0."""
-DATA_TLB_ENTRIES = 256
+DATA_TLB_ENTRIES = 512
 """Entries of 32 bytes: tag for loads, tag for stores, host minus guest address, unused."""
 FETCH_TLB_ENTRIES = 256
 """Entries of 16 bytes: tag, and what turns pc * 4 into a record's address."""
 TLB_BLOCKS = 3
+"""One each for U, S, and S with SUM: a bank."""
+TLB_BANKS = 4
+"""For so many values of satp translations are kept, so that a switch of address spaces forgets nothing."""
+FILL_LOG = 128
+"""Fills of a bank that are remembered one by one: forgetting few costs little."""
 FETCH_TLB_OFFSET = DATA_TLB_ENTRIES * 32
 TLB_BLOCK = FETCH_TLB_OFFSET + FETCH_TLB_ENTRIES * 16
-"""Bytes of one block: data entries, then fetch entries. One each for U, S, and S with SUM."""
+"""Bytes of one block: data entries, then fetch entries."""
+TLB_BANK = TLB_BLOCKS * TLB_BLOCK
 IMSIC_WORDS = 32
 """64-bit words of eip and eie: identities 0 to 2047."""
 SAMPLES = 512
@@ -110,15 +116,23 @@ FIELDS: tuple[Field, ...] = (
     _f("walk_level", 64, "result of a page walk: its level, 0 for 4 KiB"),
     _f("machine", 64, "address of the MachineState"),
     _f("tlb", 64, "address of the TLB block in use: U, S, or S with SUM"),
-    _f("context_satp", 64, "satp that the TLBs belong to"),
-    _f("context_mxr", 8, "sstatus.MXR that the TLBs belong to"),
+    _f("context_satp", 64, "satp that the bank in use belongs to"),
+    _f("context_mxr", 8, "sstatus.MXR that the bank in use belongs to"),
+    _f("bank", 64, "number of the bank in use"),
+    _f("next_bank", 64, "number of the one that is given up next"),
+    _f("bank_satp", 64, "satp that a bank belongs to; all ones: to none", TLB_BANKS),
+    _f("bank_epoch", 64, "code_epoch of a bank's fetch entries", TLB_BANKS),
+    _f("data_fills", 64, "fills of a bank since it was cleared; more than FILL_LOG: nobody knows which", TLB_BANKS),
+    _f("fetch_fills", 64, "the same of fetch entries", TLB_BANKS),
+    _f("data_log", 64, "addresses of the entries filled", TLB_BANKS * (FILL_LOG + 1)),
+    _f("fetch_log", 64, "the same of fetch entries", TLB_BANKS * (FILL_LOG + 1)),
     _f("host_mxcsr", 32, "the host's MXCSR while in native code"),
     _f("mxcsr", 32, "scratch for the guest's MXCSR"),
     _f("code_epoch", 64, "the machine's epoch at this hart's last fence.i"),
     _f("large_low", 64, "lowest address of a superpage in the TLBs: lower half, upper half", 2),
     _f("large_high", 64, "highest such address", 2),
     _f("straddle", 64, "the record of an instruction on two pages, at [2] the page-end record", 4),
-    _f("tlb_blocks", 64, "the TLBs (see TLB_BLOCK)", TLB_BLOCKS * TLB_BLOCK // 8),
+    _f("tlb_blocks", 64, "the TLBs (see TLB_BLOCK)", TLB_BANKS * TLB_BANK // 8),
     _f("region_status", 64, "what region_load_* and region_store_* found: 0, or the interpreter does it"),
     _f("sample_count", 64, "samples taken since Python has looked; SAMPLES: none are taken"),
     _f("samples", 64, "where the poll went on, and no region begins", SAMPLES),

@@ -184,7 +184,7 @@ class HotCode:
     def _mapped(self, blocks: int, va: int) -> int | None:
         """The decoded page at a virtual address, by any of the fetch TLBs."""
         entry = hart_state.FETCH_TLB_OFFSET + ((va >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) * 16
-        for block in range(hart_state.TLB_BLOCKS):
+        for block in range(hart_state.TLB_BANKS * hart_state.TLB_BLOCKS):
             tag, ab = _PAIR.from_address(blocks + block * hart_state.TLB_BLOCK + entry)
             if tag == va & _TAG:
                 return int((((va & _TAG) << 2) + ab - machine_state.PAGE_RECORDS) & _WORD)

@@ -221,7 +221,10 @@ class Hart:
         state.machine = self.machine.address
         state.dirty_budget = 1 << 62
         state.tlb = self._address + hart_state.offset("tlb_blocks")
-        state.context_satp = U64  # no satp: the first entry flushes
+        state.context_satp = U64  # no satp: the first entry chooses a bank
+        for bank in range(hart_state.TLB_BANKS):
+            state.bank_satp[bank] = U64
+            state.data_fills[bank] = state.fetch_fills[bank] = hart_state.FILL_LOG + 1
         state.sample_count = 0 if self.machine.hot_code is not None else hart_state.SAMPLES
 
     @property

@@ -154,6 +154,7 @@ def host_for_function(write: bool) -> Callable[[FunctionHart], None]:
             store(entry, tag)
             store(entry + 8, select(writable & plain, tag, u64(NEVER)))
         store(entry + 16, host - va)
+        note_fill(h, "data", entry)
         note_superpage(h, va)
         returns(host)
 
@@ -296,24 +297,66 @@ def check_block(h: FunctionHart) -> None:
 # -- forgetting translations ---------------------------------------------------------------------------------
 
 
+def note_fill(h: Code, kind: str, entry: Value) -> None:
+    """Remember an entry of the bank in use ("data" or "fetch"), for clear_bank."""
+    bank = h.get("bank")
+    count = h.get_at(f"{kind}_fills", bank)
+    index = select(count < hart_state.FILL_LOG, count, u64(hart_state.FILL_LOG))
+    h.set_at(f"{kind}_log", bank * (hart_state.FILL_LOG + 1) + index, entry)
+    h.set_at(f"{kind}_fills", bank, index + 1)
+
+
+def clear_bank_function(kind: str) -> Callable[[FunctionHart], None]:
+    def clear_bank(h: FunctionHart) -> None:
+        """(bank): no tag of its entries fits any address: those that were filled, or all."""
+        bank = p1()
+        count = h.get_at(f"{kind}_fills", bank)
+        h.set_at(f"{kind}_fills", bank, u64(0))
+        if count <= hart_state.FILL_LOG:
+            log = h.address(f"{kind}_log") + bank * (8 * (hart_state.FILL_LOG + 1))
+            call(f"clear_logged_{kind}", log, count)
+            returns(u64(0))
+        base = h.address("tlb_blocks") + bank * hart_state.TLB_BANK
+        for block in range(hart_state.TLB_BLOCKS):
+            at = base + block * hart_state.TLB_BLOCK
+            if kind == "data":
+                call("clear_data", at, u64(hart_state.DATA_TLB_ENTRIES))
+            else:
+                call("clear_fetch", at + hart_state.FETCH_TLB_OFFSET, u64(hart_state.FETCH_TLB_ENTRIES))
+        returns(u64(0))
+
+    return clear_bank
+
+
+def clear_logged_function(kind: str) -> Callable[[FunctionHart], None]:
+    def clear_logged(h: FunctionHart) -> None:
+        """(log, how many)."""
+        log, count = param("p0"), p1()
+        if count == 0:
+            returns(u64(0))
+        entry = load(log)
+        store(entry, u64(NEVER))
+        if kind == "data":
+            store(entry + 8, u64(NEVER))
+        returns(*call(f"clear_logged_{kind}", log + 8, count - 1))
+
+    return clear_logged
+
+
 def flush_tlb(h: FunctionHart) -> None:
-    """All translations of this hart."""
+    """All translations of this hart. Banks that are not in use are cleared when they are used again."""
     h.set("count_flush", h.get("count_flush") + 1)
-    call("clear_tags", h.address("tlb_blocks"), u64(hart_state.TLB_BLOCKS))
+    bank = h.get("bank")
+    kept = h.get_at("bank_satp", bank)
+    for number in range(hart_state.TLB_BANKS):
+        h.set_at("bank_satp", number, u64(NEVER))
+    h.set_at("bank_satp", bank, kept)
+    call("clear_bank_data", h.s, bank)
+    call("clear_bank_fetch", h.s, bank)
     for half in (0, 1):
         h.set_at("large_low", half, u64(NEVER))
         h.set_at("large_high", half, u64(0))
     returns(u64(0))
-
-
-def clear_tags(h: FunctionHart) -> None:
-    """(block, how many): invalidate all tags of TLB blocks."""
-    block, count = param("p0"), p1()
-    if count == 0:
-        returns(u64(0))
-    call("clear_data", block, u64(hart_state.DATA_TLB_ENTRIES))
-    call("clear_fetch", block + hart_state.FETCH_TLB_OFFSET, u64(hart_state.FETCH_TLB_ENTRIES))
-    returns(*call("clear_tags", block + hart_state.TLB_BLOCK, count - 1))
 
 
 def clear_function(size: int, tags: tuple[int, ...]) -> Callable[[FunctionHart], None]:
@@ -338,7 +381,7 @@ def flush_page(h: FunctionHart) -> None:
     half = va >> 63
     if (va >= (h.get_at("large_low", half) & ~0x3FFFFFFF)) & (va <= (h.get_at("large_high", half) | 0x3FFFFFFF)):
         returns(*call("flush_tlb", h.s))
-    for block in range(hart_state.TLB_BLOCKS):
+    for block in range(hart_state.TLB_BANKS * hart_state.TLB_BLOCKS):
         base = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
         entry = base + ((va >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))
         store(entry, u64(NEVER))
@@ -351,21 +394,45 @@ def flush_page(h: FunctionHart) -> None:
 def flush_fetch(h: FunctionHart) -> None:
     """fence.i: decoded pages are compared with memory before they are entered again."""
     epoch = atomic("add", h.machine("epoch"), u64(1)) + 1
+    bank = h.get("bank")
     h.set("code_epoch", epoch)
-    for block in range(hart_state.TLB_BLOCKS):
-        base = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
-        call("clear_fetch", base + hart_state.FETCH_TLB_OFFSET, u64(hart_state.FETCH_TLB_ENTRIES))
+    h.set_at("bank_epoch", bank, epoch)
+    call("clear_bank_fetch", h.s, bank)
     returns(u64(0))
 
 
 def choose_tlb(h: FunctionHart) -> None:
-    """-> the TLB block for the mode; all translations go when satp or MXR have changed."""
+    """-> the TLB block for the mode, in the bank of satp."""
     satp, mxr = h.get("satp"), h.get("mxr")
     if (satp != h.get("context_satp")) | (mxr != h.get("context_mxr")):
         h.set("context_satp", satp)
         h.set("context_mxr", mxr)
-        call("flush_tlb", h.s)
+        call("choose_bank", h.s, select(mxr == 0, satp, u64(NEVER)))
     block = select(h.get("mode") == 0, u64(0), h.get("sum").zext(64) + 1)
-    tlb = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
+    tlb = h.address("tlb_blocks") + h.get("bank") * hart_state.TLB_BANK + block * hart_state.TLB_BLOCK
     h.set("tlb", tlb)
     returns(tlb)
+
+
+def choose_bank(h: FunctionHart) -> None:
+    """(satp): the bank of this address space, or else the one that was given up longest ago, emptied.
+
+    All ones, which is no satp, is for the rare MXR: a bank that nobody finds again.
+    """
+    satp = p1()
+    if satp != NEVER:
+        for number in range(hart_state.TLB_BANKS):
+            if h.get_at("bank_satp", number) == satp:
+                h.set("bank", number)
+                if h.get_at("bank_epoch", number) != h.get("code_epoch"):
+                    call("clear_bank_fetch", h.s, u64(number))
+                    h.set_at("bank_epoch", number, h.get("code_epoch"))
+                returns(u64(0))
+    bank = h.get("next_bank")
+    h.set("next_bank", (bank + 1) & (hart_state.TLB_BANKS - 1))
+    h.set("bank", bank)
+    h.set_at("bank_satp", bank, satp)
+    h.set_at("bank_epoch", bank, h.get("code_epoch"))
+    call("clear_bank_data", h.s, bank)
+    call("clear_bank_fetch", h.s, bank)
+    returns(u64(0))
