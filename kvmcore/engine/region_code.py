@@ -34,10 +34,22 @@ _METADATA = """
 !7 = !{!"guest", !5}
 !8 = !{!"tlb", !5}
 """
+#: In the place of a page's address: no aligned address masked to its page equals it.
+_NO_PAGE = 0x800
+#: Pointers whose page is kept, at most.
+_KEPT = 10
 #: Return sites that a return is compared with at most.
 _COMPARED = 6
 _DATA_MASK = (hart_state.DATA_TLB_ENTRIES - 1) << 5
 _FETCH_MASK = hart_state.FETCH_TLB_ENTRIES - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """The page of a pointer register, kept in the variables cb.NAME (its address) and ca.NAME (host minus guest)."""
+
+    name: str
+    writes: bool
 
 
 @dataclass(slots=True)
@@ -63,6 +75,7 @@ class RegionEmitter(Emitter):
         self._traces = {step.delta: trace(step, f"i{_label(step.delta)}.") for step in region.steps}
         self._written = {delta: _registers(blocks, "setreg") for delta, blocks in self._traces.items()}
         self._dirty_in = self._dataflow()
+        self._caches = self._choose_caches()
         self._asked_first = any(_asks(self._traces[step.delta]) for step in region.blocks[0].steps)
         self._fp_in = self._fp_dataflow()
         self._fp_known = False
@@ -89,6 +102,9 @@ class RegionEmitter(Emitter):
             entry += [f"  %{name} = alloca {kind}", *(f"  {line}" for line in self._register(name, f"init.{name}"))]
             entry += [f"  %init.{name} = load {kind}, ptr %init.{name}.p, {_STATE}"]
             entry += [f"  store {kind} %init.{name}, ptr %{name}"]
+        for key in sorted({key.name for key in self._caches.values()}):
+            entry += [f"  %cb.{key} = alloca i64", f"  %ca.{key} = alloca i64"]
+            entry += [f"  store i64 {_NO_PAGE}, ptr %cb.{key}", f"  store i64 0, ptr %ca.{key}"]
         body = "\n".join([*entry, *self._first, "  br label %B0", *self._lines])
         self.raw(f"define preserve_nonecc void @region({_PARAMETERS}) #0 {{\n{body}\n}}\n")
         return self.module() + _METADATA
@@ -106,6 +122,44 @@ class RegionEmitter(Emitter):
                 if successor in blocks and not out <= found[successor]:
                     found[successor] |= out
                     waiting.append(successor)
+        return found
+
+    def _choose_caches(self) -> dict[int, _Key]:
+        """For accesses in loops, which kept page they try: one for a pointer that is only moved along, else their own."""
+        loops = self._in_loops()
+        sites: dict[int, list[tuple[int, bool]]] = {}
+        for block in self._region.blocks.values():
+            for step in block.steps if block.start in loops else ():
+                kinds = {op.opcode for part in self._traces[step.delta] for op in part.ops}
+                if kinds & {"gload", "gstore"}:
+                    sites.setdefault(step.operands["rs1"], []).append((step.delta, "gstore" in kinds))
+        moved = {register for step in self._region.steps for register in _loaded(step, self._written[step.delta])}
+        chosen: dict[int, _Key] = {}
+        count = 0
+        for register, accesses in sorted(sites.items(), key=lambda item: -len(item[1])):
+            groups = [[access] for access in accesses] if f"x{register}" in moved else [accesses]
+            for group in groups:
+                if count < _KEPT:
+                    count += 1
+                    key = _Key(f"k{count}", any(write for _, write in group))
+                    chosen.update({delta: key for delta, _ in group})
+        return chosen
+
+    def _in_loops(self) -> set[int]:
+        """Starts of the blocks that can be reached from themselves."""
+        blocks = self._region.blocks
+        after = {start: {s for s in self._successors(block.steps[-1]) if s in blocks} for start, block in blocks.items()}
+        found = set()
+        for start in blocks:
+            seen: set[int] = set()
+            waiting = list(after[start])
+            while waiting:
+                at = waiting.pop()
+                if at not in seen:
+                    seen.add(at)
+                    waiting += after[at]
+            if start in seen:
+                found.add(start)
         return found
 
     def _fp_dataflow(self) -> set[int]:
@@ -420,7 +474,22 @@ class RegionEmitter(Emitter):
 
     # -- guest memory ------------------------------------------------------------------------------------------------
     def _lookup(self, address: str, size: int, write: bool, n: str) -> None:
-        """Branches to n.fast, where %n.host is the host's address, or to n.slow."""
+        """Branches to n.fast, where %n.hp is the pointer, or to n.slow.
+
+        In a loop, the page that this pointer register was in the last time is tried before the TLB; pages do not
+        move while a region runs. An address that is not aligned never equals what is kept.
+        """
+        key = self._caches.get(self._place.step.delta)
+        if key is not None:
+            self._out(
+                f"%{n}.ck = and i64 {address}, {-4096 | size - 1}",
+                f"%{n}.cb = load i64, ptr %cb.{key.name}",
+                f"%{n}.ch = icmp eq i64 %{n}.ck, %{n}.cb",
+                f"br i1 %{n}.ch, label %{n}.kept, label %{n}.look, {_LIKELY}",
+            )
+            self._label(f"{n}.kept")
+            self._out(f"%{n}.cd = load i64, ptr %ca.{key.name}", f"br label %{n}.fast")
+            self._label(f"{n}.look")
         self._out(
             f"%{n}.i = lshr i64 {address}, 7",
             f"%{n}.m = and i64 %{n}.i, {_DATA_MASK}",
@@ -431,16 +500,33 @@ class RegionEmitter(Emitter):
             f"%{n}.l = add i64 {address}, {size - 1}",
             f"%{n}.g = and i64 %{n}.l, -4096",
             f"%{n}.h = icmp eq i64 %{n}.t, %{n}.g",
-            f"br i1 %{n}.h, label %{n}.fast, label %{n}.slow, {_LIKELY}",
+            f"br i1 %{n}.h, label %{n}.found, label %{n}.slow, {_LIKELY}",
         )
-        self._label(f"{n}.fast")
+        self._label(f"{n}.found")
         self._out(
             f"%{n}.da = add i64 %{n}.e, 16",
             f"%{n}.dp = inttoptr i64 %{n}.da to ptr",
             f"%{n}.d = load i64, ptr %{n}.dp, {_TLB}",
-            f"%{n}.host = add i64 {address}, %{n}.d",
-            f"%{n}.hp = inttoptr i64 %{n}.host to ptr",
         )
+        if key is not None:
+            page = f"%{n}.g"
+            if key.writes and not write:  # kept only if it may be written as well
+                self._out(
+                    f"%{n}.wa = add i64 %{n}.e, 8",
+                    f"%{n}.wp = inttoptr i64 %{n}.wa to ptr",
+                    f"%{n}.wt = load i64, ptr %{n}.wp, {_TLB}",
+                    f"%{n}.w = icmp eq i64 %{n}.wt, %{n}.g",
+                    f"%{n}.wk = select i1 %{n}.w, i64 %{n}.g, i64 {_NO_PAGE}",
+                )
+                page = f"%{n}.wk"
+            self._out(f"store i64 {page}, ptr %cb.{key.name}", f"store i64 %{n}.d, ptr %ca.{key.name}")
+        self._out(f"br label %{n}.fast")
+        self._label(f"{n}.fast")
+        delta = f"%{n}.d"
+        if key is not None:
+            delta = f"%{n}.any"
+            self._out(f"{delta} = phi i64 [ %{n}.cd, %{n}.kept ], [ %{n}.d, %{n}.found ]")
+        self._out(f"%{n}.host = add i64 {address}, {delta}", f"%{n}.hp = inttoptr i64 %{n}.host to ptr")
 
     def _call(self, function: str, arguments: str, n: str) -> None:
         """A routine of the image, from a slow path; an access that it could not do is the interpreter's."""
@@ -505,6 +591,13 @@ class RegionEmitter(Emitter):
 
 def _registers(blocks: list[TraceBlock], opcode: str) -> frozenset[str]:
     return frozenset(str(op.attrs[0]) for block in blocks for op in block.ops if op.opcode == opcode)
+
+
+def _loaded(step: Step, written: frozenset[str]) -> frozenset[str]:
+    """Registers that a step sets to something else than themselves moved by a little."""
+    source = step.operands.get("rs1")
+    along = step.row.function.__name__ in ("addi", "add", "sub", "c_addi") and f"x{source}" in written
+    return frozenset() if along else written
 
 
 def _asks(blocks: list[TraceBlock]) -> bool:
