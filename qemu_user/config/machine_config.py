@@ -20,6 +20,8 @@ MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 1 << 40
 MAX_CPUS = 128
 """NR_CPUS of Debian's kernel, and enough for the map of the IMSIC."""
+MAX_QUEUES = 64
+"""Of a disk, and pairs of a network device."""
 MMIO_SLOTS, PCI_SLOTS = 8, 31
 """virtio-mmio slots 0 to 7; PCI slots 1 to 31, 0 being the bridge."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
@@ -59,6 +61,13 @@ class Drive(Part, frozen=True, kw_only=True):
     readonly: bool = False
     discard: bool = False
     serial: str = ""
+    device: str = ""
+    """The device's own id, if it has one beside the drive's."""
+    queues: int | None = None
+    """None: one per CPU on PCI, one on virtio-mmio."""
+    queue_size: int = 256
+    logical_block_size: int = 512
+    physical_block_size: int = 4096
     slot: Slot = Slot()
 
 
@@ -244,6 +253,14 @@ def _check_devices(config: MachineConfig) -> None:
         _demand(bool(share.folder), f"shared folder {share.tag}: needs a path")
     for drive in config.drives:
         _demand(bool(drive.file), "drive: needs file=IMAGE")
+        _demand(drive.queues is None or 0 < drive.queues <= MAX_QUEUES, f"num-queues={drive.queues}: 1 to {MAX_QUEUES}")
+        for what, number, least, most in (
+            ("queue-size", drive.queue_size, 4, 1024),
+            ("logical_block_size", drive.logical_block_size, 512, 1 << 15),
+            ("physical_block_size", drive.physical_block_size, 512, 1 << 20),
+        ):
+            power = number & (number - 1) == 0
+            _demand(power and least <= number <= most, f"{what}={number}: a power of two from {least} to {most}")
         _demand(len(drive.serial.encode()) <= 20, f"serial={drive.serial}: at most 20 bytes")
 
 

@@ -282,8 +282,9 @@ class Builder:
                 f"{', '.join(_PORTS)})"
             )
         slot = self._slot(values, bus)
-        values.ignore("id", *_PCI_SETTINGS)
+        values.ignore(*_PCI_SETTINGS)
         plug(self, values, slot)
+        values.ignore("id")
         values.done()
 
     def _slot(self, values: KeyValues, kind: Literal["pci", "mmio"]) -> Slot:
@@ -313,9 +314,18 @@ class Builder:
             )
         self.unplugged.discard(name)
         serial = values.take("serial") or self.drives[name].serial
-        values.ignore("bootindex", "write-cache", "num-queues", "queue-size")
+        values.ignore("bootindex", "write-cache", "min_io_size", "opt_io_size", "discard_granularity")
         # plugged drives come in the order of their devices
-        drive = msgspec.structs.replace(self.drives.pop(name), slot=slot, serial=serial)
+        drive = msgspec.structs.replace(
+            self.drives.pop(name),
+            slot=slot,
+            serial=serial,
+            device=values.take("id"),
+            queues=values.take_number("num-queues"),
+            queue_size=values.take_number("queue-size", 256),
+            logical_block_size=values.take_number("logical_block_size", 512),
+            physical_block_size=values.take_number("physical_block_size", 4096),
+        )
         self.drives[name] = drive
 
     def _net_device(self, values: KeyValues, slot: Slot) -> None:

@@ -22,13 +22,14 @@ from qemu_user.backends.chardev.stdio import StdioChardev
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
 from qemu_user.backends.share.server import Server
+from qemu_user.config.machine_config import MAX_QUEUES, Drive, MachineConfig, Net, Slot
 from qemu_user.config.machine_config import Chardev as ChardevConfig
-from qemu_user.config.machine_config import Drive, MachineConfig, Net, Slot
 from qemu_user.devices.device import Device, FdtNode, Place
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.memory import GuestMemory
 from qemu_user.devices.ns16550a import Ns16550a
 from qemu_user.devices.syscon import Syscon
+from qemu_user.devices.virtio.blk import VirtioBlk
 from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
 from qemu_user.devices.virtio.pci import VirtioPci
@@ -53,6 +54,8 @@ class Parts:
         self.transports: list[VirtioTransport] = []
         self.nodes: list[FdtNode] = []
         self.disks: list[LoggedDisk] = []
+        self.blocks: list[VirtioBlk] = []
+        """The disks' devices, in the same order."""
         self.nets: list[NetBackend] = []
         self.shares: list[Server] = []
         self.chardevs: dict[str, Chardev] = {}
@@ -169,7 +172,6 @@ class Parts:
 
     def _virtio_devices(self) -> list[tuple[Slot, VirtioDevice]]:
         """(where, device): disks first, so that the first -drive is vda."""
-        from qemu_user.devices.virtio.blk import VirtioBlk
         from qemu_user.devices.virtio.console import VirtioConsole
         from qemu_user.devices.virtio.net import VirtioNet
         from qemu_user.devices.virtio.p9 import VirtioP9
@@ -177,7 +179,17 @@ class Parts:
 
         wanted: list[tuple[Slot, VirtioDevice]] = []
         for number, (drive, disk) in enumerate(zip(self.config.drives, self.disks, strict=True)):
-            wanted.append((drive.slot, VirtioBlk(_label(drive, number), disk, drive.serial)))
+            blk = VirtioBlk(
+                _label(drive, number),
+                disk,
+                drive.serial,
+                self._queues(drive.queues, drive.slot),
+                drive.queue_size,
+                drive.logical_block_size,
+                drive.physical_block_size,
+            )
+            self.blocks.append(blk)
+            wanted.append((drive.slot, blk))
         for number, (net, backend) in enumerate(zip(self.config.nets, self.nets, strict=True)):
             mac = (
                 bytes.fromhex(net.mac.replace(":", "")) if net.mac else _default_mac(self.config.name, number)
@@ -193,6 +205,12 @@ class Parts:
         if self.config.rng:
             wanted.append((self.config.rng_slot, VirtioRng("rng")))
         return wanted
+
+    def _queues(self, asked: int | None, slot: Slot) -> int:
+        """Queues (or pairs) of a device: one per CPU where each has a vector of its own, as QEMU does."""
+        if asked is not None:
+            return asked
+        return min(self.config.cpus, MAX_QUEUES) if slot.bus == "pci" else 1
 
     # -- life --------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ Put around every image by machine/build.py, read by migration/volumes.py.
 
 from __future__ import annotations
 
+import errno
+
 from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.write_log import WriteLog
 
@@ -49,6 +51,12 @@ class LoggedDisk:
 
     def unlock(self) -> None:
         self.image.unlock()
+
+    def resize(self, size: int) -> None:
+        if self.log.on:
+            raise OSError(errno.EBUSY, "the disk is being copied")
+        self.image.resize(size)
+        self.size, self.log = self.image.size, WriteLog(self.image.size, BLOCK)
 
     def close(self) -> None:
         self.image.close()

@@ -54,6 +54,9 @@ class BlockBackend(Protocol):
     def unlock(self) -> None:
         """Let others have it; what was written is on the disk (flush) before."""
 
+    def resize(self, size: int) -> None:
+        """The disk has `size` bytes, a multiple of 512, from now on; new ones read as zeroes. OSError."""
+
     def close(self) -> None: ...
 
 
@@ -175,6 +178,14 @@ class RawImage:
             part = min(length, len(_ZEROES))
             self.write(offset, [memoryview(_ZEROES)[:part]])
             offset, length = offset + part, length - part
+
+    def resize(self, size: int) -> None:
+        if self.readonly:
+            raise OSError(errno.EROFS, "the image is open for reading only")
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise OSError(errno.EOPNOTSUPP, "a block device has the size that it has")
+        os.ftruncate(self._fd, size)
+        self.size = self._end = size
 
     def close(self) -> None:
         """Let go of the image and its lock. Idempotent."""

@@ -1,9 +1,9 @@
-"""The block device (virtio 1.2, section 5.2): read, write, flush, discard, write zeroes, identify.
+"""The block device (virtio 1.2, section 5.2): read, write, flush, discard, write zeroes, identify; several queues.
 
 Data moves between the disk and guest memory by preadv and pwritev on the guest's own pages, with no copy
 here. A request that cannot be done answers IOERR or UNSUPP in its status byte; one without room for that byte
-breaks the device. Requests are served one after the other on the I/O thread, so order and flush need no more
-care.
+breaks the device. Requests of all queues are served one after the other on the I/O thread, so order and flush need
+no more care.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from qemu_user.devices.virtio.device import VirtioDevice, VirtioState
 from qemu_user.devices.virtio.queue import Chain, QueueError, split
 
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY = 1 << 2, 1 << 5, 1 << 6, 1 << 9, 1 << 10
-F_DISCARD, F_WRITE_ZEROES = 1 << 13, 1 << 14
+F_CONFIG_WCE, F_MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 11, 1 << 12, 1 << 13, 1 << 14
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 SECTOR = 512
 QUEUE_SIZE = 256
-SEG_MAX = QUEUE_SIZE - 2
-"""Data buffers of a request: the chain without header and status."""
 MAX_RANGE_SECTORS = 1 << 22
 """Sectors of one discard or write-zeroes segment (2 GiB)."""
 MAX_RANGES = 32
 ID_BYTES = 20
 UNMAP = 1
+WRITEBACK_OFFSET = 32
+"""Of the one writable byte of the configuration space."""
 _HEADER = struct.Struct("<I4xQ")
 _RANGE = struct.Struct("<QII")
 
@@ -38,52 +38,84 @@ class BlkState(VirtioState, frozen=True, tag="blk", kw_only=True):
 
     version: Literal[1] = 1
     capacity: int
+    writeback: bool
 
 
 class VirtioBlk(VirtioDevice):
-    """One disk, one queue."""
+    """One disk. `block` and `physical_block`: bytes, powers of two from 512 on, what the guest is told of the disk."""
 
     device_id = 2
     pci_class = 0x010000
     State = BlkState
 
-    def __init__(self, name: str, disk: BlockBackend, serial: str = "") -> None:
-        features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
+    def __init__(
+        self,
+        name: str,
+        disk: BlockBackend,
+        serial: str = "",
+        queues: int = 1,
+        queue_size: int = QUEUE_SIZE,
+        block: int = SECTOR,
+        physical_block: int = 4096,
+    ) -> None:
+        features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_CONFIG_WCE
+        if queues > 1:
+            features |= F_MQ
         if disk.readonly:
             features |= F_RO
         else:
             features |= F_WRITE_ZEROES | (F_DISCARD if disk.discard else 0)
-        super().__init__(name, features, [QUEUE_SIZE])
+        super().__init__(name, features, [queue_size] * queues)
         self._disk, self._serial = disk, serial.encode()[:ID_BYTES]
         self._sectors = disk.size // SECTOR
+        self._block, self._exponent = block, (max(physical_block, block) // block).bit_length() - 1
+        self._writeback = True
 
     def config(self) -> bytes:
+        block_sectors = self._block // SECTOR
         return struct.pack(
             "<QIIHBBIBBHIBBHIIIIIB3x",
             self._sectors,
             0,  # size_max: not offered
-            SEG_MAX,
+            self.queues[0].max_size - 2,  # seg_max: the chain without header and status
             0,  # geometry: not offered
             0,
             0,
-            SECTOR,
-            3,  # topology: a physical block is 2^3 logical ones
+            self._block,
+            self._exponent,  # topology: a physical block is 2^exponent logical ones
             0,
             1,
             0,
-            1,  # writeback: read-only without CONFIG_WCE
+            int(self._writeback),
             0,
-            1,  # num_queues
+            len(self.queues),
             MAX_RANGE_SECTORS,
             MAX_RANGES,
-            8,  # discard_sector_alignment
+            max(8, block_sectors),  # discard_sector_alignment
             MAX_RANGE_SECTORS,
             MAX_RANGES,
             1,  # write_zeroes_may_unmap
         )
 
+    def write_config(self, offset: int, data: bytes) -> None:
+        if offset == WRITEBACK_OFFSET and len(data) == 1 and self.negotiated & F_CONFIG_WCE:
+            self._writeback = bool(data[0])
+        else:
+            super().write_config(offset, data)
+
+    def activate(self) -> None:
+        # 5.2.5.1: with CONFIG_WCE the cache starts as it is; without FLUSH nothing may stay in a cache.
+        self._writeback = bool(self.negotiated & F_FLUSH) if not self.negotiated & F_CONFIG_WCE else self._writeback
+
+    def resize(self, size: int) -> None:
+        """The disk has `size` bytes from now on, and the driver is told. OSError: the image cannot."""
+        with self.transport.lock:
+            self._disk.resize(size)
+            self._sectors = self._disk.size // SECTOR
+            self.transport.notify_config()
+
     def on_queue(self, index: int) -> None:
-        queue = self.queues[0]
+        queue = self.queues[index]
         queue.suppress_kicks()
         for _ in range(queue.size):
             chain = queue.pop()
@@ -91,7 +123,7 @@ class VirtioBlk(VirtioDevice):
                 break
             queue.push(chain, self._request(chain))
         if queue.allow_kicks():
-            self.transport.serve_later(0)
+            self.transport.serve_later(index)
         self.transport.notify_used(queue)
 
     def _request(self, chain: Chain) -> int:
@@ -175,15 +207,21 @@ class VirtioBlk(VirtioDevice):
         return OK
 
     def _settle(self) -> None:
-        # A driver that cannot flush expects completed writes to be on the disk (5.2.6.2).
-        if not self.negotiated & F_FLUSH:
+        # A driver that cannot flush, or that switched the cache off, expects completed writes to be stable (5.2.6.2).
+        if not self._writeback:
             self._disk.flush()
 
     def save(self) -> Any:
-        return BlkState(capacity=self._sectors)
+        return BlkState(capacity=self._sectors, writeback=self._writeback)
 
     def check(self, state: Any) -> None:
         require(
             state.capacity == self._sectors,
             f"{self.name}: saved with a disk of {state.capacity} sectors, this one has {self._sectors}",
         )
+
+    def restore(self, state: Any) -> None:
+        self._writeback = state.writeback
+
+    def reset(self) -> None:
+        self._writeback = True

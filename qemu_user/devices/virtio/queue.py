@@ -22,6 +22,10 @@ NO_INTERRUPT, NO_NOTIFY = 1, 1
 """avail.flags, used.flags (2.7.6, 2.7.8)."""
 MAX_CHAIN_BYTES = 1 << 32
 """A driver must not make a chain longer than 2^32 bytes (2.7.5.2)."""
+LONGEST_INDIRECT = 1024
+"""Descriptors of an indirect chain. 2.7.5.3.1 allows as many as the queue has; QEMU takes this many, and drivers that
+make their rings smaller than their seg_max rely on it.
+"""
 _DESCRIPTOR = struct.Struct("<QIHH")
 _HIGHEST_ADDRESS = 1 << 64
 
@@ -188,7 +192,7 @@ class Queue:
                 if indirect or flags & NEXT or size & 15 or not size or not self.indirect:
                     raise QueueError(f"queue {self.index}: a bad indirect descriptor")
                 table, length, index, indirect = view, size // 16, 0, True
-                left = self.size
+                left = max(self.size, LONGEST_INDIRECT)
                 continue
             total += size
             if total > MAX_CHAIN_BYTES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qemu_user.management.commands import (
+    block_resize,
     cont,
     migrate,
     migrate_cancel,
@@ -24,6 +25,7 @@ from qemu_user.management.commands.command import Command
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
     for module in (
+        block_resize,
         cont,
         migrate,
         migrate_cancel,
