@@ -66,6 +66,9 @@ class Channel(Protocol):
     def read_into(self, view: memoryview) -> None:
         """The same into memory of just that length."""
 
+    def cut(self) -> None:
+        """End the connection as if the network had."""
+
     def close(self) -> None:
         """Idempotent."""
 
@@ -183,6 +186,9 @@ class StreamChannel:
             self.look()
             if end is not None and time.monotonic() >= end:
                 return False
+
+    def cut(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()
@@ -304,6 +310,12 @@ class ZmqChannel:
         view[:] = self._payload
         self._payload = memoryview(b"")
 
+    def cut(self) -> None:
+        self._broken = True
+        self.close()
+
     def close(self) -> None:
+        if self._socket.closed:
+            return
         self._socket.disable_monitor()
         self._socket.close(linger=1000)

@@ -89,9 +89,9 @@ class Incoming:
 
     def _run(self) -> Instance:
         hello = self._hear_hello()
-        steps.reached("destination:hello", self._channel.close)
+        steps.reached("destination:hello", self._channel.cut)
         instance = self._instance = self._build(hello)
-        steps.reached("destination:built", self._channel.close)
+        steps.reached("destination:built", self._channel.cut, instance.machine.vm.pid)
         self._journal = Journal(instance.config.uuid, "destination")
         accept = Accept(features=self._features, journal=str(self._journal.path))
         self._channel.send(messages.ACCEPT, payload=messages.encode(accept))
@@ -103,25 +103,27 @@ class Incoming:
             machine_state.restore(instance.machine, checked)
             self._lock_disks(instance.machine)
             self._journal.write(journals.PREPARED, hello.generation)
-            steps.reached("destination:prepared", self._channel.close)
+            steps.reached("destination:prepared", self._channel.cut)
             with suppress(ChannelError):
                 self._channel.send(messages.PREPARED)
-            steps.reached("destination:prepared-sent", self._channel.close)
+            steps.reached("destination:prepared-sent", self._channel.cut, instance.machine.vm.pid)
             if not self._may_run(hello):
                 raise Discarded
-            steps.reached("destination:commit", self._channel.close)
+            steps.reached("destination:commit", self._channel.cut, instance.machine.vm.pid)
+            if not instance.machine.vm.alive:
+                raise Refused(f"the VM's kvmcore process on this host ({instance.machine.vm.pid}) has died")
             self._journal.write(journals.RUNNING, hello.generation)
         if hello.running:
             instance.machine.resume()
         else:
             instance.machine.status = PAUSED
-        steps.reached("destination:running", self._channel.close)
+        steps.reached("destination:running", self._channel.cut)
         with suppress(ChannelError):
             self._channel.send(messages.RUNNING, hello.generation)
         announce(instance.machine)
         instance.take_name(instance.config.name)
         self._journal.keep()
-        steps.reached("destination:done", self._channel.close)
+        steps.reached("destination:done", self._channel.cut)
         return instance
 
     @contextmanager
@@ -214,11 +216,11 @@ class Incoming:
                     raise ChannelError(f"data for volume {volume}")
                 if first:
                     first = False
-                    steps.reached("destination:data", channel.close)
+                    steps.reached("destination:data", channel.cut)
             elif frame.kind == messages.ROUND:
                 channel.send(messages.ROUND, frame.a)
             elif frame.kind == messages.STATE:
-                steps.reached("destination:state", channel.close)
+                steps.reached("destination:state", channel.cut, machine.vm.pid)
                 return channel.read()
             elif frame.kind == messages.ABORT:
                 raise Discarded

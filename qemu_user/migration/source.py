@@ -81,7 +81,7 @@ class _Wire:
         frame = expect(self._channel, messages.ROUND, _ANSWER_SECONDS)
         if frame.a != self._round:
             raise ChannelError("rounds out of step")
-        steps.reached("source:round", self._channel.close)
+        steps.reached("source:round", self._channel.cut)
 
 
 def expect(channel: Channel, kind: int, seconds: float) -> Frame:
@@ -155,7 +155,7 @@ class Outgoing:
     def _offer(self) -> Accept:
         machine, options = self._machine, self._options
         assert self._journal is not None
-        steps.reached("source:connected", self._channel.close)
+        steps.reached("source:connected", self._channel.cut)
         with machine.standing():
             state = sections.encode(machine_state.capture(machine))
         features = ["zstd"] if zstandard is not None else []
@@ -173,7 +173,7 @@ class Outgoing:
         )
         memory = [machine.ram_fd] if options.hand_memory else None
         self._channel.send(messages.HELLO, payload=messages.encode(hello), fds=memory)
-        steps.reached("source:offered", self._channel.close)
+        steps.reached("source:offered", self._channel.cut)
         expect(self._channel, messages.ACCEPT, _ANSWER_SECONDS)
         try:
             accepted = msgspec.msgpack.decode(self._channel.read(), type=Accept)
@@ -191,7 +191,7 @@ class Outgoing:
         job.status = DEVICE
         with machine.standing():
             stopped = time.monotonic()
-            steps.reached("source:standing", channel.close)
+            steps.reached("source:standing", channel.cut)
             try:
                 copy.finish()
                 for disk in self._disks:
@@ -202,10 +202,10 @@ class Outgoing:
                 generation = machine.generation + 1
                 state = sections.encode(machine_state.capture(machine, generation))
                 channel.send(messages.STATE, payload=state)
-                steps.reached("source:state", channel.close)
+                steps.reached("source:state", channel.cut)
                 expect(channel, messages.PREPARED, _PREPARED_SECONDS)
                 job.check()  # the last moment at which it can be called off
-                steps.reached("source:prepared", channel.close)
+                steps.reached("source:prepared", channel.cut)
             except BaseException:
                 self._journal.write(journals.ABORTED, machine.generation)
                 self._say_abort()
@@ -214,7 +214,7 @@ class Outgoing:
             self._journal.write(journals.COMMITTED, generation)
             machine.status = POSTMIGRATE
             channel.look = lambda: None
-            steps.reached("source:committed", channel.close)
+            steps.reached("source:committed", channel.cut)
             if self._commit(generation):
                 job.downtime = time.monotonic() - stopped
                 machine.disown()
@@ -223,7 +223,7 @@ class Outgoing:
                 self._take_disks_back()
                 machine.status = was
                 raise JobError("the destination has died before it ran the VM")
-        steps.reached("source:done", channel.close)
+        steps.reached("source:done", channel.cut)
 
     def _commit(self, generation: int) -> bool:
         """Tell the destination that the VM is its own, until it is certain that it has heard; False when it is dead and
@@ -231,7 +231,7 @@ class Outgoing:
         """
         try:
             self._channel.send(messages.COMMIT, generation)
-            steps.reached("source:commit-sent", self._channel.close)
+            steps.reached("source:commit-sent", self._channel.cut)
             expect(self._channel, messages.RUNNING, _PREPARED_SECONDS)
             return True
         except (ChannelError, JobError) as error:

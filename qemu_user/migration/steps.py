@@ -1,5 +1,6 @@
 """Named points of a hand-over at which tests can break it: SOFTKVM_MIGRATION_FAULT="source:committed=kill" in the
-environment of a process makes it kill itself there; "=cut" makes it lose the connection, "=slow" wait a second.
+environment of a process makes it kill itself there; "=killvm" kills the kvmcore process of its VM; "=cut" makes it lose
+the connection.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ STEPS = (
 )  # fmt: skip
 
 
-def reached(step: str, cut: Callable[[], None]) -> None:
-    """The hand-over is at `step`; `cut` ends its connection."""
+def reached(step: str, cut: Callable[[], None], vm_pid: int = 0) -> None:
+    """The hand-over is at `step`; `cut` ends its connection; `vm_pid` is the VM's kvmcore process."""
     name, _, action = os.environ.get("SOFTKVM_MIGRATION_FAULT", "").partition("=")
     if name != step:
         return
@@ -26,5 +27,7 @@ def reached(step: str, cut: Callable[[], None]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "cut":
         cut()
-    elif action == "slow":
-        time.sleep(1.0)
+    elif action == "killvm":
+        os.kill(vm_pid, signal.SIGKILL)
+        while os.path.exists(f"/proc/{vm_pid}"):  # until its parent has seen it go, and all of it is gone
+            time.sleep(0.01)

@@ -54,10 +54,18 @@ class HostUnderTest:
         assert "takes VMs at" in line, line + child.stderr.read().decode()
         return line.split()[-1]
 
+    def trust(self, other: HostUnderTest) -> None:
+        """Know the other's public key, for tcp to and from 127.0.0.1."""
+        assert other.softkvm("host", "keys").returncode == 0
+        peers = self.runtime / "config" / "softkvm" / "keys" / "peers"
+        peers.mkdir(parents=True, exist_ok=True)
+        shutil.copy(other.runtime / "config" / "softkvm" / "keys" / "host.key", peers / "127.0.0.1.key")
+
     def boot(self, name: str, fault: str = "", pages: int = 256, pause: int = 20000, **more: Any) -> subprocess.Popen[bytes]:
         """A VM with the memory guest, in a process of its own."""
         config = memory_guest.config(self.shared, name, pages=pages, pause=pause, **more)
-        words = ["-kernel", config.boot.kernel, "-m", str(config.memory >> 20), "-name", name, "-display", "none",
+        words = ["-kernel", config.boot.kernel, "-m", str(config.memory >> 20), "-name", name, "-smp", str(config.cpus),
+                 "-display", "none",
                  "-chardev", f"file,id=out,path={self.shared / name}.out,append=on", "-serial", "chardev:out"]  # fmt: skip
         for drive in config.drives:
             words += ["-drive", f"file={drive.file},format=raw,if=virtio"]

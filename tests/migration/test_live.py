@@ -45,6 +45,28 @@ def test_back_and_forth(
     assert two.status("vm") == "running"
 
 
+def test_over_tcp_with_keys(hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int]) -> None:
+    one, two = hosts
+    one.trust(two)
+    two.trust(one)
+    uri = two.serve("tcp://127.0.0.1:0")
+    one.boot("vm", pages=1000, cpus=2)
+    goes_on("vm")
+    moved(one, uri, "--max-downtime", "100ms")
+    two.wait_for_names(["vm"])
+    goes_on("vm")
+    stranger = HostUnderTest(one.shared, "c")
+    try:
+        stranger.trust(two)
+        stranger.boot("other")
+        done = stranger.softkvm("migrate", "other", uri)
+        assert done.returncode == 1
+        assert "does not know our key" in done.stderr.decode()
+        goes_on("other")
+    finally:
+        stranger.close()
+
+
 def test_disks_travel_along(hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path) -> None:
     one, two = hosts
     uri = two.serve()

@@ -1,0 +1,112 @@
+"""kill -9 of either side, or a lost connection, at every step of a hand-over: never two running copies, never none but
+where the one that ran the guest was killed itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_user.migration.steps import STEPS
+from tests.framework import memory_guest
+from tests.migration.hosts import HostUnderTest
+
+SOURCE, DESTINATION, NEITHER = "source", "destination", "neither"
+#: Where the VM must be in the end. A killed process takes the guest along that it runs, so a source that is killed before
+#: the destination has everything, or a destination that is killed after it has begun to run, leaves what kill -9 of a VM
+#: leaves: no VM, and a disk that nobody has locked.
+KILLED = {
+    "source:connected": NEITHER, "source:offered": NEITHER, "source:round": NEITHER, "source:standing": NEITHER,
+    "source:state": DESTINATION, "source:prepared": DESTINATION, "source:committed": DESTINATION,
+    "source:commit-sent": DESTINATION, "source:done": DESTINATION,
+    "destination:hello": SOURCE, "destination:built": SOURCE, "destination:data": SOURCE, "destination:state": SOURCE,
+    "destination:prepared": SOURCE, "destination:prepared-sent": SOURCE, "destination:commit": SOURCE,
+    "destination:running": NEITHER, "destination:done": NEITHER,
+}  # fmt: skip
+CUT = {
+    **dict.fromkeys(STEPS, SOURCE),
+    "source:prepared": DESTINATION, "source:committed": DESTINATION, "source:commit-sent": DESTINATION,
+    "source:done": DESTINATION,
+    "destination:prepared-sent": DESTINATION, "destination:commit": DESTINATION, "destination:running": DESTINATION,
+    "destination:done": DESTINATION,
+}  # fmt: skip
+#: Those that run every time; the rest are slow.
+QUICK = {("source:state", "kill"), ("source:committed", "cut"), ("destination:prepared-sent", "kill")}
+
+
+def cases() -> list[object]:
+    found = []
+    for action, table in (("kill", KILLED), ("cut", CUT)):
+        for step in STEPS:
+            marks = () if (step, action) in QUICK else (pytest.mark.slow,)
+            found.append(pytest.param(step, action, table[step], id=f"{step}={action}", marks=marks))
+    return found
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[HostUnderTest, HostUnderTest]]:
+    one, two = HostUnderTest(tmp_path, "a"), HostUnderTest(tmp_path, "b")
+    yield one, two
+    one.close()
+    two.close()
+
+
+def running(hosts: tuple[HostUnderTest, HostUnderTest]) -> list[str]:
+    """Who runs the VM, of both hosts, under whatever name."""
+    found = []
+    for role, host in zip((SOURCE, DESTINATION), hosts, strict=True):
+        found += [role for name in host.names() if host.status(name) == "running"]
+    return found
+
+
+@pytest.mark.parametrize("copy", [False, True], ids=["handed", "copied"])
+@pytest.mark.parametrize(("step", "action", "expected"), cases())
+def test_fault(
+    step: str, action: str, expected: str, copy: bool,
+    hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path,
+) -> None:  # fmt: skip
+    one, two = hosts
+    here = step.startswith("source")
+    if step == "destination:data" and not copy:
+        expected = DESTINATION  # memory that is given as it is needs no data: nothing happens
+    uri = two.serve(fault="" if here else f"{step}={action}")
+    one.boot("vm", fault=f"{step}={action}" if here else "", drives=(memory_guest.drive(tmp_path / "disk"),))
+    goes_on("vm")
+    one.softkvm("migrate", "vm", uri, *(["--copy"] if copy else []))
+    end, seen = time.monotonic() + 15, []
+    while time.monotonic() < end:
+        seen = running(hosts)
+        assert len(seen) <= 1, f"runs at {seen}"
+        if seen == ([] if expected == NEITHER else [expected]) and settled(hosts):
+            break
+        time.sleep(0.1)
+    assert seen == ([] if expected == NEITHER else [expected])
+    if expected != NEITHER:
+        goes_on("vm", more=5)
+        assert running(hosts) == [expected]
+    else:
+        one.boot("again", drives=(memory_guest.drive(tmp_path / "disk"),))  # nobody holds its lock
+
+
+@pytest.mark.parametrize("copy", [False, True], ids=["handed", "copied"])
+@pytest.mark.parametrize("step", ["destination:built", "destination:state", "destination:prepared-sent", "destination:commit"])
+def test_the_destinations_kvmcore_process_dies(
+    step: str, copy: bool, hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int]
+) -> None:
+    one, two = hosts
+    uri = two.serve(fault=f"{step}=killvm")
+    one.boot("vm")
+    goes_on("vm")
+    done = one.softkvm("migrate", "vm", uri, *(["--copy"] if copy else []))
+    assert done.returncode == 1
+    goes_on("vm", more=5)
+    assert running(hosts) == [SOURCE]
+    two.wait_for_names([])
+
+
+def settled(hosts: tuple[HostUnderTest, HostUnderTest]) -> bool:
+    """Whether no VM stands in the middle of a hand-over any more."""
+    return all(host.status(name) not in ("inmigrate", "postmigrate") for host in hosts for name in host.names())
