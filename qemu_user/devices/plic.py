@@ -1,7 +1,7 @@
-"""The platform-level interrupt controller, S-mode contexts only: one per hart.
+"""The platform-level interrupt controller, contexts as QEMU's virt has them: two a hart, M-mode's and S-mode's.
 
 Registers after the RISC-V Platform-Level Interrupt Controller Specification 1.0.0, placed as SiFive's and
-QEMU's virt. It lives here and not in kvmcore: machine/irq.py wires its outputs to KVM_INTERRUPT. Sources are
+QEMU's virt. There is no M-mode: its contexts have registers and drive nothing. It lives here and not in kvmcore: machine/irq.py wires its outputs to KVM_INTERRUPT. Sources are
 levels: pending follows the line until it is claimed, and is looked at again on completion.
 """
 
@@ -22,8 +22,11 @@ THRESHOLD, CLAIM = 0, 4
 _WORDS = SOURCES // 32
 _SUPERVISOR_EXTERNAL = 9
 
+_NO_INTERRUPT = 0xFFFFFFFF
+"""In interrupts-extended: a context that is wired to nothing."""
+
 Output = Callable[[int, bool], None]
-"""(context, level): drives a hart's external interrupt."""
+"""(hart, level): drives a hart's external interrupt."""
 
 
 class PlicState(State, frozen=True, tag="plic", kw_only=True):
@@ -65,16 +68,16 @@ class PlicLine:
 
 
 class Plic(Device):
-    """`contexts` S-mode contexts; `interrupt_controllers` are the phandles of the harts' own controllers."""
+    """Of `harts` harts; `interrupt_controllers` are the phandles of their own controllers."""
 
     compatible: ClassVar[str | list[str]] = ["sifive,plic-1.0.0", "riscv,plic0"]
     region_size = 0x600000
     State = PlicState
 
-    def __init__(self, name: str, contexts: int, output: Output, interrupt_controllers: list[int]) -> None:
+    def __init__(self, name: str, harts: int, output: Output, interrupt_controllers: list[int]) -> None:
         super().__init__(name)
-        self._contexts, self._output, self._controllers = contexts, output, interrupt_controllers
-        self._driven = [False] * contexts
+        self._contexts, self._output, self._controllers = 2 * harts, output, interrupt_controllers
+        self._driven = [False] * harts
         self._level = 0
         self._clear()
 
@@ -177,18 +180,18 @@ class Plic(Device):
             self._pending |= bit
 
     def _update(self) -> None:
-        for context in range(self._contexts):
-            wanted = self._best(context) != 0
-            if wanted != self._driven[context]:
-                self._driven[context] = wanted
-                self._output(context, wanted)
+        for hart, driven in enumerate(self._driven):
+            wanted = self._best(2 * hart + 1) != 0
+            if wanted != driven:
+                self._driven[hart] = wanted
+                self._output(hart, wanted)
 
     # -- tree and state ----------------------------------------------------------------------------
 
     def fdt_node(self, place: Place) -> FdtNode:
         extended: list[int] = []
         for phandle in self._controllers:
-            extended += [phandle, _SUPERVISOR_EXTERNAL]
+            extended += [phandle, _NO_INTERRUPT, phandle, _SUPERVISOR_EXTERNAL]
         return FdtNode(
             f"plic@{place.base:x}",
             {

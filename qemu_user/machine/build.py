@@ -37,7 +37,7 @@ from qemu_user.devices.virtio.transport import VirtioTransport
 from qemu_user.machine import virt
 from qemu_user.machine.bus import Bus
 from qemu_user.machine.debug_console import DebugConsole
-from qemu_user.machine.irq import PHANDLE_CONTROLLER, PHANDLE_TEST, Interrupts, PlicInterrupts
+from qemu_user.machine.irq import PHANDLE_CONTROLLER, PHANDLE_TEST, Interrupts
 from qemu_user.machine.kicks import Kicks
 from qemu_user.machine.pci import assign, make_host
 
@@ -113,9 +113,9 @@ class Parts:
     def build(self, interrupts: Interrupts, memory: GuestMemory, power: Power, kicks: Kicks) -> None:
         """Make every device and put it in its place."""
         places = virt.PLACES
-        if isinstance(interrupts, PlicInterrupts):
-            plic = places["plic"]
-            self._put(interrupts.device, plic, Place(plic.base, plic.size, [], 0, PHANDLE_CONTROLLER))
+        plic = places["plic"]
+        here = Place(plic.base, plic.size, [], 0, PHANDLE_CONTROLLER)
+        self._put(interrupts.plic, plic, here, in_tree=interrupts.in_tree)
         test = places["test"]
         self._put(Syscon("test", power), test, Place(test.base, test.size, [], 0, PHANDLE_TEST))
         self._put_wired(
@@ -155,10 +155,11 @@ class Parts:
             transport.defer = self.loop.call_soon
             self.transports.append(transport)
 
-    def _put(self, device: Device, entry: virt.Entry, place: Place) -> None:
+    def _put(self, device: Device, entry: virt.Entry, place: Place, in_tree: bool = True) -> None:
         self.bus.add(entry.base, entry.size, device)
         self.devices.append(device)
-        self.nodes.append(device.fdt_node(place))
+        if in_tree:
+            self.nodes.append(device.fdt_node(place))
 
     def _put_wired(
         self, device: Device, entry: virt.Entry, interrupts: Interrupts, edge: bool = False

@@ -1,8 +1,9 @@
 """Interrupt wires: from a device's line to the in-kernel AIA or to our PLIC, and the tree's words for it.
 
 With AIA, virtio interrupts are edges through irqfds (an eventfd write, no exit and no request); the other
-devices' are levels through KVM_IRQ_LINE. Without, all are levels of the PLIC, whose outputs are
-KVM_INTERRUPT. Made and used by machine/build.py.
+devices' are levels through KVM_IRQ_LINE. The PLIC, whose outputs are KVM_INTERRUPT, is there in both cases: without AIA
+it is what the tree names; with it, the tree is silent, but a guest with QEMU's addresses built in finds it where it looks.
+Made and used by machine/build.py.
 """
 
 from __future__ import annotations
@@ -100,9 +101,27 @@ class LevelLine:
                 self._drive(level)
 
 
-class Interrupts(Protocol):
-    """The interrupt controller of a machine."""
+class BothLines:
+    """A wire that leads to two controllers; the guest has enabled its source in one of them at most."""
 
+    def __init__(self, first: InterruptLine, second: InterruptLine) -> None:
+        self._first, self._second = first, second
+
+    def assert_line(self) -> None:
+        self._first.assert_line()
+        self._second.assert_line()
+
+    def release_line(self) -> None:
+        self._first.release_line()
+        self._second.release_line()
+
+
+class Interrupts(Protocol):
+    """The interrupt controller of a machine. `plic` still has to be put on the bus."""
+
+    plic: Plic
+    in_tree: bool
+    """Whether the PLIC is what the device tree names."""
     msi: MakeVector | None
     """Makes MSI vectors; None where there are no MSIs."""
 
@@ -137,6 +156,9 @@ class Interrupts(Protocol):
 class AiaInterrupts:
     """APLIC and IMSICs in kvmcore. Make it before the vCPUs run; finish() after all vCPUs are made."""
 
+    in_tree = False
+    plic: Plic
+
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._device = vm.create_device(DEV_TYPE_RISCV_AIA)
@@ -145,9 +167,10 @@ class AiaInterrupts:
         self._routes = MsiRoutes(vm, virt.INTERRUPT_SOURCES + 1)
         self.msi: MakeVector | None = self._routes.make
 
-    def finish(self, cpus: int) -> None:
+    def finish(self, vcpus: list[Vcpu]) -> None:
         """Configure and initialise (KVM_ABI 1.10)."""
-        self._cpus = cpus
+        self.plic = _plic(vcpus)
+        self._cpus = cpus = len(vcpus)
         config, address = riscv.AiaGroup.CONFIG, riscv.AiaGroup.ADDR
         for attribute, value in (
             (riscv.AiaConfig.SRCS, virt.INTERRUPT_SOURCES),
@@ -166,10 +189,10 @@ class AiaInterrupts:
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fds.append(fd)
         self._vm.irqfd(fd, irq)
-        return EdgeLine(fd)
+        return BothLines(EdgeLine(fd), self.plic.line(irq))
 
     def level(self, irq: int) -> InterruptLine:
-        return LevelLine(lambda level: self._vm.irq_line(irq, int(level)))
+        return BothLines(LevelLine(lambda level: self._vm.irq_line(irq, int(level))), self.plic.line(irq))
 
     def cells(self, irq: int, edge: bool) -> list[int]:
         return [irq, EDGE_RISING if edge else LEVEL_HIGH]
@@ -266,19 +289,25 @@ class AiaInterrupts:
         self._routes.close()
 
 
+def _plic(vcpus: list[Vcpu]) -> Plic:
+    controllers = [PHANDLE_CPU + 2 * index for index in range(len(vcpus))]
+    return Plic("plic", len(vcpus), lambda hart, level: vcpus[hart].interrupt(level), controllers)
+
+
 class PlicInterrupts:
-    """The PLIC device; it still has to be put on the bus."""
+    """The PLIC alone."""
+
+    in_tree = True
 
     def __init__(self, vcpus: list[Vcpu]) -> None:
-        controllers = [PHANDLE_CPU + 2 * index for index in range(len(vcpus))]
         self.msi: MakeVector | None = None
-        self.device = Plic("plic", len(vcpus), lambda hart, level: vcpus[hart].interrupt(level), controllers)
+        self.plic = _plic(vcpus)
 
     def edge(self, irq: int) -> InterruptLine:
-        return self.device.line(irq)
+        return self.plic.line(irq)
 
     def level(self, irq: int) -> InterruptLine:
-        return self.device.line(irq)
+        return self.plic.line(irq)
 
     def cells(self, irq: int, edge: bool) -> list[int]:
         return [irq]

@@ -151,7 +151,7 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.set_one_reg(one_reg(SBI_EXT, SbiExt.DBCN), 1)
         if aia is not None:
-            aia.finish(config.cpus)
+            aia.finish(self.vcpus)
             self.interrupts = aia
         else:
             self.interrupts = PlicInterrupts(self.vcpus)

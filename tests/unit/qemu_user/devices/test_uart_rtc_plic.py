@@ -153,16 +153,17 @@ class Controller:
         self.out = {0: False, 1: False}
         self.device = Plic("plic", 2, self.out.__setitem__, [1, 2])
 
-    def enable(self, context: int, source: int, priority: int = 1) -> None:
-        at = p.ENABLE + p.ENABLE_STRIDE * context + 4 * (source // 32)
+    def enable(self, hart: int, source: int, priority: int = 1) -> None:
+        """In the hart's S-mode context."""
+        at = p.ENABLE + p.ENABLE_STRIDE * (2 * hart + 1) + 4 * (source // 32)
         self.device.write(at, 4, self.device.read(at, 4) | 1 << source % 32)
         self.device.write(4 * source, 4, priority)
 
-    def claim(self, context: int) -> int:
-        return self.device.read(p.CONTEXT + p.CONTEXT_STRIDE * context + p.CLAIM, 4)
+    def claim(self, hart: int) -> int:
+        return self.device.read(p.CONTEXT + p.CONTEXT_STRIDE * (2 * hart + 1) + p.CLAIM, 4)
 
-    def complete(self, context: int, source: int) -> None:
-        self.device.write(p.CONTEXT + p.CONTEXT_STRIDE * context + p.CLAIM, 4, source)
+    def complete(self, hart: int, source: int) -> None:
+        self.device.write(p.CONTEXT + p.CONTEXT_STRIDE * (2 * hart + 1) + p.CLAIM, 4, source)
 
 
 def test_claim_and_complete_of_a_level() -> None:
@@ -190,10 +191,19 @@ def test_priorities_and_threshold() -> None:
     assert [plic.claim(1) for _ in range(4)] == [5, 70, 3, 0]
     for source in (3, 5, 70):
         plic.complete(1, source)
-    plic.device.write(p.CONTEXT + p.CONTEXT_STRIDE, 4, 7)
+    plic.device.write(p.CONTEXT + p.CONTEXT_STRIDE * 3, 4, 7)
     assert not plic.out[1]
     assert plic.claim(1) == 5, "claims disregard the threshold"
     assert plic.claim(0) == 0
+
+
+def test_contexts_of_m_mode_drive_nothing() -> None:
+    plic = Controller()
+    plic.device.write(p.ENABLE, 4, 1 << 10)  # hart 0's M-mode
+    plic.device.write(4 * 10, 4, 1)
+    plic.device.line(10).assert_line()
+    assert plic.out == {0: False, 1: False}
+    assert plic.device.read(p.CONTEXT + p.CLAIM, 4) == 10, "its registers are there"
 
 
 def test_completion_of_what_is_not_enabled_is_ignored() -> None:
