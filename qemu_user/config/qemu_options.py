@@ -433,7 +433,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         ("M", "machine"),
         "virt[,aia=..]",
-        "the machine; aia=aplic-imsic (default: in-kernel AIA; the PLIC is there, too) or none (PLIC)",
+        "the machine; aia=aplic-imsic (default; the PLIC is there as well) or none (PLIC alone)",
         Builder.machine,
     ),
     Option(("m",), "SIZE", "memory, 512M, 2G (default 512M)", Builder.memory),
