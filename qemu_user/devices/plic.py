@@ -1,8 +1,9 @@
 """The platform-level interrupt controller, contexts as QEMU's virt has them: two a hart, M-mode's and S-mode's.
 
 Registers after the RISC-V Platform-Level Interrupt Controller Specification 1.0.0, placed as SiFive's and
-QEMU's virt. There is no M-mode: its contexts have registers and drive nothing. It lives here and not in kvmcore: machine/irq.py wires its outputs to KVM_INTERRUPT. Sources are
-levels: pending follows the line until it is claimed, and is looked at again on completion.
+QEMU's virt. There is no M-mode: its contexts have registers and drive nothing. It lives here and not in
+kvmcore: machine/irq.py wires its outputs to KVM_INTERRUPT. Sources are levels: pending follows the line until
+it is claimed, and is looked at again on completion.
 """
 
 from __future__ import annotations
