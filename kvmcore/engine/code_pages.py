@@ -46,11 +46,13 @@ def code_page(h: FunctionHart) -> None:
     """(gpa of a page) -> the decoded page, as memory is after this hart's last fence.i; 1: no memory, 0: no
     room.
 
-    2: a slot without host memory, exit_* are set.
+    2: a slot without host memory, or not there yet; exit_* are set.
     """
     gpa = p1()
     host, status = call("find_memory", h.s, gpa, u64(0))
     if status != OK:
+        if host != 0:  # the page has yet to come, exit_* are set
+            returns(u64(2))
         if lookup(h, gpa) == 0:
             returns(u64(1))
         h.set("exit_kind", int(ExitKind.ERROR))

@@ -45,6 +45,9 @@ class ExitKind(IntEnum):
     """dirty_budget ran out: the store that would dirty one page more has not happened."""
     POOL_FULL = 11
     """The pool of code pages is full. Handled inside Hart.run()."""
+    PAGE_ABSENT = 14
+    """The page at exit_gpa is not there yet (its bit in the slot's userfault bitmap is set): any access to it, fetches and
+    page-table walks too. Nothing has happened; run again when it is."""
     STOPPED = 12
     """The machine is quiesced: not entered. Handled inside Hart.run()."""
     PROFILE = 13

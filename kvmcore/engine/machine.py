@@ -43,6 +43,7 @@ class SlotView:
     """Guest memory [gpa, gpa + size) at host address hva; hva 0: nothing is mapped there (EFAULT).
 
     dirty_bitmap: host address of a bitmap, one bit per 4 KiB, or 0 when writes are not logged.
+    userfault_bitmap: the same for pages that are not there yet, whose access is PAGE_ABSENT; 0: all are.
     """
 
     gpa: int
@@ -50,6 +51,7 @@ class SlotView:
     hva: int
     readonly: bool = False
     dirty_bitmap: int = 0
+    userfault_bitmap: int = 0
 
 
 class Machine:
@@ -108,7 +110,7 @@ class Machine:
             slot.flags = machine_state.SLOT_READONLY if view.readonly else 0
             if not view.hva:
                 slot.flags |= machine_state.SLOT_ABSENT
-            slot.dirty = view.dirty_bitmap
+            slot.dirty, slot.userfault = view.dirty_bitmap, view.userfault_bitmap
         self.state.slots, self.state.slot_count = ctypes.addressof(slots), len(slots)
         self._slots = slots
         self.forget_decoded()

@@ -12,7 +12,10 @@ _U64 = ctypes.c_uint64
 
 
 class Slot(ctypes.Structure):
-    """Guest-physical memory [start, end); host address = guest address + delta. Sorted, disjoint."""
+    """Guest-physical memory [start, end); host address = guest address + delta. Sorted, disjoint.
+
+    dirty, userfault: addresses of bitmaps, one bit per page, or 0. A page whose userfault bit is set is not there yet.
+    """
 
     _fields_ = [
         ("start", _U64),
@@ -20,7 +23,7 @@ class Slot(ctypes.Structure):
         ("delta", _U64),
         ("flags", _U64),
         ("dirty", _U64),
-        ("spare", _U64),
+        ("userfault", _U64),
     ]
 
 

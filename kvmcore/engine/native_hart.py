@@ -147,16 +147,17 @@ class Code:
     def load_physical(self, address: Value) -> Value:
         host, status = call("find_memory", self.s, address, u64(0))
         if status != OK:
-            self.no_page_table()
+            self.no_page_table(host)
         return load(host, 64, "volatile")
 
     def cas_physical(self, address: Value, old: Value, new: Value) -> Value:
         host, status = call("find_memory", self.s, address, u64(1))
         if status != OK:
-            self.no_page_table()
+            self.no_page_table(host)
         return compare_exchange(host, old, new)
 
-    def no_page_table(self) -> NoReturn:
+    def no_page_table(self, why: Value) -> NoReturn:
+        """`why`: what find_memory gave."""
         raise NotImplementedError
 
 
@@ -169,7 +170,9 @@ class FunctionHart(Code):
 
     access_fault = 0
 
-    def no_page_table(self) -> NoReturn:
+    def no_page_table(self, why: Value) -> NoReturn:
+        if why != 0:  # it has yet to come: leave, and walk again then
+            returns(u64(0), EXITED)
         raise Trap(self.access_fault, param("p1"))
 
     def trap(self, trap: Trap) -> NoReturn:

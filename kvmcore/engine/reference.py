@@ -166,6 +166,14 @@ class ReferenceHart:
             self._pages[key] = page
         return page | address & (_PAGE - 1)
 
+    def _present(self, slot: machine_state.Slot, gpa: int) -> None:
+        """Leave when the page has yet to come."""
+        if slot.userfault:
+            page = (gpa - slot.start) >> 12
+            if ctypes.c_uint64.from_address(slot.userfault + 8 * (page >> 6)).value >> (page & 63) & 1:
+                self._state.exit_gpa = gpa
+                self.exit("PAGE_ABSENT")
+
     def _dirty(self, slot: machine_state.Slot, gpa: int) -> None:
         """Note a write in the dirty log, or leave when no more pages may become dirty."""
         if slot.dirty:
@@ -189,6 +197,7 @@ class ReferenceHart:
         if slot is None or (access == "store" and slot.flags & machine_state.SLOT_READONLY):
             state.exit_data = data
             self.exit("MMIO_WRITE" if access == "store" else "MMIO_READ")
+        self._present(slot, gpa)
         if access == "store":
             self._dirty(slot, gpa)
         return int((gpa + slot.delta) & U64)
@@ -277,6 +286,7 @@ class ReferenceHart:
         slot = self._slot(int(address))
         if slot is None or slot.flags & refused:
             raise Trap(self._walk_fault, self._walk_va)
+        self._present(slot, int(address))
         return slot, (int(address) + slot.delta) & U64
 
     def load_physical(self, address: Value) -> Value:
@@ -334,6 +344,7 @@ class ReferenceHart:
         slot = self._slot(gpa := self._translate(va, "fetch"))
         if slot is None or slot.flags & machine_state.SLOT_ABSENT:
             raise Trap(traps.INSTRUCTION_ACCESS_FAULT, va)
+        self._present(slot, gpa)
         return int.from_bytes(ctypes.string_at((gpa + slot.delta) & U64, size), "little")
 
     def _decode(self, raw: int) -> _Decoded:

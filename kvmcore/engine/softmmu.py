@@ -20,6 +20,8 @@ from kvmcore.isa.hart import Hart
 
 NEVER = (1 << 64) - 1
 """A tag that no address has."""
+ABSENT = 1
+"""What find_memory gives in place of a host address for a page that has yet to come."""
 
 
 def p1() -> Value:
@@ -62,18 +64,34 @@ def lookup(h: Code, gpa: Value) -> Value:
 
 
 def find_memory(h: FunctionHart) -> None:
-    """(gpa, write) -> host address; status EXITED where there is no memory (that may be written)."""
+    """(gpa, write) -> host address; status EXITED where there is no memory (that may be written), with the value ABSENT
+    and exit_* set where there will be."""
     gpa, write = p1(), p2()
     slot = lookup(h, gpa)
     if slot == 0:
         returns(u64(0), EXITED)
     if (slot_field(slot, "flags") & machine_state.SLOT_ABSENT) != 0:
         returns(u64(0), EXITED)
+    if page_absent(h, slot, gpa):
+        returns(u64(ABSENT), EXITED)
     if write != 0:
         if (slot_field(slot, "flags") & machine_state.SLOT_READONLY) != 0:
             returns(u64(0), EXITED)
         log_dirty(h, slot, gpa)
     returns(gpa + slot_field(slot, "delta"))
+
+
+def page_absent(h: Code, slot: Value, gpa: Value) -> bool:
+    """Whether the page has yet to come, by the slot's userfault bitmap; exit_kind and exit_gpa are set then."""
+    bitmap = slot_field(slot, "userfault")
+    if bitmap == 0:
+        return False
+    page = (gpa - slot_field(slot, "start")) >> 12
+    if (load(bitmap + ((page >> 6) << 3), 64, "volatile") >> (page & 63)) & 1 == 0:
+        return False
+    h.set("exit_gpa", gpa)
+    h.set("exit_kind", int(ExitKind.PAGE_ABSENT))
+    return True
 
 
 def log_dirty(h: Code, slot: Value, gpa: Value) -> None:
@@ -135,6 +153,8 @@ def host_for_function(write: bool) -> Callable[[FunctionHart], None]:
             h.set("exit_kind", int(ExitKind.ERROR))
             h.set("exit_errno", EFAULT)
             returns(u64(0), EXITED)
+        if page_absent(h, slot, gpa):
+            returns(u64(0), EXITED)
         host = gpa + slot_field(slot, "delta")
         entry = h.get("tlb") + ((va >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))
         tag = va & PAGE_MASK
@@ -183,7 +203,7 @@ def slow_load_function(size: int) -> Callable[[FunctionHart], None]:
 
 def crossing_exit(h: FunctionHart, status: Value, size: int) -> NoReturn:
     """An access across two pages met a trap, or no memory: devices are not accessed misaligned."""
-    if status == EXITED:
+    if (status == EXITED) & (h.get("exit_kind") != int(ExitKind.PAGE_ABSENT)):
         h.set("exit_kind", int(ExitKind.ERROR))
         h.set("exit_errno", EIO)
     returns(u64(0), status)

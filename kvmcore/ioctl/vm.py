@@ -56,7 +56,7 @@ def set_user_memory_region2(vm: Vm, region: Any) -> None:
     """The same, possibly on a guest_memfd, which is an extension on RISC-V."""
     allowed = structs.MEM_LOG_DIRTY_PAGES | structs.MEM_READONLY
     if vm.session.compat.extended:
-        allowed |= structs.MEM_GUEST_MEMFD
+        allowed |= structs.MEM_GUEST_MEMFD | structs.MEM_USERFAULT
     vm.memory.set_region(
         region.slot,
         region.flags,
@@ -66,6 +66,7 @@ def set_user_memory_region2(vm: Vm, region: Any) -> None:
         allowed_flags=allowed,
         gmem_number=region.guest_memfd,
         gmem_offset=region.guest_memfd_offset,
+        userfault=region.userfault_bitmap,
     )
 
 

@@ -20,7 +20,9 @@ from kvmcore.vm import csr_access, mp_state
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.exits import Exit, SystemEvent
+from protocol.abi.structs import MEMORY_EXIT_FLAG_USERFAULT
 from protocol.abi.structs_riscv import SBI_NOT_SUPPORTED
+from protocol.channel.shared_memory import PAGE
 
 if TYPE_CHECKING:
     from kvmcore.vm.dirty import DirtyRing
@@ -193,6 +195,14 @@ def _csr(vcpu: Vcpu) -> bool:
     return False
 
 
+def _page_absent(vcpu: Vcpu) -> bool:
+    """KVM_MEM_USERFAULT: user space has yet to put the page there. RUN fails with EFAULT, and the page says where."""
+    gpa = int(vcpu.hart.state.exit_gpa) & ~(PAGE - 1)
+    run_page.MEMORY_FAULT.pack_into(vcpu.page, run_page.UNION, MEMORY_EXIT_FLAG_USERFAULT, gpa, PAGE)
+    vcpu.set_exit_reason(Exit.MEMORY_FAULT)
+    raise KvmError(EFAULT, "RUN", f"the page at {gpa:#x} is not there yet")
+
+
 def _breakpoint(vcpu: Vcpu) -> bool:
     """ebreak while guest debugging is on; pc stays on it."""
     vcpu.set_exit_reason(Exit.DEBUG)
@@ -222,6 +232,7 @@ _SERVERS: dict[int, Callable[[Vcpu], bool]] = {
     ExitKind.CSR: _csr,
     ExitKind.EBREAK: _breakpoint,
     ExitKind.ERROR: _error,
+    ExitKind.PAGE_ABSENT: _page_absent,
     ExitKind.DIRTY_BUDGET: _dirty_budget,
 }
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_PAGES = (1 << 31) - 1
 _LOG, _READONLY, _GMEM = structs.MEM_LOG_DIRTY_PAGES, structs.MEM_READONLY, structs.MEM_GUEST_MEMFD
+_USERFAULT = structs.MEM_USERFAULT
 
 
 class Piece(NamedTuple):
@@ -67,6 +68,9 @@ class Slot:
         """Pages written since they were last cleared; the engine sets bits in it. None when nothing logs."""
         self.ring_shadow: bytearray | None = None
         """With dirty rings: the pages that are in some ring already."""
+        self.userfault = 0
+        """Host address of the bitmap of pages that user space has yet to put there; 0: all are."""
+        self.userfault_segment: Segment | None = None
         self.pieces: list[Piece] = []
         self._segments: list[Segment] = []
 
@@ -186,6 +190,7 @@ class Memory:
         allowed_flags: int = _LOG | _READONLY,
         gmem_number: int = 0,
         gmem_offset: int = 0,
+        userfault: int = 0,
     ) -> None:
         """Create, change, move or delete a slot (size 0). The order of the checks is Linux's (section 1.7).
         """
@@ -208,6 +213,8 @@ class Memory:
                 gmem = GuestMemfd.bindable(self.vm, gmem_number, gmem_offset, size)
             new = Slot(number, flags, gpa, size, hva, gmem, gmem_offset)
             self._check_arch(new)
+            if flags & _USERFAULT:
+                self._find_bitmap(new, userfault)
             self._replace(old, new)
 
     def _check(
@@ -240,7 +247,8 @@ class Memory:
             if (
                 old.gmem is None
                 or (gpa, size, hva, gmem_offset) != (old.gpa, old.size, old.hva, old.gmem_offset)
-                or flags ^ old.flags != _LOG
+                or flags == old.flags
+                or (flags ^ old.flags) & ~(_LOG | _USERFAULT)
                 or old.gmem is not old.gmem.vm.session.lookup(gmem_number)
             ):
                 raise KvmError(EINVAL, reason="a slot on a guest_memfd can only be deleted")
@@ -266,6 +274,17 @@ class Memory:
                 if not segment.prot & PROT_WRITE:
                     raise KvmError(EPERM, reason="a writable slot over read-only user memory")
 
+    def _find_bitmap(self, new: Slot, va: int) -> None:
+        """The userfault bitmap at `va`: in one segment of the session, in whole words. EINVAL, EFAULT."""
+        size = (new.pages + 63) // 64 * 8
+        if va % 8:
+            raise KvmError(EINVAL, reason="the userfault bitmap is not aligned to 8 bytes")
+        segments = [s for s in self.vm.session.mm.pieces(va, size) if s.va <= va and va + size <= s.end]
+        if not segments:
+            raise KvmError(EFAULT, reason="the userfault bitmap is not mapped in one piece")
+        new.userfault_segment = segments[0]
+        new.userfault = segments[0].host_address + va - segments[0].va
+
     def _replace(self, old: Slot | None, new: Slot | None) -> None:
         """Put `new` in the place of `old`, in the tables and in the engine."""
         if new is not None:
@@ -275,6 +294,8 @@ class Memory:
                 else:
                     new.bitmap = self.dirty.new_bitmap(new.pages)
             new.resolve(self.vm.session.mm.pieces(new.hva, new.size) if new.gmem is None else [])
+            if new.userfault and any((piece.gpa - new.gpa) // PAGE % 64 for piece in new.pieces):
+                raise KvmError(EINVAL, reason="user memory under a userfault bitmap comes in pieces of 64 pages")
         with self.quiesced():
             if new is not None:
                 self._slots[new.number] = new
@@ -322,7 +343,8 @@ class Memory:
                 bitmap = (
                     slot.bitmap.part((piece.gpa - slot.gpa) // PAGE, piece.size // PAGE) if slot.bitmap else 0
                 )
-                views.append(SlotView(piece.gpa, piece.size, piece.host, slot.readonly, bitmap))
+                userfault = slot.userfault + (piece.gpa - slot.gpa) // PAGE // 8 if slot.userfault else 0
+                views.append(SlotView(piece.gpa, piece.size, piece.host, slot.readonly, bitmap, userfault))
         self.vm.machine.set_slots(views)
 
     def hand_over_parts(self) -> None:

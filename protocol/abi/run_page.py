@@ -68,6 +68,7 @@ SBI = struct.Struct("<QQ6Q2q")
 """extension_id, function_id, args, ret, at UNION."""
 CSR = struct.Struct("<4Q")
 """csr_num, new_value, write_mask, ret_value, at UNION."""
+MEMORY_FAULT = struct.Struct("<QQQ")
 SYSTEM_EVENT = struct.Struct("<IIQ")
 """type, ndata, data[0], at UNION."""
 COALESCED_ENTRY = struct.Struct("<QII8s")

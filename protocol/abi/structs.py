@@ -89,7 +89,7 @@ USERSPACE_MEMORY_REGION = Layout(
 USERSPACE_MEMORY_REGION2 = Layout(
     "kvm_userspace_memory_region2",
     "slot:u32 flags:u32 guest_phys_addr:u64 memory_size:u64 userspace_addr:u64 "
-    "guest_memfd_offset:u64 guest_memfd:u32 pad1:u32 pad2:u64[14]",
+    "guest_memfd_offset:u64 guest_memfd:u32 pad1:u32 userfault_bitmap:u64 pad2:u64[13]",
 )
 IRQ_LEVEL = Layout("kvm_irq_level", "irq:u32 level:u32")
 COALESCED_MMIO_ZONE = Layout("kvm_coalesced_mmio_zone", "addr:u64 size:u32 pio:u32")
@@ -125,7 +125,9 @@ LAYOUTS: tuple[Layout, ...] = tuple(value for value in list(globals().values()) 
 """Every struct above, in order."""
 
 # Flags of the structs above.
-MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_GUEST_MEMFD = 1, 2, 4
+MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_GUEST_MEMFD, MEM_USERFAULT = 1, 2, 4, 8
+MEMORY_EXIT_FLAG_USERFAULT = 1 << 4
+"""MEM_USERFAULT, its bitmap and its exit are those of "KVM Userfault", proposed for Linux in 2024 and 2025."""
 GUEST_MEMFD_FLAG_MMAP, GUEST_MEMFD_FLAG_INIT_SHARED = 1, 2
 IRQFD_FLAG_DEASSIGN, IRQFD_FLAG_RESAMPLE = 1, 2
 IOEVENTFD_FLAG_DATAMATCH, IOEVENTFD_FLAG_PIO, IOEVENTFD_FLAG_DEASSIGN = 1, 2, 4

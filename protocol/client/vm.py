@@ -89,8 +89,9 @@ class Vm(Handle):
         flags: int = 0,
         guest_memfd: GuestMemfd | None = None,
         offset: int = 0,
+        userfault_bitmap: int = 0,
     ) -> None:
-        """The same, or over a guest_memfd (flag GUEST_MEMFD)."""
+        """The same, or over a guest_memfd (flag GUEST_MEMFD), or with pages that are yet to come (flag USERFAULT)."""
         self.call(
             "SET_USER_MEMORY_REGION2",
             slot=slot,
@@ -100,6 +101,7 @@ class Vm(Handle):
             userspace_addr=userspace_addr,
             guest_memfd=guest_memfd.number if guest_memfd is not None else 0,
             guest_memfd_offset=offset,
+            userfault_bitmap=userfault_bitmap,
         )
 
     def get_dirty_log(self, slot: int, pages: int) -> bytes:
