@@ -34,7 +34,7 @@ def test_create_change_move_delete(kernel):
 @pytest.mark.parametrize(
     ("slot", "flags", "gpa", "size", "hva", "errno"),
     [
-        (0, 8, GPA, PAGE, HVA, EINVAL),
+        (0, 16, GPA, PAGE, HVA, EINVAL),
         (0, 0, GPA, PAGE + 1, HVA, EINVAL),
         (0, 0, GPA + 1, PAGE, HVA, EINVAL),
         (0, 0, GPA, PAGE, HVA + 1, EINVAL),
