@@ -84,6 +84,13 @@ class Net(Part, frozen=True, kw_only=True):
     """stream: the Unix socket."""
     server: bool = False
     reconnect: float = 0
+    virtio_header: bool = False
+    """stream: frames carry virtio-net headers (vnet_hdr=on; the peer has to do the same)."""
+    device: str = ""
+    """The device's own id, if it has one beside the netdev's."""
+    queues: int = 1
+    mtu: int = 0
+    """What the guest is told; 0: what the back end takes."""
     slot: Slot = Slot()
 
 
@@ -242,6 +249,8 @@ def _check_devices(config: MachineConfig) -> None:
             not net.mac or not int(net.mac[:2], 16) & 1,
             f"mac={net.mac}: is a multicast address (first byte odd)",
         )
+        _demand(0 < net.queues <= MAX_QUEUES, f"queues={net.queues}: 1 to {MAX_QUEUES}")
+        _demand(net.mtu == 0 or 68 <= net.mtu <= 65535, f"host_mtu={net.mtu}: 68 to 65535")
         _demand(net.kind != "stream" or bool(net.path), f"netdev {net.id}: stream needs addr.path=SOCKET")
     tags = [share.tag for share in config.shares]
     _demand(len(tags) == len(set(tags)), "two shared folders of one tag")

@@ -150,19 +150,21 @@ class Builder:
             fields["forwards"] = tuple(values.take_all("hostfwd"))
         elif kind == "tap":
             fields["ifname"] = values.take("ifname", "tap0")
-            values.ignore("script", "downscript", "vhost")
+            values.ignore("script", "downscript", "vhost", "vnet_hdr")
         else:
             if values.take("addr.type", "unix") != "unix":
                 raise ConfigError(f"-netdev {values.text}: addr.type: only unix")
             fields["path"] = values.take("addr.path")
             fields["server"] = values.take_switch("server", False)
             fields["reconnect"] = values.take_number("reconnect", 0)
+            fields["virtio_header"] = values.take_switch("vnet_hdr", False)
+        fields["queues"] = values.take_number("queues", 1)
         values.done()
         self.nets[name] = Net(**fields)
         return name
 
-    def _plug(self, name: str, mac: str, slot: Slot) -> None:
-        self.nets[name] = msgspec.structs.replace(self.nets[name], mac=mac, slot=slot)
+    def _plug(self, name: str, mac: str, slot: Slot, **settings: Any) -> None:
+        self.nets[name] = msgspec.structs.replace(self.nets[name], mac=mac, slot=slot, **settings)
         self.plugged_nets.append(name)
 
     # -- shared folders ----------------------------------------------------------------------------
@@ -332,8 +334,8 @@ class Builder:
         name = values.take("netdev")
         if name not in self.nets or name in self.plugged_nets:
             raise ConfigError(f"-device {values.text}: netdev={name}: no free -netdev of that id before it")
-        values.ignore("bootindex", "mrg_rxbuf")
-        self._plug(name, values.take("mac"), slot)
+        values.ignore("bootindex", "mrg_rxbuf", "mq", "rx_queue_size", "tx_queue_size")
+        self._plug(name, values.take("mac"), slot, device=values.take("id"), mtu=values.take_number("host_mtu", 0))
 
     def _rng_device(self, values: KeyValues, slot: Slot) -> None:
         values.ignore("rng", "max-bytes", "period")

@@ -32,6 +32,7 @@ from qemu_user.devices.syscon import Syscon
 from qemu_user.devices.virtio.blk import VirtioBlk
 from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
+from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.devices.virtio.pci import VirtioPci
 from qemu_user.devices.virtio.transport import VirtioTransport
 from qemu_user.machine import virt
@@ -57,6 +58,8 @@ class Parts:
         self.blocks: list[VirtioBlk] = []
         """The disks' devices, in the same order."""
         self.nets: list[NetBackend] = []
+        self.cards: list[VirtioNet] = []
+        """The networks' devices, in the same order."""
         self.shares: list[Server] = []
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
@@ -174,7 +177,6 @@ class Parts:
     def _virtio_devices(self) -> list[tuple[Slot, VirtioDevice]]:
         """(where, device): disks first, so that the first -drive is vda."""
         from qemu_user.devices.virtio.console import VirtioConsole
-        from qemu_user.devices.virtio.net import VirtioNet
         from qemu_user.devices.virtio.p9 import VirtioP9
         from qemu_user.devices.virtio.rng import VirtioRng
 
@@ -195,7 +197,9 @@ class Parts:
             mac = (
                 bytes.fromhex(net.mac.replace(":", "")) if net.mac else _default_mac(self.config.name, number)
             )
-            wanted.append((net.slot, VirtioNet(net.id, backend, mac)))
+            card = VirtioNet(net.id, backend, mac, net.queues, net.mtu)
+            self.cards.append(card)
+            wanted.append((net.slot, card))
         for share, server in zip(self.config.shares, self.shares, strict=True):
             wanted.append((share.slot, VirtioP9(f"share-{share.tag}", share.tag, server)))
         ports = [(port.id, port.name, self._channel(port.chardev, port.name)) for port in self.config.ports]
@@ -273,7 +277,7 @@ def _open_net(config: Net) -> NetBackend:
     if config.kind == "stream":
         from qemu_user.backends.net.stream import StreamNet
 
-        return StreamNet(config.id, config.path, config.server, config.reconnect)
+        return StreamNet(config.id, config.path, config.server, config.reconnect, config.virtio_header)
     return NetBackend(config.id)
 
 

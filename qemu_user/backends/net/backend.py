@@ -49,6 +49,12 @@ class NetBackend:
 
     mtu = 1500
     is_up = False
+    virtio_header = False
+    """Whether every frame, either way, is preceded by a virtio-net header (12 bytes, virtio 1.2, 5.1.6): then checksums
+    may be left open and TCP segments be up to 64 KiB.
+    """
+    trusted = False
+    """Whether the frames that come cannot have been damaged on the way: their checksums need not be verified."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -66,6 +72,9 @@ class NetBackend:
     def send(self, frame: list[memoryview]) -> bool:
         """One frame in pieces; False: no room now, sent() will follow. I/O thread."""
         return True
+
+    def set_offloads(self, features: int) -> None:
+        """What may be in the headers of frames that come: the GUEST_* feature bits of virtio-net."""
 
     def resume(self) -> None:
         """receive() may be tried again. I/O thread."""

@@ -47,6 +47,7 @@ class PasstNet(SocketNet):
 
     mtu = 65520
     """passt's own; large frames are what makes it fast."""
+    trusted = True
 
     def __init__(self, name: str, forwards: tuple[str, ...] = ()) -> None:
         super().__init__(name)

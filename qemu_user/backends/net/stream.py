@@ -158,11 +158,14 @@ class SocketNet(NetBackend):
 
 class StreamNet(SocketNet):
     """A Unix socket at `path`: `server` binds and waits there, else it connects (again every `reconnect` s
-    if > 0).
+    if > 0). `virtio_header`: both ends put virtio-net headers before their frames.
     """
 
-    def __init__(self, name: str, path: str, server: bool, reconnect: float = 0) -> None:
+    def __init__(
+        self, name: str, path: str, server: bool, reconnect: float = 0, virtio_header: bool = False
+    ) -> None:
         super().__init__(name)
+        self.virtio_header = virtio_header
         self._path, self._server, self._reconnect = path, server, reconnect
         self._listener: socket.socket | None = None
 

@@ -15,19 +15,25 @@ from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
 
 _TUNSETIFF = 0x400454CA
-_IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
+_TUNSETOFFLOAD, _TUNSETVNETHDRSZ = 0x400454D0, 0x400454D8
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_HEADER_SIZE = 12
+_OFFLOADS = {1 << 1: 0x01, 1 << 7: 0x02, 1 << 8: 0x04, 1 << 9: 0x08}
+"""virtio-net's GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN as TUN_F_CSUM, TSO4, TSO6, TSO_ECN."""
 _FRAMES_PER_TURN = 64
 
 
 class TapNet(NetBackend):
-    """The interface `ifname`."""
+    """The interface `ifname`; the host's kernel does checksums and segmentation."""
+
+    virtio_header = True
 
     def __init__(self, name: str, ifname: str) -> None:
         super().__init__(name)
         self._ifname = ifname
         self._fd = -1
         self._loop: IoLoop | None = None
-        self._buffer = memoryview(bytearray(MAX_FRAME))
+        self._buffer = memoryview(bytearray(_HEADER_SIZE + MAX_FRAME))
         self._held = 0
         self._reading = False
         self._refused = False
@@ -38,9 +44,9 @@ class TapNet(NetBackend):
             raise BackendError(f"netdev {self.name}: ifname={self._ifname} is not an interface name")
         try:
             self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            fcntl.ioctl(
-                self._fd, _TUNSETIFF, struct.pack("16sH22x", self._ifname.encode(), _IFF_TAP | _IFF_NO_PI)
-            )
+            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+            fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH22x", self._ifname.encode(), flags))
+            fcntl.ioctl(self._fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER_SIZE))
         except OSError as error:
             self.close()
             raise BackendError(
@@ -67,6 +73,11 @@ class TapNet(NetBackend):
                     self._reading = False
                     self._loop.remove_reader(self._fd)
                 return
+
+    def set_offloads(self, features: int) -> None:
+        if self._fd >= 0:
+            bits = sum(flag for feature, flag in _OFFLOADS.items() if features & feature)
+            fcntl.ioctl(self._fd, _TUNSETOFFLOAD, bits)
 
     def resume(self) -> None:
         if self._fd < 0 or self._reading:

@@ -92,6 +92,9 @@ class VirtioDevice:
         """
         raise NotImplementedError
 
+    def resumed(self) -> None:
+        """The machine goes on after a stop or a restore."""
+
     def queue_reset(self, index: int) -> None:
         """The driver reset queue `index` alone: forget what is held of it."""
 

@@ -213,6 +213,8 @@ class VirtioTransport:
         driver again what it may not have been told.
         """
         self._wires.repeat()
+        with self.lock:
+            self.virtio.resumed()
         for queue in self.virtio.queues:
             self.serve_later(queue.index)
 
