@@ -6,11 +6,12 @@ import argparse
 import sys
 import time
 
-from tests.framework.differential import Differential
+from tests.framework.differential import Differential, Peer
 from tests.framework.engine_peer import EnginePeer
 from tests.framework.qemu_peer import QemuPeer
 from tests.framework.random_profiles import PROFILES
 from tests.framework.random_programs import Program
+from tests.framework.translated_peer import TranslatedPeer
 
 BATCH = 50
 
@@ -22,12 +23,20 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=1000, help="where to begin (default: 1000)")
     parser.add_argument("--profile", choices=list(PROFILES), action="append", help="default: all of them")
     parser.add_argument("--reference", action="store_true", help="compare the reference with tier 1 instead")
+    parser.add_argument("--tier2", action="store_true", help="compare tier 1 with tier 2 instead")
     options = parser.parse_args()
-    wanted = options.profile or [name for name in PROFILES if options.reference or PROFILES[name].qemu]
+    inside = options.reference or options.tier2
+    wanted = options.profile or [name for name in PROFILES if inside or PROFILES[name].qemu]
     length = 15 if options.reference else 60
-    left = EnginePeer(reference=True) if options.reference else QemuPeer()
-    names = ("reference" if options.reference else "QEMU", "tier 1")
-    differential = Differential(left, EnginePeer(), names)
+    left: Peer
+    right: Peer = EnginePeer()
+    if options.tier2:
+        left, right, names = EnginePeer(), TranslatedPeer(), ("tier 1", "tier 2")
+    elif options.reference:
+        left, names = EnginePeer(reference=True), ("reference", "tier 1")
+    else:
+        left, names = QemuPeer(), ("QEMU", "tier 1")
+    differential = Differential(left, right, names)
     end = time.monotonic() + options.seconds
     seed, programs, bad = options.first_seed, 0, 0
     batch = 4 if options.reference else BATCH
