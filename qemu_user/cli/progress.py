@@ -32,7 +32,7 @@ class Bar:
         text = f"{what}: {done / 1e6:.1f} MB" if total == 0 else f"{what}: {done / 1e6:.1f} of {total / 1e6:.1f} MB"
         if not self._tty:
             if new:
-                sys.stderr.write(f"softkvm: fetching {what}\n")
+                sys.stderr.write(f"softkvm: {what}\n")
             return
         if total:
             filled = 30 * done // total

@@ -1,7 +1,8 @@
 """`softkvm run`: boot a VM in the foreground; with `-- COMMAND` behave as that command, as `docker run` does.
 
-The VM's devices live in this process (qemu_user's half), its vCPUs in kvmcore's. Exit status: the guest command's;
-125 when the VM could not be started or ended before the command; 128 + N for a signal that ended us.
+The VM's devices live in this process (qemu_user's half), its vCPUs in kvmcore's. Exit status: the guest command's (126 and 127
+are the guest shell's: not executable, not found); 125 when the command line is wrong, or the VM could not be started or
+ended before the command; 128 + N for a signal that ended us.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from qemu_user.cli.daemon import DaemonError, ensure
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qemu_user.management.instance import Instance
 
 FAILED = 125
+_READY = "SOFTKVM_READY_FD"
 DEFAULT_IMAGE = "busybox"
 _BUILTIN = ("hello", "count")  # images/builtin.py has them; not imported before it is needed
 _PORTS = ("stdin", "stdout", "stderr", "control")
@@ -33,14 +35,25 @@ EPILOG = """examples:
   softkvm run --kernel Image --initrd I --append "..." --drive file=d.img --netdev user,id=n0 -m 512M --smp 2
   softkvm run --kernel u-boot.bin               U-Boot (qemu-riscv64_smode)
   softkvm run hello                             a guest of our own, without any network
+  softkvm run -d --name web                     in the background; softkvm console web attaches
+
+exit status: the command's own; 125 if softkvm failed, 126 and 127 as a shell's, 128 + N after signal N.
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is our failure, as docker run has it: 125."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(FAILED, f"softkvm run: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """The options; what QEMU has is called as QEMU calls it."""
-    result = argparse.ArgumentParser(
+    result = _Parser(
         prog="softkvm run", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Boot a VM in the foreground.",
+        description="Boot a VM, in the foreground unless -d is given.",
     )  # fmt: skip
     result.add_argument("image", nargs="?", help=f"image to boot (default: {DEFAULT_IMAGE}); see softkvm images")
     result.add_argument("-m", "--memory", default="512M", metavar="SIZE", help="memory (default: 512M)")
@@ -52,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help="disk: file=PATH[,readonly=on]")
     result.add_argument("--netdev", action="append", default=[], metavar="OPTIONS", help="network: user|tap|stream,id=ID,...")
     result.add_argument("--share", action="append", default=[], metavar="DIR:TAG[:ro]", help="shared folder, in /mnt/TAG")
+    result.add_argument("-d", "--detach", action="store_true", help="run in the background and print the VM's name")
     result.add_argument("-v", "--verbose", action="store_true", help="show the kernel's messages (on stderr)")
     return result
 
@@ -76,9 +90,62 @@ def main(arguments: list[str]) -> int:
     if command and (options.kernel or options.image in _BUILTIN):
         return _fail("-- COMMAND needs an image with an init that understands it; --kernel boots what you give")
     try:
+        if options.detach and _READY not in os.environ:
+            return _detach(options, arguments, command)
         return _run(options, command)
     except DaemonError as error:
         return _fail(str(error))
+
+
+def _detach(options: argparse.Namespace, arguments: list[str], command: list[str]) -> int:
+    """The same command in a process of its own, without terminal; return when its VM runs. Its output goes to a file."""
+    import subprocess
+
+    from qemu_user.management.registry import made_runtime_directory
+
+    if not options.kernel and options.image not in _BUILTIN and (failed := _fetch(options)):
+        return failed
+    name = options.name or _free_name()
+    log = made_runtime_directory() / f"{name}.log"
+    words = [sys.executable, "-P", "-m", "qemu_user.cli.main", "run", "--name", name, *arguments]
+    readable, writable = os.pipe()
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [*words, *(["--", *command] if command else [])], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True, pass_fds=[writable], env={**os.environ, _READY: str(writable)},
+        )  # fmt: skip
+    os.close(writable)
+    with os.fdopen(readable, "rb") as ready:
+        started = bool(ready.read(1))
+    if started:
+        sys.stderr.write(f"softkvm: VM {name} runs; softkvm console {name} attaches, its output goes to {log}\n")
+        sys.stdout.write(f"{name}\n")
+        return 0
+    status = child.wait()
+    sys.stderr.write(log.read_text(errors="replace"))
+    log.unlink(missing_ok=True)
+    return status or FAILED
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    """The image, with progress on our terminal; FAILED if it cannot be had."""
+    from qemu_user.cli.progress import Bar
+    from qemu_user.images.errors import ImageError
+    from qemu_user.images.store import Store
+
+    try:
+        with Bar() as progress:
+            Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=["9p"] if options.share else [])
+    except ImageError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _tell_ready() -> None:
+    """To the process that has started us with -d: the VM runs."""
+    if fd := os.environ.pop(_READY, ""):
+        os.write(int(fd), b"r")
+        os.close(int(fd))
 
 
 def _fail(sentence: str) -> int:
@@ -133,6 +200,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         instance.start()
     except StartError as error:
         return _fail(str(error))
+    _tell_ready()
     if not options.kernel:
         threading.Thread(target=_listen, args=(ours, outcome), daemon=True).start()
     status = instance.wait()

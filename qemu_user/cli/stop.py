@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qemu_user.management.qmp_client import QmpClient
 
 
 def main(arguments: list[str]) -> int:
-    """0; 1 when there is no such VM or it does not answer."""
+    """0; 1 when there is no such VM."""
     from qemu_user.management.qmp_client import QmpClient
     from qemu_user.management.registry import find
 
@@ -25,16 +29,28 @@ def main(arguments: list[str]) -> int:
             continue
         try:
             with QmpClient(str(entry.control)) as client:
-                client.execute("system_powerdown")
-                deadline = time.monotonic() + options.time
-                while find(name) is not None and time.monotonic() < deadline:
-                    time.sleep(0.02)
-                if find(name) is not None:
-                    sys.stderr.write(f"softkvm stop: VM {name} did not shut down in {options.time:g} s; ending it\n")
-                    client.execute("quit")
+                _stop(client, name, options.time)
         except (OSError, EOFError):
             pass  # it went while we were speaking to it
-        except RuntimeError as error:
-            sys.stderr.write(f"softkvm stop: VM {name}: {error}\n")
-            status = 1
     return status
+
+
+def _stop(client: QmpClient, name: str, patience: float) -> None:
+    """Ask, again while the guest is not up yet; then end the VM."""
+    from qemu_user.management.qmp_client import QmpError
+    from qemu_user.management.registry import find
+
+    deadline = time.monotonic() + patience
+    asked, why = False, f"it did not shut down in {patience:g} s"
+    while find(name) is not None:
+        if time.monotonic() > deadline:
+            sys.stderr.write(f"softkvm stop: VM {name}: {why}; ending it\n")
+            client.execute("quit")
+            return
+        if not asked:
+            try:
+                client.execute("system_powerdown")
+                asked = True
+            except QmpError as error:
+                why = str(error)
+        time.sleep(0.02 if asked else 0.2)

@@ -101,6 +101,6 @@ def _rest(url: str, file: IO[bytes], size: int, progress: Progress) -> None:
             if received > (size or MAX_UNKNOWN):
                 raise ImageError(f"{url}: longer than the {size or MAX_UNKNOWN} bytes that were expected; not used")
             file.write(piece)
-            progress(label, received, size)
+            progress(f"fetching {label}", received, size)
     if size and received != size:
         raise _Broken(f"the connection ended after {received} of {size} bytes")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
-from qemu_user.backends.chardev.escape import HELP, EscapeFilter
+from qemu_user.backends.chardev.escape import EscapeFilter
 from qemu_user.backends.io_loop import IoLoop
 
 IFLAG, OFLAG, CFLAG, LFLAG, _, _, CC = range(7)
@@ -80,8 +80,8 @@ class StdioChardev(DescriptorChardev):
             self.frontend.receive(data)
         if command == "quit":
             self.quit()
-        elif command == "help":
-            self.write(HELP.encode())
+        elif command == "help" and self._filter is not None:
+            self.write(self._filter.help.encode())
 
     def close(self) -> None:
         super().close()
