@@ -59,14 +59,13 @@ class EnginePeer:
         self._begin(case)
         return self._outcome(self._until_end())
 
-    def _begin(self, case: Case, keep_code: bool = False) -> None:
-        """Everything as the case has it; decoded pages are compared with memory, so they may stay."""
+    def _begin(self, case: Case) -> None:
+        """Everything as the case has it; decoded pages whose bytes are the same are used again."""
         hart, state = self.hart, self.hart.state
         self._memory[:] = case.image.ljust(WINDOW_SIZE, b"\0")
         hart.reset()
         hart.flush_tlb()
-        if not keep_code:
-            hart.flush_icache()
+        hart.flush_icache()
         state.pc, state.mode = case.pc, int(not case.user)
         state.x[:] = [*case.x, 0]
         state.f[:] = case.f
