@@ -13,7 +13,10 @@ import traceback
 from typing import TYPE_CHECKING
 
 from protocol.abi.errors import KvmError
-from protocol.abi.run_page import IMMEDIATE_EXIT
+from protocol.abi.exits import Exit
+from protocol.abi.run_page import EXIT_REASON, IMMEDIATE_EXIT, MEMORY_FAULT, U32, UNION
+from protocol.abi.structs import MEMORY_EXIT_FLAG_USERFAULT
+from qemu_user.devices.absent import PageLost
 from qemu_user.exits import handlers
 from qemu_user.exits.context import ExitContext
 from qemu_user.exits.internal_error import describe, unknown_exit
@@ -98,6 +101,8 @@ class VcpuThread(threading.Thread):
         self._gate.join()
         try:
             self._loop()
+        except PageLost as error:
+            self._context.fail(str(error))
         except Exception as error:
             self._context.fail(f"internal error on CPU {self._context.cpu}: {error!r}\n{traceback.format_exc()}")
         finally:
@@ -116,7 +121,7 @@ class VcpuThread(threading.Thread):
             try:
                 reason = run()
             except KvmError as error:
-                if error.errno in _AGAIN:
+                if error.errno in _AGAIN or (error.errno == errno.EFAULT and self._page_has_come()):
                     continue
                 if gate.order != QUIT:
                     context.fail(describe(error, self._still_alive(error), self._where()))
@@ -126,6 +131,14 @@ class VcpuThread(threading.Thread):
                 unknown_exit(context, reason)
                 return
             handler()
+
+    def _page_has_come(self) -> bool:
+        """KVM_EXIT_MEMORY_FAULT: the vCPU has touched a page that was not there. Whether it is now."""
+        page = self._context.page
+        if U32.unpack_from(page, EXIT_REASON)[0] != Exit.MEMORY_FAULT:
+            return False
+        flags, gpa, _ = MEMORY_FAULT.unpack_from(page, UNION)
+        return bool(flags & MEMORY_EXIT_FLAG_USERFAULT) and self._context.memory.arrive(gpa)
 
     def _still_alive(self, error: KvmError) -> bool:
         """Whether the VM's process goes on. EIO is also the last word of one that is about to end: look

@@ -21,6 +21,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "snapshots": ("snapshots", "list snapshots"),
     "restore": ("restore", "bring a VM back to a snapshot"),
     "delete": ("delete", "remove snapshots"),
+    "clone": ("clone", "make VMs like a running one"),
+    "template": ("template", "golden VMs, of which others are made"),
     "migrate": ("migrate", "hand a VM over to another host, while it runs"),
     "host": ("host", "take VMs in that others hand over; keys for that"),
     "images": ("images", "list images in the cache"),

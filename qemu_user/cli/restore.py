@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         Snapshot(folder)  # before the VM that runs is ended
         endpoint = ensure()
         end_running(options.name)
-        order: dict[str, object] = {"type": "Restore", "endpoint": endpoint, "snapshot": str(folder), "name": options.name}
+        order: dict[str, object] = {"type": "Restore", "endpoint": endpoint, "snapshot": str(folder), "names": [options.name]}
         order["paused"] = options.paused
         spawn(json.dumps(order).encode(), options.name)
     except (DaemonError, SnapshotError, SpawnError, VerbError) as error:

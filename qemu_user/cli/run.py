@@ -87,6 +87,8 @@ def main(arguments: list[str]) -> int:
         if not command:
             return _fail("nothing behind --; give a command to run")
     options = parser().parse_args(arguments)
+    if not options.kernel and not command and _is_template(options.image):
+        return _run_template(options.image, options.name or _free_name())
     if command and (options.kernel or options.image in _BUILTIN):
         return _fail("-- COMMAND needs an image with an init that understands it; --kernel boots what you give")
     try:
@@ -146,6 +148,28 @@ def _tell_ready() -> None:
     if fd := os.environ.pop(_READY, ""):
         os.write(int(fd), b"r")
         os.close(int(fd))
+
+
+def _is_template(image: str | None) -> bool:
+    """Whether the image is a template of the user's."""
+    from qemu_user.migration import places
+
+    return bool(image) and places.is_name(image or "") and (places.templates() / (image or "")).is_dir()
+
+
+def _run_template(image: str, name: str) -> int:
+    """A VM made of a template: in the background, with this terminal at its console if it is one."""
+    from qemu_user.cli import console
+    from qemu_user.cli.template import make
+    from qemu_user.cli.vm import VerbError
+    from qemu_user.migration import places
+
+    try:
+        make(str(places.templates() / image), [name])
+    except VerbError as error:
+        return _fail(str(error))
+    sys.stderr.write(f"softkvm: VM {name} runs; softkvm console {name} attaches to it\n")
+    return console.main([name]) if sys.stdin.isatty() else 0
 
 
 def _fail(sentence: str) -> int:

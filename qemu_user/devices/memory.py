@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 
+from qemu_user.devices.absent import AbsentPages
 from qemu_user.write_log import WriteLog
 
 PAGE = 4096
@@ -30,6 +31,8 @@ class GuestMemory:
             ((gpa, gpa + len(view), view.cast("B")) for gpa, view in regions), key=lambda r: r[0]
         )
         self._starts = [start for start, _, _ in self._regions]
+        self.absent: AbsentPages | None = None
+        """Of the first region: pages that come when they are touched."""
         self._logs = [WriteLog(end - start, PAGE) for start, end, _ in self._regions]
 
     def view(self, gpa: int, length: int) -> memoryview:
@@ -38,6 +41,8 @@ class GuestMemory:
         if position >= 0 and length >= 0:
             start, end, view = self._regions[position]
             if gpa + length <= end:
+                if self.absent is not None and position == 0:
+                    self.absent.ensure(gpa - start, length)
                 return view[gpa - start : gpa - start + length]
         raise OutOfRange(gpa, length)
 
@@ -49,6 +54,13 @@ class GuestMemory:
         """Put `data` at `gpa`. OutOfRange."""
         self.view(gpa, len(data))[:] = data
         self.wrote(gpa, len(data))
+
+    def arrive(self, gpa: int) -> bool:
+        """A vCPU has touched a page that is not there: bring it. False when we know nothing of that."""
+        if self.absent is None or not self._starts or gpa < self._starts[0]:
+            return False
+        self.absent.ensure(gpa - self._starts[0], PAGE)
+        return True
 
     # -- the log of what devices write -------------------------------------------------------------
 

@@ -195,7 +195,7 @@ class Parts:
             wanted.append((drive.slot, blk))
         for number, (net, backend) in enumerate(zip(self.config.nets, self.nets, strict=True)):
             mac = (
-                bytes.fromhex(net.mac.replace(":", "")) if net.mac else _default_mac(self.config.name, number)
+                bytes.fromhex(net.mac.replace(":", "")) if net.mac else default_mac(self.config.name, number)
             )
             card = VirtioNet(net.id, backend, mac, net.queues, net.mtu)
             self.cards.append(card)
@@ -291,7 +291,7 @@ def _clock(offset: int) -> Callable[[], int]:
     return lambda: time.time_ns() + offset
 
 
-def _default_mac(name: str, number: int) -> bytes:
+def default_mac(name: str, number: int) -> bytes:
     """A locally administered address that differs between VMs and stays with the name."""
     digest = hashlib.blake2b(f"{name}/{number}".encode(), digest_size=3).digest()
     return b"\x52\x54\x00" + digest

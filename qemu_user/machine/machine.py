@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from protocol.abi.errors import KvmError
-from protocol.abi.structs import MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES
+from protocol.abi.structs import MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_USERFAULT
 from protocol.abi.structs_riscv import SBI_EXT, SbiExt, one_reg
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.config.machine_config import MachineConfig
+from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import Counters
 from qemu_user.devices.memory import GuestMemory
 from qemu_user.exits.context import ExitContext
@@ -42,8 +43,9 @@ PRELAUNCH, RUNNING, PAUSED, SHUTDOWN = "prelaunch", "running", "paused", "shutdo
 INTERNAL_ERROR, ENDED = "internal-error", "ended"
 INMIGRATE, POSTMIGRATE = "inmigrate", "postmigrate"
 RAM_SLOT = 0
-_RAM_SEGMENT = 1 << 40
-"""Where memory that is no guest_memfd lies in the address space of our session with kvmcore."""
+_RAM_SEGMENT, _BITMAP_SEGMENT = 1 << 41, 1 << 40
+"""Where memory that is no guest_memfd, and the bitmap of absent pages, lie in the address space of our session with
+kvmcore."""
 STOP_SECONDS = 10.0
 DRAIN_SECONDS = 30.0
 _POWER_PORT = "org.softkvm.control"
@@ -90,6 +92,7 @@ class Machine:
         self.vcpus: list[Any] = []
         self.threads: list[VcpuThread] = []
         self.memory = GuestMemory([])
+        self._logging = False
         self.ram_fd = -1
         """RAM's memfd: that of a guest_memfd, or one that came from the process that ran this VM before."""
         self._memfd: Any = None
@@ -145,7 +148,7 @@ class Machine:
         else:
             vm.map_segment(_RAM_SEGMENT, config.memory, ram_fd)
             self.ram_fd = ram_fd
-        self.log_dirty_pages(False)
+        self._set_ram_slot()
         self.memory = GuestMemory([(virt.RAM_BASE, memoryview(mmap.mmap(self.ram_fd, config.memory)))])
         self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
         for vcpu in self.vcpus:
@@ -195,12 +198,39 @@ class Machine:
         set_boot_state(self.vcpus, kernel.entry, at)
 
     def log_dirty_pages(self, on: bool) -> None:
-        """Switch kvmcore's dirty log of RAM. It starts empty. The first call makes the memslot."""
-        flags = MEM_LOG_DIRTY_PAGES if on else 0
+        """Switch kvmcore's dirty log of RAM. It starts empty."""
+        self._logging = on
+        self._set_ram_slot()
+
+    def _set_ram_slot(self) -> None:
+        flags = MEM_LOG_DIRTY_PAGES if self._logging else 0
+        flags |= MEM_USERFAULT if self.memory.absent is not None else 0
+        where = _RAM_SEGMENT
         if self._memfd is not None:
-            flags |= MEM_GUEST_MEMFD
-        where = 0 if self._memfd is not None else _RAM_SEGMENT
-        self.vm.set_user_memory_region2(RAM_SLOT, virt.RAM_BASE, self.config.memory, where, flags, self._memfd, 0)
+            flags, where = flags | MEM_GUEST_MEMFD, 0
+        self.vm.set_user_memory_region2(
+            RAM_SLOT, virt.RAM_BASE, self.config.memory, where, flags, self._memfd, 0, _BITMAP_SEGMENT
+        )
+
+    def await_pages(self, absent: AbsentPages) -> None:
+        """RAM whose pages come when they are touched. The machine has not run."""
+        self.vm.map_segment(_BITMAP_SEGMENT, absent.bitmap_size, absent.fd)
+        self.memory.absent = absent
+        self._set_ram_slot()
+
+    def complete_memory(self, stop: threading.Event | None = None, pause: float = 0.0) -> bool:
+        """Bring all pages that have yet to come; False if `stop` came first."""
+        absent = self.memory.absent
+        if absent is None:
+            return True
+        if not absent.fill(stop, pause):
+            return False
+        with self._life:
+            if self.memory.absent is absent:
+                self.memory.absent = None
+                self._set_ram_slot()
+                absent.close()
+        return True
 
     def disown(self) -> None:
         """Inside standing(): the VM lives on elsewhere, perhaps in this very memory, which is not touched any more."""
@@ -299,6 +329,9 @@ class Machine:
             self.fail(f"its kvmcore process ({self.vm.pid}) is gone")
 
     def _io_failed(self, error: BaseException) -> None:
+        if isinstance(error, PageLost):
+            self.fail(str(error))
+            return
         trace = "".join(traceback.format_exception(error))
         self.fail(f"internal error in the I/O thread: {error!r}\n{trace}")
 

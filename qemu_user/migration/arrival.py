@@ -5,11 +5,13 @@ VM from then on. Started by spawn.py, detached from any terminal.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,19 @@ import msgspec
 from protocol.channel import zmq_socket
 from protocol.channel.zmq_socket import Curve
 from qemu_user.cli.daemon import DaemonError, ensure
+from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
-from qemu_user.machine.machine import Machine, StartError
+from qemu_user.machine.machine import PAUSED, Machine, StartError
 from qemu_user.management.instance import Instance
-from qemu_user.migration import machine_state
+from qemu_user.migration import identity, machine_state
 from qemu_user.migration.background import for_background
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
 from qemu_user.migration.destination import Discarded, Incoming
 from qemu_user.migration.host import authenticated
 from qemu_user.migration.snapshot import Snapshot, SnapshotError
+
+_FILL_PAUSE = 0.0005
+"""Seconds between two clusters that nobody has asked for yet."""
 
 
 class Restore(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=True):
@@ -36,9 +42,13 @@ class Restore(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """kvmcore's."""
     snapshot: str
     """Folder of the snapshot."""
-    name: str
-    """What the VM is called from now on."""
+    names: tuple[str, ...]
+    """What the VM is called from now on; several: as many VMs, a process each."""
     paused: bool = False
+    new: bool = False
+    """These are other VMs than the one that was saved: with a uuid, addresses and disks of their own."""
+    fill: bool = True
+    """Bring all memory in the background, not only what is touched."""
 
 
 class TakeIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=True):
@@ -55,34 +65,64 @@ class TakeIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     peer: str = ""
 
 
-def load(machine: Machine, snapshot: Snapshot) -> None:
-    """Memory and state of a snapshot into a machine that was started `arriving`. SnapshotError, StateError."""
+def load(machine: Machine, snapshot: Snapshot, fill: bool = False) -> None:
+    """Memory and state of a snapshot into a machine that was started `arriving`. Memory comes as it is touched; with
+    `fill`, a thread brings the rest. SnapshotError, StateError.
+    """
     checked = machine_state.check(machine, snapshot.sections)
-    snapshot.read("memory", machine.memory.regions[0][1])
+    clusters = snapshot.opened("memory")
+    machine.await_pages(AbsentPages(machine.memory.regions[0][1], clusters, list(clusters.offsets())))
     with machine.standing():
         machine_state.restore(machine, checked)
+    if fill:
+        threading.Thread(target=_fill, args=(machine,), name="fill", daemon=True).start()
 
 
-def restored(order: Restore) -> Instance:
+def _fill(machine: Machine) -> None:
+    try:
+        machine.complete_memory(threading.Event(), _FILL_PAUSE)
+    except PageLost as error:
+        machine.fail(str(error))
+
+
+def restored(order: Restore, name: str) -> Instance:
     """The VM, running (or paused, as ordered). StartError, with nothing left behind but restored disks."""
     try:
         snapshot = Snapshot(Path(order.snapshot))
-        config = for_background(snapshot.config, order.name)
-        writable = [(f"disk{index}", drive) for index, drive in enumerate(config.drives) if not drive.readonly]
-        for name, drive in writable:
-            snapshot.write_disk(name, drive.file)
+        config = for_background(snapshot.config, name)
+        if order.new:
+            config = identity.renewed(config)
+        for index, drive in enumerate(config.drives):
+            if not drive.readonly:
+                Path(drive.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                snapshot.write_disk(f"disk{index}", drive.file)
     except (SnapshotError, OSError) as error:
         raise StartError(str(error)) from error
     instance = Instance(config, order.endpoint)
     instance.start(arriving=True)
     try:
-        load(instance.machine, snapshot)
-    except (SnapshotError, StateError, OSError) as error:
-        instance.machine.close()
+        load(instance.machine, snapshot, order.fill)
+        if order.new:
+            identity.tell(instance.machine)
+    except (SnapshotError, StateError, PageLost, OSError) as error:
+        instance.abandon()
         raise StartError(f"the snapshot in {order.snapshot} cannot be used: {error}") from error
-    if not order.paused:
+    if order.paused:
+        instance.machine.status = PAUSED
+    else:
         instance.machine.resume()
     return instance
+
+
+def several(order: Restore) -> str:
+    """Fork a process for each name: imports are done and shared. The name that this one is; "" in the parent."""
+    gc.collect()
+    gc.freeze()
+    for name in order.names:
+        if os.fork() == 0:
+            os.setsid()
+            return name
+    return ""
 
 
 def taken_in(order: TakeIn, tell: int) -> Instance:
@@ -109,8 +149,11 @@ def main() -> int:
     try:
         order = msgspec.json.decode(sys.stdin.buffer.read(), type=Restore | TakeIn)
         if isinstance(order, Restore):
-            instance = restored(order)
-            _say(tell, {"name": order.name, "pid": os.getpid()})
+            name = order.names[0] if len(order.names) == 1 else several(order)
+            if not name:
+                return 0
+            instance = restored(order, name)
+            _say(tell, {"name": name, "pid": os.getpid()})
         else:
             instance = taken_in(order, tell)
     except (StartError, msgspec.MsgspecError) as error:

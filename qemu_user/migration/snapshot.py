@@ -307,6 +307,8 @@ class Snapshot:
 class Clusters:
     """A checked file of a snapshot. A context manager."""
 
+    cluster = CLUSTER
+
     def __init__(self, path: Path, size: int, sums: bytes) -> None:
         self.path, self.size = path, size
         self.sums = memoryview(sums).cast("I")

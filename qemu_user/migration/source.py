@@ -118,6 +118,7 @@ class Outgoing:
 
     def _run(self) -> None:
         machine, job = self._machine, self._job
+        machine.complete_memory()  # memory that has yet to come to us cannot go on from here
         self._journal = Journal(machine.config.uuid, "source")
         self._journal.write(journals.OFFERED, machine.generation)
         copy: Precopy | None = None

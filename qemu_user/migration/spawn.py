@@ -41,17 +41,16 @@ def start(order: bytes, name: str, fds: list[int] | None = None) -> tuple[subpro
     return process, pipe, log
 
 
-def spawn(order: bytes, name: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
-    """The process, and what it says first: the VM's name and pid, or where it listens. SpawnError."""
+def spawn(order: bytes, name: str, count: int = 1) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+    """The process, and what the last of its `count` VMs says first: the VM's name and pid, or where it listens. SpawnError."""
     process, pipe, log = start(order, name)
     with pipe:
-        line = pipe.readline()
-    if not line:
+        lines = [pipe.readline() for _ in range(count)]
+    failed = [word["error"] for word in map(json.loads, filter(None, lines)) if "error" in word]
+    if failed:
+        raise SpawnError("; ".join(sorted(set(failed))))
+    if not all(lines):
         process.wait()
         last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         raise SpawnError(f"VM {name}: its process ended at once: {last} (all of it: {log})")
-    word = json.loads(line)
-    if "error" in word:
-        process.wait()
-        raise SpawnError(word["error"])
-    return process, dict(word)
+    return process, dict(json.loads(lines[-1]))

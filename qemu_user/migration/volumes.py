@@ -34,6 +34,7 @@ class Ram:
 
     def start(self) -> bytearray:
         """Track from now on; the map of what is worth copying at all."""
+        self._machine.complete_memory()
         self._on = True
         self._log.start()
         self._machine.log_dirty_pages(True)

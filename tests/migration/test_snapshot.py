@@ -47,7 +47,7 @@ def test_snapshot_of_a_busy_guest_and_back(endpoint: str, goes_on: Callable[...,
     before = Path(disk.file).read_bytes()
     Path(disk.file).write_bytes(b"spoilt")
 
-    instance = restored(Restore(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "first"), name="vm"))
+    instance = restored(Restore(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "first"), names=("vm",)), "vm")
     try:
         goes_on("vm", more=at)
     finally:
@@ -103,9 +103,14 @@ def test_damage_is_noticed(file: str, endpoint: str, goes_on: Callable[..., int]
     data = bytearray(path.read_bytes())
     data[0x200010 if file == "memory" else 100] ^= 1
     path.write_bytes(bytes(data))
-    order = Restore(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "one"), name="vm")
-    with pytest.raises(StartError, match=r"damaged|cannot be used"):
-        restored(order)
+    order = Restore(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "one"), names=("vm",))
+    if file == "memory":  # it is read when it is touched
+        instance = restored(order, "vm")
+        assert instance.wait() == 1
+        assert "damaged at offset 0x200000" in instance.machine.failure
+    else:
+        with pytest.raises(StartError, match=r"damaged|cannot be used"):
+            restored(order, "vm")
 
 
 def test_shorter_memory_and_strange_files_are_refused(endpoint: str, tmp_path: Path) -> None:

@@ -74,3 +74,31 @@ def test_snapshot_and_restore_of_linux(user: Product, busybox: None) -> None:
     assert b"no VM" in user.run("pause", "web").stderr
     ok(user, "delete", "web", "one")
     assert user.run("delete", "web", "one").returncode == 1
+
+
+def test_clones_and_templates_of_linux(user: Product, busybox: None) -> None:
+    client = user.start("run", "--name", "web", "--memory", "256M", "busybox")
+    read_until(client, b"# ")
+    assert client.stdin is not None
+    client.stdin.write(b"echo known > /tmp/state; cat /tmp/state\n")
+    client.stdin.flush()
+    read_until(client, b"known\r\n")
+    assert "stood" in ok(user, "clone", "web", "copy", "--count", "3")
+    assert statuses(user) == ["copy-1", "copy-2", "copy-3", "web"]
+    for name in ("copy-3", "copy-1"):
+        on_console(user, name, b"cat /tmp/state\n", b"known\r\n")
+        on_console(user, name, f"echo of {name} > /tmp/state; cat /tmp/state\n".encode(), f"of {name}\r\n".encode())
+    client.stdin.write(b"cat /tmp/state\n")
+    client.stdin.flush()
+    read_until(client, b"known\r\n")
+    assert b"is running" in user.run("clone", "web", "copy", "--count", "2").stderr
+
+    ok(user, "template", "create", "web", "golden")
+    assert "golden" in ok(user, "template", "list")
+    ok(user, "kill", "web")
+    ok(user, "run", "golden", "--name", "new")
+    on_console(user, "new", b"cat /tmp/state\n", b"known\r\n")
+    ok(user, "template", "delete", "golden")
+    on_console(user, "new", b"ls /bin | wc -l\n", b"\r\n")
+    left = [path.name for path in (user.runtime / "softkvm").glob("clone-*")]
+    assert left == []

@@ -383,6 +383,13 @@ class VirtioNet(VirtioDevice):
         header = [memoryview(Header().pack(0))] if self._backend.virtio_header else []
         self._backend.send([*header, memoryview(frame)])
 
+    def change_mac(self, mac: bytes) -> None:
+        """A clone is another device on the wire; the driver is told that the configuration has changed."""
+        with self.transport.lock:
+            self._first_mac = mac
+            self._set_mac(mac)
+            self.transport.notify_config()
+
     @property
     def mac(self) -> bytes:
         """The address that the driver sees."""

@@ -1,0 +1,36 @@
+"""What tells a clone from the VM that it was made of: uuid, network addresses, disks."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from qemu_user.config.machine_config import MachineConfig
+from qemu_user.devices.virtio.net import VirtioNet
+from qemu_user.machine.build import default_mac
+from qemu_user.migration import places
+
+if TYPE_CHECKING:
+    from qemu_user.machine.machine import Machine
+
+
+def renewed(config: MachineConfig) -> MachineConfig:
+    """The configuration (already under its new name) of another VM of the same kind. Writable disks are files of its
+    own; addresses follow from its name.
+    """
+    folder = places.disks() / config.name
+    drives = tuple(
+        drive if drive.readonly else msgspec.structs.replace(drive, file=str(folder / f"disk{index}.raw"))
+        for index, drive in enumerate(config.drives)
+    )
+    nets = tuple(msgspec.structs.replace(net, mac="") for net in config.nets)
+    return msgspec.structs.replace(config, uuid=str(uuid.uuid4()), drives=drives, nets=nets)
+
+
+def tell(machine: Machine) -> None:
+    """The restored devices have the addresses of the VM that was saved: give them their own."""
+    devices = [transport.virtio for transport in machine.parts.transports]
+    for number, device in enumerate(device for device in devices if isinstance(device, VirtioNet)):
+        device.change_mac(default_mac(machine.config.name, number))
