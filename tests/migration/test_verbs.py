@@ -39,10 +39,12 @@ def on_console(product: Product, name: str, text: bytes, wanted: bytes, seconds:
     with socket.socket(socket.AF_UNIX) as console:
         console.connect(str(path))
         console.settimeout(0.5)
-        seen, end = b"", time.monotonic() + seconds
+        seen, typed, end = b"", 0.0, time.monotonic() + seconds
         while wanted not in seen:
             assert time.monotonic() < end, f"no {wanted!r} in {seen!r}"
-            console.sendall(keys_frames(text))
+            if time.monotonic() - typed > 5:
+                console.sendall(keys_frames(text))
+                typed = time.monotonic()
             try:
                 seen += console.recv(65536)
             except TimeoutError:
