@@ -20,6 +20,8 @@ MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 1 << 40
 MAX_CPUS = 128
 """NR_CPUS of Debian's kernel, and enough for the map of the IMSIC."""
+MAX_VSOCK_PATH = 107 - len("_4294967295")
+"""Room for a port behind it in a Unix socket's address."""
 MAX_QUEUES = 64
 """Of a disk, and pairs of a network device."""
 MMIO_SLOTS, PCI_SLOTS = 8, 31
@@ -104,6 +106,14 @@ class Share(Part, frozen=True, kw_only=True):
     slot: Slot = Slot()
 
 
+class Vsock(Part, frozen=True, kw_only=True):
+    """Stream connections with the host: its side is the Unix socket `path`, and `path`_PORT for the guest's calls."""
+
+    cid: int = 3
+    path: str
+    slot: Slot = Slot()
+
+
 class Chardev(Part, frozen=True, kw_only=True):
     """Where the bytes of a serial port or console port go. `hub`: a console shared with those who attach."""
 
@@ -153,6 +163,7 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     drives: tuple[Drive, ...] = ()
     nets: tuple[Net, ...] = ()
     shares: tuple[Share, ...] = ()
+    vsock: Vsock | None = None
     chardevs: tuple[Chardev, ...] = (Chardev(id="console", kind="hub", stdio=True),)
     serial: str = "console"
     """chardev of the UART; "" for none connected."""
@@ -236,6 +247,13 @@ def _check_slots(slots: list[Slot]) -> None:
 def _check_devices(config: MachineConfig) -> None:
     slots = [drive.slot for drive in config.drives] + [net.slot for net in config.nets]
     slots += [share.slot for share in config.shares]
+    if config.vsock is not None:
+        slots.append(config.vsock.slot)
+        _demand(2 < config.vsock.cid < 0xFFFFFFFF, f"guest-cid={config.vsock.cid}: 3 to {0xFFFFFFFE}")
+        _demand(
+            0 < len(os.fsencode(config.vsock.path)) <= MAX_VSOCK_PATH,
+            f"vsock {config.vsock.path}: the socket's path has 1 to {MAX_VSOCK_PATH} bytes",
+        )
     if config.rng:
         slots.append(config.rng_slot)
     if config.console or config.ports:

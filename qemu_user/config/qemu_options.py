@@ -14,7 +14,7 @@ import msgspec
 
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size
-from qemu_user.config.machine_config import Boot, Chardev, ConsolePort, Drive, MachineConfig, Net, Qmp, Share, Slot
+from qemu_user.config.machine_config import Boot, Chardev, ConsolePort, Drive, MachineConfig, Net, Qmp, Share, Slot, Vsock
 
 
 class Option(NamedTuple):
@@ -202,6 +202,21 @@ class Builder:
         if name not in self.folders:
             raise ConfigError(f"-device {values.text}: fsdev={name}: no free -fsdev of that id before it")
         self.shares.append(msgspec.structs.replace(self.folders.pop(name), tag=values.take("mount_tag"), slot=slot))
+
+    # -- vsock -------------------------------------------------------------------------------------
+
+    def vsock(self, text: str) -> None:
+        values = KeyValues("--vsock", text, "path")
+        self._set_vsock(values, "cid", Slot())
+        values.done()
+
+    def _vsock_device(self, values: KeyValues, slot: Slot) -> None:
+        self._set_vsock(values, "guest-cid", slot)
+
+    def _set_vsock(self, values: KeyValues, cid: str, slot: Slot) -> None:
+        if "vsock" in self.fields:
+            raise ConfigError(f"{values.option} {values.text}: a VM has one vsock device")
+        self.fields["vsock"] = Vsock(cid=values.take_number(cid, 3) or 0, path=values.take("path"), slot=slot)
 
     # -- characters --------------------------------------------------------------------------------
 
@@ -399,6 +414,7 @@ _DEVICES: dict[str, Callable[[Builder, KeyValues, Slot], None]] = {
     "virtio-rng": Builder._rng_device,
     "virtio-serial": Builder._serial_device,
     "virtio-9p": Builder._p9_device,
+    "virtio-vsock": Builder._vsock_device,
 }
 _PORTS: dict[str, Callable[[Builder, KeyValues], None]] = {
     "virtconsole": Builder._console_device,
@@ -458,12 +474,13 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(("nic",), "KIND|none", "network with its device in one", Builder.nic),
     Option(("share",), "DIR:TAG[:ro]", "shared folder: mount -t 9p -o trans=virtio TAG /mnt", Builder.share),
+    Option(("vsock",), "PATH[,cid=N]", "vsock: CONNECT PORT on PATH, the guest's calls on PATH_PORT", Builder.vsock),
     Option(("fsdev",), "local,id=..,path=..", "folder for -device virtio-9p-pci,fsdev=,mount_tag=", Builder.fsdev),
     Option(("virtfs",), "local,path=..,mount_tag=..", "-fsdev and -device virtio-9p-pci in one", Builder.virtfs),
     Option(
         ("device",),
         "NAME[,..]",
-        "virtio-{blk,net,rng,serial,9p}-pci[,addr=] or -device, virtconsole, virtserialport",
+        "virtio-{blk,net,rng,serial,9p,vsock}-pci[,addr=] or -device, virtconsole, virtserialport",
         Builder.device,
     ),
     Option(("chardev",), "KIND,id=..", "stdio, pty, socket, file, null", Builder.chardev),

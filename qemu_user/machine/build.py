@@ -22,6 +22,7 @@ from qemu_user.backends.chardev.stdio import StdioChardev
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
 from qemu_user.backends.share.server import Server
+from qemu_user.backends.vsock.unix import UnixVsock
 from qemu_user.config.machine_config import MAX_QUEUES, Drive, MachineConfig, Net, Slot
 from qemu_user.config.machine_config import Chardev as ChardevConfig
 from qemu_user.devices.device import Device, FdtNode, Place
@@ -61,6 +62,7 @@ class Parts:
         self.cards: list[VirtioNet] = []
         """The networks' devices, in the same order."""
         self.shares: list[Server] = []
+        self.vsock: UnixVsock | None = None
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
         self._console_path = console_path
@@ -75,6 +77,8 @@ class Parts:
             self.disks.append(LoggedDisk(RawImage(drive.file, drive.readonly, drive.discard, lock_disks)))
         for net in self.config.nets:
             self.nets.append(_open_net(net))
+        if self.config.vsock is not None:
+            self.vsock = UnixVsock(self.config.vsock.path)
         for share in self.config.shares:
             self.shares.append(Server(share.folder, share.readonly))
 
@@ -179,6 +183,7 @@ class Parts:
         from qemu_user.devices.virtio.console import VirtioConsole
         from qemu_user.devices.virtio.p9 import VirtioP9
         from qemu_user.devices.virtio.rng import VirtioRng
+        from qemu_user.devices.virtio.vsock import VirtioVsock
 
         wanted: list[tuple[Slot, VirtioDevice]] = []
         for number, (drive, disk) in enumerate(zip(self.config.drives, self.disks, strict=True)):
@@ -202,6 +207,8 @@ class Parts:
             wanted.append((net.slot, card))
         for share, server in zip(self.config.shares, self.shares, strict=True):
             wanted.append((share.slot, VirtioP9(f"share-{share.tag}", share.tag, server)))
+        if self.config.vsock is not None and self.vsock is not None:
+            wanted.append((self.config.vsock.slot, VirtioVsock("vsock", self.config.vsock.cid, self.vsock)))
         ports = [(port.id, port.name, self._channel(port.chardev, port.name)) for port in self.config.ports]
         if self.config.console:
             ports.insert(0, (0, "", self._channel(self.config.console, "hvc0")))
@@ -232,6 +239,8 @@ class Parts:
         for net in self.nets:
             net.warn = warn
             net.start(self.loop)
+        if self.vsock is not None:
+            self.vsock.start(self.loop)
 
     def refresh_size(self) -> None:
         """Tell the guest our terminal's size again."""
@@ -257,6 +266,8 @@ class Parts:
     def close(self) -> None:
         """Give everything back. Idempotent."""
         closing: list[Any] = [*self.nets, *self.chardevs.values(), *self.disks, *self.shares]
+        if self.vsock is not None:
+            closing.append(self.vsock)
         for backend in closing:
             backend.close()
 

@@ -13,6 +13,7 @@ from qemu_user.backends.block.raw import RawImage
 from qemu_user.backends.chardev.chardev import Chardev
 from qemu_user.backends.net.backend import NetBackend
 from qemu_user.backends.share.server import Server
+from qemu_user.backends.vsock.unix import UnixVsock
 from qemu_user.devices.device import Device
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.ns16550a import Ns16550a
@@ -27,6 +28,7 @@ from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.devices.virtio.p9 import VirtioP9
 from qemu_user.devices.virtio.pci import VirtioPci
 from qemu_user.devices.virtio.rng import VirtioRng
+from qemu_user.devices.virtio.vsock import VirtioVsock
 from tests.framework.virtio_driver import Driver, Line, PciDriver, make_memory
 
 
@@ -134,6 +136,7 @@ BUILDERS: dict[str, Callable[[Bench], Device]] = {
     "virtio-blk": lambda b: b.virtio(VirtioBlk("disk", b.image(), "serial-1")),
     "virtio-net": lambda b: b.virtio(VirtioNet("net", NetBackend("none"), b"\x52\x54\0\x12\x34\x56")),
     "virtio-9p": lambda b: b.virtio(VirtioP9("share", "tag", Server(str(b.tmp_path)))),
+    "virtio-vsock": lambda b: b.virtio(VirtioVsock("vsock", 3, UnixVsock(str(b.tmp_path / "vsock")))),
     "virtio-rng": lambda b: b.virtio(VirtioRng("rng")),
     "virtio-serial": lambda b: b.virtio(
         VirtioConsole("console", [(0, "", Chardev("a")), (1, "org.softkvm.stdin", Chardev("b"))])

@@ -46,8 +46,8 @@ def test_the_cable_can_be_pulled(product: Product) -> None:
             lines = control.makefile("rwb")
             lines.readline()
 
-            def command(name: str, **arguments: object) -> dict[str, object]:
-                lines.write(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
+            def command(execute: str, **arguments: object) -> dict[str, object]:
+                lines.write(json.dumps({"execute": execute, "arguments": arguments}).encode() + b"\n")
                 lines.flush()
                 return dict(json.loads(lines.readline()))
 

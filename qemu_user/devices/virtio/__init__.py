@@ -10,6 +10,7 @@ from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.devices.virtio.p9 import VirtioP9
 from qemu_user.devices.virtio.rng import VirtioRng
+from qemu_user.devices.virtio.vsock import VirtioVsock
 
 DEVICES: dict[str, type[VirtioDevice]] = {
     "blk": VirtioBlk,
@@ -17,4 +18,5 @@ DEVICES: dict[str, type[VirtioDevice]] = {
     "serial": VirtioConsole,
     "rng": VirtioRng,
     "9p": VirtioP9,
+    "vsock": VirtioVsock,
 }
