@@ -11,11 +11,16 @@ import argparse
 import gc
 import logging
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvmcore.server import runtime_dir
 from kvmcore.vm.accelerator import ACCELERATORS, TRANSLATOR
 from protocol.abi.compat import Compat
 from protocol.channel import fd_passing
+
+if TYPE_CHECKING:
+    from kvmcore.server.remote import Remote
 
 _DESCRIPTION = """\
 The kvmcore daemon: KVM for RISC-V guests, as ordinary processes. Clients (softkvm run, python -m qemu_user) speak the
@@ -31,8 +36,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--listen",
         metavar="ENDPOINT",
-        help=f"ipc:///path/to/socket (default: {runtime_dir.default_endpoint()})",
+        action="append",
+        default=[],
+        help=f"ipc:///path/to/socket (default: {runtime_dir.default_endpoint()}), and tcp://ADDRESS:PORT as well",
     )
+    made.add_argument("--key", metavar="FILE", type=Path, help="our secret key, for tcp (default: softkvm host keys shows it)")
+    made.add_argument("--peers", metavar="DIR", type=Path, help="public keys that may come in over tcp (default: keys/peers)")
     made.add_argument(
         "--idle-timeout",
         metavar="SECONDS",
@@ -58,12 +67,30 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _path_of(endpoint: str) -> str:
-    """The path in ipc://PATH; SystemExit(2) with a message otherwise."""
-    scheme, separator, path = endpoint.partition("://")
-    if scheme != "ipc" or not separator or not path:
-        parser().error(f"--listen {endpoint}: give ipc:///path/to/socket")
-    return path
+def _endpoints(given: list[str]) -> tuple[str, str]:
+    """(path of the Unix socket, tcp endpoint or ""); SystemExit(2) with a message for anything else."""
+    paths = [endpoint.removeprefix("ipc://") for endpoint in given if endpoint.startswith("ipc://")]
+    remote = [endpoint for endpoint in given if endpoint.startswith("tcp://")]
+    for endpoint in given:
+        scheme, separator, rest = endpoint.partition("://")
+        port = rest.rpartition(":")[2]
+        if scheme not in ("ipc", "tcp") or not separator or not rest or (scheme == "tcp" and not port.isdigit()):
+            parser().error(f"--listen {endpoint}: give ipc:///path/to/socket or tcp://ADDRESS:PORT")
+    if len(paths) > 1 or len(remote) > 1:
+        parser().error("--listen: one ipc:// and one tcp:// endpoint at most")
+    return (paths or [runtime_dir.default_endpoint().removeprefix("ipc://")])[0], "".join(remote)
+
+
+def _remote(endpoint: str, arguments: argparse.Namespace) -> Remote:
+    """Keys for tcp. KeyFileError; SystemExit(2) if nobody could come in."""
+    from kvmcore.server.remote import Remote
+    from protocol.channel import keys
+
+    peers = keys.trusted(arguments.peers)
+    if not peers:
+        where = arguments.peers or keys.folder() / "peers"
+        parser().error(f"--listen {endpoint}: no public key in {where}, so nobody could connect")
+    return Remote(endpoint, keys.own(arguments.key), frozenset(key.decode() for key in peers.values()))
 
 
 def main() -> int:
@@ -73,8 +100,7 @@ def main() -> int:
         format="%(asctime)s %(name)s[%(process)d]: %(message)s",
         level=logging.INFO if arguments.verbose else logging.WARNING,
     )
-    endpoint = arguments.listen or runtime_dir.default_endpoint()
-    path = _path_of(endpoint)
+    path, tcp = _endpoints(arguments.listen)
     try:
         listener = runtime_dir.listen(path)
         private = runtime_dir.PrivateDirectory(path)
@@ -96,10 +122,21 @@ def main() -> int:
     gc.freeze()
     start_zygote(theirs, private, path, drop_ours)
     theirs.close()
-    options = Options(
-        path, Compat(arguments.compat), arguments.accel, arguments.idle_timeout, arguments.ready_fd
-    )
-    Daemon(options, listener, private, ours).serve()
+    from protocol.channel.keys import KeyFileError  # ZeroMQ, so only after the fork
+
+    try:
+        remote = _remote(tcp, arguments) if tcp else None
+        options = Options(
+            path, Compat(arguments.compat), arguments.accel, arguments.idle_timeout, arguments.ready_fd, remote
+        )
+        daemon = Daemon(options, listener, private, ours)
+    except KeyFileError as error:
+        print(f"kvmcore: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # zmq.ZMQError is one
+        print(f"kvmcore: cannot listen on {tcp or path}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    daemon.serve()
     return 0
 
 

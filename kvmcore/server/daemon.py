@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EINVAL, EIO, EMFILE
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kvmcore.server import requests, runtime_dir
 from kvmcore.server.acceptor import Acceptor, Connection, Refused
@@ -35,6 +36,9 @@ from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing
 from protocol.codec.session import Message
 
+if TYPE_CHECKING:
+    from kvmcore.server.remote import Remote, RemoteDoor
+
 log = logging.getLogger("kvmcore.daemon")
 
 MAX_NAME = 64
@@ -49,6 +53,7 @@ class Options:
     accel: str = TRANSLATOR
     idle_timeout: float = 0.0
     ready_fd: int = -1
+    remote: Remote | None = None
 
 
 @dataclass(eq=False)
@@ -112,12 +117,31 @@ class Daemon:
         self._socket = zmq_socket.router(self._context, self._endpoint)
         self._router = Router(self._loop, self._socket, self._incarnation, self._sessions, self._quotas)
         self._acceptor = Acceptor(self._loop, listener, self, limit=self._quotas.sessions)
+        self._door = self._open_door(options.remote) if options.remote is not None else None
         self._loop.add_reader(zygote.fileno(), self._zygote_is_gone)
         self._wake_on_signals()
+
+    def _open_door(self, wanted: Remote) -> RemoteDoor:
+        """Listen on tcp as well. zmq.ZMQError."""
+        from kvmcore.server.remote import RemoteDoor, greet, watch_leases
+        from kvmcore.server.router import Router
+
+        door = RemoteDoor(self._context, wanted.endpoint, wanted.curve, wanted.peers)
+        router = Router(self._loop, door.socket, self._incarnation, self._sessions, self._quotas)
+        router.on_hello = greet(self._hello_over_tcp)
+        watch_leases(self._loop, self._sessions.values, self.close_session)
+        return door
+
+    def _hello_over_tcp(self, key: str, wishes: dict[str, object]) -> dict[str, object]:
+        assert self._door is not None
+        session = self.open_session(Peer(key=key), wishes)
+        return self.describe(session, self._door.endpoint)
 
     def serve(self) -> None:
         """Until SIGTERM, SIGINT, or the idle timeout."""
         log.info("listening on %s", self._options.path)
+        if self._door is not None:
+            log.info("listening on %s", self._door.endpoint)
         if self._options.ready_fd >= 0:
             os.write(self._options.ready_fd, b"ready\n")
             os.close(self._options.ready_fd)
@@ -128,6 +152,8 @@ class Daemon:
     def _close(self) -> None:
         self._acceptor.close()
         self._socket.close(linger=0)
+        if self._door is not None:
+            self._door.close()
         self._context.term()
         self._zygote.close()  # the zygote kills the VM processes that are left
         runtime_dir.remove_listener(self._options.path)
@@ -204,6 +230,7 @@ class Daemon:
             compat=session.compat.value,
             accel=accel,
             translator=self._translator.path if accel == TRANSLATOR else "",
+            **self._remote_order(session),
             incarnation=self._incarnation,
             door=self._private.name("d"),
             router=self._private.name("v"),
@@ -227,6 +254,14 @@ class Daemon:
         self._loop.add_reader(ours.fileno(), lambda: self._vm_says(vm))
         return Deferred()
 
+    def _remote_order(self, session: ClientSession) -> dict[str, Any]:
+        """What a VM of a session over tcp needs to listen for its owner."""
+        remote = self._options.remote
+        if not session.peer.key or remote is None:
+            return {}
+        pair = (remote.curve.public.decode(), remote.curve.secret.decode())
+        return {"remote": f"tcp://{remote.host}:*", "server_key": pair}
+
     def _vm_says(self, vm: VmRecord) -> None:
         """A packet of a VM process: ready, attached; or its end."""
         try:
@@ -244,7 +279,8 @@ class Daemon:
             vm.attached = True
         elif vm.ticket is not None and len(fds) == 1:
             vm.pid, vm.pidfd = int(news["pid"]), fds[0]
-            extra = {"door": vm.order.door, "router": f"ipc://{vm.order.router}", "pid": vm.pid}
+            vm.attached = bool(vm.order.remote)  # then it looks after its owner's lease itself
+            extra = {"door": vm.order.door, "router": news.get("router") or f"ipc://{vm.order.router}", "pid": vm.pid}
             ticket, vm.ticket = vm.ticket, None
             log.info("VM process %d %s for %s", vm.pid, vm.order.name, vm.session.peer)
             ticket.answer(int(news["handle"]), json.dumps(extra).encode())

@@ -60,6 +60,11 @@ class ClientSession:
         """The client has shown that it lives (tcp: its lease is renewed)."""
         self.last_seen = time.monotonic()
 
+    @property
+    def silent_for(self) -> float:
+        """Seconds since seen()."""
+        return time.monotonic() - self.last_seen
+
     # -- kvmcore.vm.objects.Session ---------------------------------------------------------------------------
 
     def install(self, handle: Handle) -> int:

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from errno import EIO, EPERM
+from typing import TYPE_CHECKING
 
 from kvmcore.server import process, runtime_dir
 from kvmcore.server.acceptor import Acceptor, Connection, Refused
@@ -24,6 +25,9 @@ from kvmcore.vm.vm import Vm
 from protocol.abi.compat import Compat
 from protocol.channel import fd_passing
 from protocol.codec.session import Message
+
+if TYPE_CHECKING:
+    from kvmcore.server.remote import RemoteDoor
 
 log = logging.getLogger("kvmcore.vm")
 
@@ -60,7 +64,8 @@ class VmProcess:
         self._files = [order.door, order.router]
         self._acceptor = Acceptor(self._loop, runtime_dir.bind_inside(order.door), self, limit=8)
         self._context = zmq_socket.context()
-        self._socket = zmq_socket.router(self._context, f"ipc://{order.router}")
+        self._door = self._open_door() if order.remote else None
+        self._socket = self._door.socket if self._door else zmq_socket.router(self._context, f"ipc://{order.router}")
         sessions = {self._session.id: self._session}
         self._router = Router(self._loop, self._socket, order.incarnation, sessions, quotas)
         self._vm = Vm(self._session, self._loop, name=order.name, accel=order.accel, translator=order.translator)
@@ -74,10 +79,26 @@ class VmProcess:
     def run(self) -> None:
         """Say that we are ready, then serve until the end."""
         pidfd = os.pidfd_open(os.getpid())
-        ready = {"handle": self._number, "pid": os.getpid()}
+        ready: dict[str, object] = {"handle": self._number, "pid": os.getpid()}
+        if self._door is not None:
+            ready["router"] = self._door.endpoint
         fd_passing.send(self._control, json.dumps(ready).encode(), [pidfd])
         os.close(pidfd)
         self._loop.run()
+
+    def _open_door(self) -> RemoteDoor:
+        """The owner is on another machine: nobody but its key gets in, and it is there as long as it says so."""
+        from kvmcore.server.remote import RemoteDoor, watch_leases
+        from protocol.channel.zmq_socket import Curve
+
+        public, secret = (word.encode() for word in self._order.server_key)
+        watch_leases(self._loop, lambda: [self._session], lambda session: self._lease_is_over())
+        return RemoteDoor(self._context, self._order.remote, Curve(public, secret), [self._order.key])
+
+    def _lease_is_over(self) -> None:
+        log.info("VM %s: its owner, %s, is gone", self._order.name or self._number, self._session.peer)
+        self._session.close()
+        self._end()
 
     # -- DoorOwner --------------------------------------------------------------------------------------------
 
@@ -125,6 +146,8 @@ class VmProcess:
         for vcpu in self._vm.vcpus:
             vcpu.join(_JOIN_SECONDS)
         self._socket.close(linger=100)  # the reply to the CLOSE that ended the VM may be on its way
+        if self._door is not None:
+            self._door.close()
         self._context.term()
         for path in self._files:
             try:

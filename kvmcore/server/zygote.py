@@ -40,7 +40,10 @@ class VmOrder:
     incarnation: int
     door: str
     router: str
-    allowed_host: str = ""
+    remote: str = ""
+    """tcp://HOST:* where a VM of a session over tcp listens, else empty."""
+    server_key: tuple[str, str] = ("", "")
+    """Then: the server's CURVE pair, public and secret."""
     translator: str = ""
 
     def encode(self) -> bytes:

@@ -10,8 +10,10 @@ from errno import EINVAL
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
+from protocol.channel.zmq_socket import Curve
 from protocol.client.handle import Handle
 from protocol.client.link import Link
+from protocol.client.remote import RemoteLink
 from protocol.client.vm import Vm
 
 _IPC = "ipc://"
@@ -23,11 +25,24 @@ class Kvm(Handle):
     kind = "system"
 
     @classmethod
-    def open(cls, endpoint: str, *, name: str = "", compat: Compat | None = None) -> Kvm:
-        """A session at `ipc://PATH`. `name` is what the VM's process is called. KvmError."""
-        if not endpoint.startswith(_IPC):
-            raise KvmError(EINVAL, "open", f"{endpoint}: expected ipc://PATH")
+    def open(cls, endpoint: str, *, name: str = "", compat: Compat | None = None, curve: Curve | None = None) -> Kvm:
+        """A session at ipc://PATH or tcp://HOST:PORT. `name` is what the VM's process is called. KvmError.
+
+        tcp needs `curve`: our key pair, and the server's public key. Memory and kvm_run are shared over ipc only.
+        """
         body = {"name": name[:64], **({"compat": compat.value} if compat is not None else {})}
+        if endpoint.startswith("tcp://"):
+            if curve is None or not curve.server:
+                raise KvmError(EINVAL, "open", f"{endpoint}: tcp needs a key pair and the server's public key")
+            remote = RemoteLink(endpoint, curve)
+            try:
+                remote.hello(body, "open")
+            except BaseException:
+                remote.close()
+                raise
+            return cls(remote, remote.channel(), int(remote.welcome["handle"]))
+        if not endpoint.startswith(_IPC):
+            raise KvmError(EINVAL, "open", f"{endpoint}: expected ipc://PATH or tcp://HOST:PORT")
         link = Link(endpoint[len(_IPC) :], body, "open")
         link.session = bytes.fromhex(link.welcome["session"])
         link.incarnation = int(link.welcome["incarnation"])
@@ -49,6 +64,10 @@ class Kvm(Handle):
         """A VM, in a process of its own."""
         reply = self.channel.request(self.number, BY_NAME["CREATE_VM"].number, type, name="CREATE_VM")
         place = json.loads(reply.extra)
+        if isinstance(self.link, RemoteLink):
+            other = self.link.elsewhere(int(place["router"].rpartition(":")[2]))
+            other.join(self.link.session, self.link.incarnation)
+            return Vm(other, other.channel(), reply.ret, int(place["pid"]))
         link = Link(place["door"], {"session": self.link.session.hex()}, "CREATE_VM")
         link.session, link.incarnation = self.link.session, self.link.incarnation
         return Vm(link, link.channel(), reply.ret, int(place["pid"]))

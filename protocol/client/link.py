@@ -20,6 +20,7 @@ import zmq
 
 from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing, zmq_socket
+from protocol.channel.zmq_socket import Curve
 from protocol.codec import envelope
 from protocol.codec import session as session_codec
 from protocol.codec.envelope import Copy, Reply, Request
@@ -45,8 +46,8 @@ _context_pid = [0]
 class Channel:
     """One DEALER, one request at a time."""
 
-    def __init__(self, link: Link, endpoint: str) -> None:
-        self._link, self._endpoint = link, endpoint
+    def __init__(self, link: Link, endpoint: str, curve: Curve | None = None) -> None:
+        self._link, self._endpoint, self._curve = link, endpoint, curve
         self._socket: zmq.Socket[bytes] | None = None
         self._lock = threading.Lock()
         self._sequence = itertools.count(1)
@@ -83,7 +84,7 @@ class Channel:
         if reply.errno:
             reason = reply.extra.decode(errors="replace") if not flags & envelope.FLAG_INLINE_PAGE else ""
             error = KvmError(reply.errno, name, reason)
-            error.copies = reply.copies  # type: ignore[attr-defined]
+            error.copies, error.extra = reply.copies, reply.extra  # type: ignore[attr-defined]
             raise error
         return reply
 
@@ -93,7 +94,7 @@ class Channel:
         if not self._link.alive:
             raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
         if self._socket is None:
-            self._socket = zmq_socket.dealer(shared_context(), self._endpoint)
+            self._socket = zmq_socket.dealer(shared_context(), self._endpoint, self._curve)
         try:
             while not self._socket.poll(_LOOK_MS, zmq.POLLOUT):  # a socket without a peer takes nothing
                 if not self._link.alive:
@@ -119,6 +120,9 @@ class Channel:
 
 class Link:
     """The session's Unix socket with one server process; SCM_RIGHTS and sign of life."""
+
+    local = True
+    """Whether memory and descriptors can be shared with the server (remote.py's cannot)."""
 
     def __init__(self, path: str, body: dict[str, Any], name: str) -> None:
         """Connect and say hello. KvmError with the errno of connect(2) or of the refusal."""

@@ -16,7 +16,7 @@ from protocol.channel.shared_memory import PROT_EXEC, Mapping, create_memfd
 from protocol.client.handle import ARGUMENT, POINTEE, Handle
 from protocol.client.link import Channel, Link
 from protocol.codec import control
-from protocol.codec.envelope import COPY_IN, Copy
+from protocol.codec.envelope import COPY_IN, FLAG_INLINE_PAGE, Copy
 from protocol.codec.session import Op
 
 
@@ -30,7 +30,10 @@ class Vcpu(Handle):
         super().__init__(link, link.channel(), number)
         self.id = vcpu_id
         self._control = control
-        fds = link.say(Op.SHARE, "mmap", number)
+        if link.local:
+            fds = link.say(Op.SHARE, "mmap", number)
+        else:
+            fds = [create_memfd("kvm-run", run_page.PAGE), create_memfd("kvm-ring", run_page.PAGE)]
         try:
             self._mapping = Mapping([(fd, 0, run_page.PAGE) for fd in fds[:2]])
         finally:
@@ -71,6 +74,8 @@ class Vcpu(Handle):
         or ECONNRESET when the VM's process is gone.
         """
         self.link.check_owner("RUN")
+        if not self.link.local:
+            return self._run_by_message()
         doorbell = self.doorbell
         sequence = doorbell.request()
         while (answer := doorbell.wait_reply(sequence)) is None:
@@ -81,6 +86,26 @@ class Vcpu(Handle):
             raise KvmError(errno, "RUN")
         reason: int = run_page.U32.unpack_from(self.run_page, run_page.EXIT_REASON)[0]
         return reason
+
+    def _run_by_message(self) -> int:
+        """KVM_RUN without shared memory: the page's head goes along and comes back, the coalesced ring if it has entries."""
+        head = bytes(self.run_page[: run_page.SYNC_REGS])
+        number = BY_NAME["RUN"].number
+        try:
+            reply = self.channel.request(self.number, number, 0, name="RUN", payload=head, flags=FLAG_INLINE_PAGE)
+        except KvmError as error:
+            self._take_page(getattr(error, "extra", b""))
+            raise
+        self._take_page(reply.extra)
+        reason: int = run_page.U32.unpack_from(self.run_page, run_page.EXIT_REASON)[0]
+        return reason
+
+    def _take_page(self, extra: bytes) -> None:
+        head, ring = extra[: run_page.SYNC_REGS], extra[run_page.SYNC_REGS :]
+        self.run_page[: len(head)] = head
+        if ring:
+            at = run_page.COALESCED_RING
+            self.run_page[at : at + len(ring)] = ring
 
     def get_one_reg(self, register: int) -> int:
         """A register's value (sizes up to 8 bytes as a number)."""

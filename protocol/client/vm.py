@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterable
+from errno import EOPNOTSUPP
 
 from protocol.abi import structs
+from protocol.abi.errors import KvmError
 from protocol.client.device import Device
 from protocol.client.handle import POINTEE, Handle
 from protocol.client.link import Channel, Link
@@ -18,18 +20,20 @@ _NO_FD = 0xFFFFFFFF
 
 
 class GuestMemfd(Handle):
-    """Guest memory owned by kvmcore. `fd` is its memfd here, ours until close()."""
+    """Guest memory owned by kvmcore. `fd` is its memfd here, ours until close(); -1 over tcp, where nothing is shared."""
 
     kind = "file"
 
     def __init__(self, link: Link, channel: Channel, number: int, size: int) -> None:
         super().__init__(link, channel, number)
         self.size = size
-        fds = link.say(Op.SHARE, "mmap", number)
+        fds = link.say(Op.SHARE, "mmap", number) if link.local else []
         self.fd = fds[0] if fds else -1
 
     def map(self) -> mmap.mmap:
-        """The memory, shared and writable."""
+        """The memory, shared and writable. KvmError(EOPNOTSUPP) over tcp: there read_gpa and write_gpa do."""
+        if self.fd < 0:
+            raise KvmError(EOPNOTSUPP, "mmap", "guest memory is not shared over tcp; use read_gpa and write_gpa")
         return mmap.mmap(self.fd, self.size)
 
     def close(self) -> None:
@@ -143,8 +147,9 @@ class Vm(Handle):
 
     def kick(self, vcpu: Vcpu) -> None:
         """Make the vCPU's KVM_RUN return EINTR: the one that runs, or else the next one. Any thread."""
-        vcpu.doorbell.set_kick()
-        self.channel.request(vcpu.number, control.KICK, 0, name="KICK")
+        if self.link.local:
+            vcpu.doorbell.set_kick()
+        self.channel.request(vcpu.number, control.KICK, int(not self.link.local), name="KICK")
 
     def create_device(self, type: int, flags: int = 0) -> Device:
         """An in-kernel device (11: AIA)."""

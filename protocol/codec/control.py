@@ -39,6 +39,9 @@ SET_STATE = _BASE | 10
 """The same for KVM_SET_ONE_REG and KVM_SET_DEVICE_ATTR. Payload: (u64 key, u64 value) each. Done in order, up to the first
 that fails; the reason names it."""
 
+LEASE_SECONDS = 15.0
+"""A tcp session that has not said PING for so long is over."""
+
 LENGTH = struct.Struct("<I")
 MAX_STATE = 8192
 """Keys in one message."""

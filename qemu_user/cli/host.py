@@ -29,9 +29,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from protocol.channel import keys
     from qemu_user.cli.vm import fail
     from qemu_user.management.registry import made_runtime_directory
-    from qemu_user.migration import keys
     from qemu_user.migration.host import Host, HostError, default_listen
 
     listen = options.listen or default_listen(made_runtime_directory())
@@ -54,8 +54,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _keys(options: argparse.Namespace) -> int:
+    from protocol.channel import keys
     from qemu_user.cli.vm import fail
-    from qemu_user.migration import keys
 
     try:
         own = keys.own()

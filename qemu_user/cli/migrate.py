@@ -10,8 +10,8 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 def main(arguments: list[str]) -> int:
     """0 when it runs there; 1 when it goes on here."""
+    from protocol.channel import keys
     from qemu_user.cli.vm import VerbError, connect, fail, on, wait_for_job
-    from qemu_user.migration import keys
 
     parser = argparse.ArgumentParser(prog="softkvm migrate", description="Hand a VM over to another host, while it runs.")
     parser.add_argument("name")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from protocol.channel import keys
 from protocol.channel.zmq_socket import Curve
 from qemu_user.machine.machine import PAUSED, RUNNING, Machine
 from qemu_user.management.commands.command import Arguments, Command, CommandError, Result
 from qemu_user.migration import job as jobs
-from qemu_user.migration import keys
 from qemu_user.migration.connect import connect
 from qemu_user.migration.source import Options, Outgoing
 

@@ -1,7 +1,7 @@
-"""CURVE keys of migration between machines: our own pair, and whose public keys we trust.
+"""CURVE keys for what goes over tcp, sessions and migration: our own pair, and whose public keys we trust.
 
 Files are ZeroMQ certificates (zmq.auth). $XDG_CONFIG_HOME/softkvm/keys holds `host.key_secret` and `host.key`, made when
-first needed; peers/*.key are the public keys of hosts that may send us VMs and to which we send.
+first needed; peers/*.key are the public keys of hosts that may use ours, send us VMs, and to which we send.
 """
 
 from __future__ import annotations
