@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from errno import EOPNOTSUPP
+from errno import ECONNREFUSED, ECONNRESET, EOPNOTSUPP
 from typing import Any
 
 from protocol.abi.errors import KvmError
@@ -21,6 +21,7 @@ from protocol.codec import control
 from protocol.codec.session import Op
 
 _PING_SECONDS = control.LEASE_SECONDS / 4
+_ANSWER_SECONDS, _GOODBYE_SECONDS = 5.0, 1.0
 
 
 class RemoteLink(Link):
@@ -36,19 +37,26 @@ class RemoteLink(Link):
         self.closed = False
         self.session, self.incarnation = b"", 0
         self.welcome: dict[str, Any] = {}
-        self._heard = time.monotonic()
+        self._until = time.monotonic() + _ANSWER_SECONDS
         self._over = threading.Event()
         self._pinger: Channel | None = None
 
     def hello(self, body: dict[str, Any], name: str) -> None:
         """Open a session. KvmError: refused, or nobody answers there that has this key."""
-        reply = self._channel().request(0, control.HELLO, name=name, payload=json.dumps(body).encode())
+        try:
+            reply = self._channel().request(0, control.HELLO, name=name, payload=json.dumps(body).encode())
+        except KvmError as error:
+            if error.errno != ECONNRESET:
+                raise
+            reason = f"{self._endpoint} does not answer: is kvmcore there, is its key right, does it know our key?"
+            raise KvmError(ECONNREFUSED, name, reason) from error
         self.welcome = json.loads(reply.extra)
         self.join(bytes.fromhex(self.welcome["session"]), int(self.welcome["incarnation"]))
 
     def join(self, session: bytes, incarnation: int) -> None:
         """Go on with a session that is open; PINGs begin."""
         self.session, self.incarnation = session, incarnation
+        self._until = time.monotonic() + control.LEASE_SECONDS
         self._pinger = self._channel()
         threading.Thread(target=self._ping_for_ever, name="kvm-ping", daemon=True).start()
 
@@ -58,15 +66,15 @@ class RemoteLink(Link):
             try:
                 self._pinger.request(0, control.PING, name="PING")
             except KvmError:
-                if self.closed or time.monotonic() - self._heard > control.LEASE_SECONDS:
+                if not self.alive:
                     return
                 continue
-            self._heard = time.monotonic()
+            self._until = time.monotonic() + control.LEASE_SECONDS
 
     @property
     def alive(self) -> bool:
         """Whether the server has answered within the lease."""
-        return not self.closed and time.monotonic() - self._heard <= control.LEASE_SECONDS
+        return not self.closed and time.monotonic() <= self._until
 
     def _channel(self) -> Channel:
         made = Channel(self, self._endpoint, self._curve)
@@ -95,6 +103,7 @@ class RemoteLink(Link):
         if self.closed:
             return
         self._over.set()
+        self._until = min(self._until, time.monotonic() + _GOODBYE_SECONDS)
         if self.session and self.alive:
             with contextlib.suppress(KvmError):  # it is over there already
                 self._channel().request(0, control.GOODBYE, name="close")

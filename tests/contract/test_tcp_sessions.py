@@ -128,7 +128,7 @@ def test_an_unknown_key_gets_nothing(place: Place) -> None:
         sock.connect(place.endpoint)
         sock.send(b"anything")
         assert not sock.poll(1500)
-    with pytest.raises(KvmError):
+    with pytest.raises(KvmError, match="does it know our key"):
         place.open("stranger")
     kvm = place.open()
     assert kvm.api_version() == 12
@@ -172,6 +172,7 @@ time.sleep(1000)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_client_is_known_by_its_silence(place: Place) -> None:
     command = [sys.executable, "-c", CLIENT, place.endpoint, str(place.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as client:
