@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "template": ("template", "golden VMs, of which others are made"),
     "migrate": ("migrate", "hand a VM over to another host, while it runs"),
     "host": ("host", "take VMs in that others hand over; keys for that"),
+    "bench": ("bench", "measure what softkvm promises"),
     "images": ("images", "list images in the cache"),
     "pull": ("pull", "fetch and build an image"),
 }

@@ -146,8 +146,10 @@ class Interrupts(Protocol):
     def check(self, state: AiaState) -> None:
         """StateError unless restore() can take `state`."""
 
-    def restore(self, state: AiaState) -> None:
-        """Become what the checked `state` says. To be called when the devices have set their lines. StateError."""
+    def restore(self, state: AiaState, before: AiaState | None = None) -> None:
+        """Become what the checked `state` says. To be called when the devices have set their lines.
+        `before`: what it has become already. StateError.
+        """
 
     def close(self) -> None:
         """Give descriptors back."""
@@ -263,13 +265,15 @@ class AiaInterrupts:
             require(len(imsic) == len(_IMSIC_REGISTERS), "aia: wrong number of IMSIC registers")
             require(all(0 <= value < 1 << 64 for value in imsic), "aia: an IMSIC register out of range")
 
-    def restore(self, state: AiaState) -> None:
+    def restore(self, state: AiaState, before: AiaState | None = None) -> None:
         everything = [0xFFFFFFFF] * _WORDS
         # With the domain off nothing is delivered while sources take their modes and lines.
         parts = [
             (_DOMAINCFG, [0]), (_SOURCECFG, state.sourcecfg), (_TARGET, state.target), (_CLRIP, everything),
             (_SETIP, state.pending), (_CLRIE, everything), (_SETIE, state.enabled), (_DOMAINCFG, [state.domaincfg]),
         ]  # fmt: skip
+        if before is not None and (before.sourcecfg, before.target) == (state.sourcecfg, state.target):
+            del parts[1:3]
         values = [
             (*key, value)
             for cpu, imsic in enumerate(state.imsics)
@@ -324,7 +328,7 @@ class PlicInterrupts:
     def check(self, state: AiaState) -> None:
         raise StateError("the saved machine has an AIA, this one a PLIC")
 
-    def restore(self, state: AiaState) -> None:
+    def restore(self, state: AiaState, before: AiaState | None = None) -> None:
         self.check(state)
 
     def close(self) -> None:

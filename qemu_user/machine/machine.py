@@ -254,10 +254,10 @@ class Machine:
         with self._life:
             if self.status in (PRELAUNCH, PAUSED, INMIGRATE):
                 was, self.status = self.status, RUNNING
+                self._gate.open()
                 if was != PRELAUNCH:
                     for transport in self.parts.transports:
                         transport.resume()
-                self._gate.open()
                 self._tell("RESUME")
 
     def pause(self) -> None:

@@ -7,6 +7,7 @@ Used by migration/machine_state.py. Knows no register by meaning but those that 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 from protocol.abi import structs_riscv as riscv
 from protocol.abi.errors import KvmError
@@ -35,7 +36,7 @@ class VcpuState(State, frozen=True, tag="vcpu", kw_only=True):
 
 def save(vcpu: Vcpu) -> VcpuState:
     """The state of a parked vCPU. KvmError."""
-    ids = [register for register in vcpu.get_reg_list() if register & _MASK != _TIME & _MASK]
+    ids = _registers(vcpu)
     registers = []
     for register, value in zip(ids, vcpu.get_registers(ids), strict=True):
         # What an interrupt controller holds up is its own state; stored here it could never fall again.
@@ -44,13 +45,25 @@ def save(vcpu: Vcpu) -> VcpuState:
     return VcpuState(index=vcpu.id, mp_state=vcpu.get_mp_state(), registers=registers)
 
 
+_known: WeakKeyDictionary[Vcpu, list[int]] = WeakKeyDictionary()
+
+
+def _registers(vcpu: Vcpu) -> list[int]:
+    """The registers that are a vCPU's state. Asked once: the list is its configuration's, which does not change."""
+    found = _known.get(vcpu)
+    if found is None:
+        found = [register for register in vcpu.get_reg_list() if register & _MASK != _TIME & _MASK]
+        _known[vcpu] = found
+    return found
+
+
 def check(state: VcpuState, vcpu: Vcpu) -> None:
     """StateError unless restore() can take `state`: a register that this host lacks, or one that it has and the
     state lacks."""
     where = f"CPU {state.index}"
     require(state.mp_state in (MP_STATE_RUNNABLE, MP_STATE_STOPPED), f"{where}: mp_state {state.mp_state}")
     require(len(state.registers) <= MAX_REGISTERS, f"{where}: too many registers")
-    ours = {register & ~(0xF << 60) for register in vcpu.get_reg_list()} - {_TIME & ~(0xF << 60)}
+    ours = {register & ~(0xF << 60) for register in _registers(vcpu)}
     theirs = {register for register, _ in state.registers}
     for register, value in state.registers:
         require(register in ours, f"{where}: register {register:#x} does not exist on this host")
@@ -59,13 +72,15 @@ def check(state: VcpuState, vcpu: Vcpu) -> None:
     require(not missing, f"{where}: registers missing, the first {missing[0] if missing else 0:#x}")
 
 
-def restore(state: VcpuState, vcpu: Vcpu) -> None:
-    """Write a checked state into a vCPU that has not run. StateError: a value that this host refuses (an ISA
-    extension that it does not have, say)."""
-    wanted = [(register | riscv.ARCH_RISCV, value) for register, value in state.registers]
+def restore(state: VcpuState, vcpu: Vcpu, before: VcpuState | None = None) -> None:
+    """Write a checked state into a vCPU that has not run; one that was restored `before` needs only what differs.
+    StateError: a value that this host refuses (an ISA extension that it does not have, say)."""
+    same = set(before.registers) if before is not None else set()
+    wanted = [(pair[0] | riscv.ARCH_RISCV, pair[1]) for pair in state.registers if pair not in same]
     try:
         # A timer that is off is how a new vCPU has it, and cannot be said (KVM_ABI 1.11).
         vcpu.set_registers([pair for pair in wanted if pair != (_TIMER_STATE, 0)])
     except KvmError as error:
         raise StateError(f"CPU {state.index}: {error}") from error
-    vcpu.set_mp_state(state.mp_state)
+    if before is None or before.mp_state != state.mp_state:
+        vcpu.set_mp_state(state.mp_state)

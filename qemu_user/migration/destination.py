@@ -90,17 +90,21 @@ class Incoming:
     def _run(self) -> Instance:
         hello = self._hear_hello()
         steps.reached("destination:hello", self._channel.cut)
-        instance = self._instance = self._build(hello)
+        instance, trial = self._build(hello)
         steps.reached("destination:built", self._channel.cut, instance.machine.vm.pid)
         self._journal = Journal(instance.config.uuid, "destination")
-        accept = Accept(features=self._features, journal=str(self._journal.path))
-        self._channel.send(messages.ACCEPT, payload=messages.encode(accept))
-        state = self._take_volumes(instance.machine, hello)
-        checked = machine_state.check(instance.machine, sections.decode(state))
-        if checked.machine.generation != hello.generation:
-            raise Refused(f"generation {checked.machine.generation} where {hello.generation} was announced")
         with instance.machine.standing(), self._all_or_nothing(instance.machine):
-            machine_state.restore(instance.machine, checked)
+            # Most of it stays so, and need not be done while the guest stands.
+            machine_state.restore(instance.machine, trial)
+            for transport in instance.machine.parts.transports:
+                transport.rehearse()
+            accept = Accept(features=self._features, journal=str(self._journal.path))
+            self._channel.send(messages.ACCEPT, payload=messages.encode(accept))
+            state = self._take_volumes(instance.machine, hello)
+            checked = machine_state.check(instance.machine, sections.decode(state))
+            if checked.machine.generation != hello.generation:
+                raise Refused(f"generation {checked.machine.generation} where {hello.generation} was announced")
+            machine_state.restore(instance.machine, checked, trial)
             self._lock_disks(instance.machine)
             self._journal.write(journals.PREPARED, hello.generation)
             steps.reached("destination:prepared", self._channel.cut)
@@ -149,7 +153,8 @@ class Incoming:
             raise Refused(f"it speaks version {hello.protocol} of the migration protocol, this host {messages.PROTOCOL}")
         return hello
 
-    def _build(self, hello: Hello) -> Instance:
+    def _build(self, hello: Hello) -> tuple[Instance, machine_state.Checked]:
+        """The machine that is announced, and its trial state. Refused and what start() and check() raise."""
         state = sections.decode(hello.state)
         config = for_background(machine_state.read_config(state), hello.name).validate(files=False)
         if not config.uuid:
@@ -167,8 +172,7 @@ class Incoming:
         instance = Instance(config, self._endpoint, provisional=True)
         self._instance = instance
         instance.start(arriving=True, lock_disks=False, ram_fd=ram_fd)
-        machine_state.check(instance.machine, state)
-        return instance
+        return instance, machine_state.check(instance.machine, state)
 
     def _memory(self, config: MachineConfig, hello: Hello) -> int:
         if not self._channel.fds or "memory-fd" not in hello.features:

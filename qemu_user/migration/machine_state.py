@@ -125,14 +125,16 @@ def check(machine: Machine, sections: Mapping[str, Section]) -> Checked:
     return Checked(own, vcpus, aia, devices)
 
 
-def restore(machine: Machine, checked: Checked) -> None:
-    """Become it. The machine stands and has not run; its memory is in place. StateError."""
-    for vcpu, state in zip(machine.vcpus, checked.vcpus, strict=True):
-        vcpu_state.restore(state, vcpu)
+def restore(machine: Machine, checked: Checked, before: Checked | None = None) -> None:
+    """Become it. The machine stands and has not run; its memory is in place. `before`: an earlier state of the same VM
+    that it has become already, while there was time. StateError.
+    """
+    for index, (vcpu, state) in enumerate(zip(machine.vcpus, checked.vcpus, strict=True)):
+        vcpu_state.restore(state, vcpu, before.vcpus[index] if before is not None else None)
     for device, saved in zip(machine.parts.devices, checked.devices, strict=True):
         device.restore(saved)
     if checked.aia is not None:
-        machine.interrupts.restore(checked.aia)
+        machine.interrupts.restore(checked.aia, before.aia if before is not None else None)
     away = time.time() - checked.machine.taken
     ticks = int(away * checked.machine.frequency) if 0 < away < _LONGEST_ABSENCE else 0
     machine.vcpus[0].set_one_reg(riscv.TIMER_ID["time"], checked.machine.time + ticks)

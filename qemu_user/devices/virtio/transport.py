@@ -208,6 +208,10 @@ class VirtioTransport:
     def serve_later(self, index: int) -> None:
         self.defer(lambda: self.kicked(index))
 
+    def rehearse(self) -> None:
+        """The machine has been given a state that it will not run from: what its interrupts need is set up now."""
+        self._wires.repeat()
+
     def resume(self) -> None:
         """The machine goes on after a restore or a stop: look at all queues, kicks may have been missed, and tell the
         driver again what it may not have been told.
