@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--netdev", action="append", default=[], metavar="OPTIONS", help="network: user|tap|stream,id=ID,...")
     result.add_argument("--share", action="append", default=[], metavar="DIR:TAG[:ro]", help="shared folder, in /mnt/TAG")
     result.add_argument("-d", "--detach", action="store_true", help="run in the background and print the VM's name")
+    result.add_argument("--balloon", action="store_true", help="memory balloon: free memory of the guest goes back to the host")
     result.add_argument("--vsock", metavar="PATH[,cid=N]", help="stream sockets to the guest (docs/devices.md)")
     result.add_argument("-v", "--verbose", action="store_true", help="show the kernel's messages (on stderr)")
     return result
@@ -194,6 +195,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         for value in values:
             words += [flag, value]
     words += ["-vsock", options.vsock] if options.vsock else []
+    words += ["-balloon"] if options.balloon else []
     ours, theirs = socket.socketpair()
     try:
         if options.image in GUESTS and not options.kernel:
@@ -205,7 +207,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             config, _ = parse([*words, "-nographic"])
         else:
             with Bar() as progress:
-                wanted = {"9p": options.share, "vsock": options.vsock}
+                wanted = {"9p": options.share, "vsock": options.vsock, "balloon": options.balloon}
                 extras = [name for name, value in wanted.items() if value]
                 image = Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=extras)
             append = " ".join(filter(None, (image.meta.append, options.append)))

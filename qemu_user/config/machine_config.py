@@ -114,6 +114,14 @@ class Vsock(Part, frozen=True, kw_only=True):
     slot: Slot = Slot()
 
 
+class Balloon(Part, frozen=True, kw_only=True):
+    """A memory balloon; `reporting`: free pages of the guest go back to the host by themselves."""
+
+    reporting: bool = True
+    deflate_on_oom: bool = True
+    slot: Slot = Slot()
+
+
 class Chardev(Part, frozen=True, kw_only=True):
     """Where the bytes of a serial port or console port go. `hub`: a console shared with those who attach."""
 
@@ -164,6 +172,7 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     nets: tuple[Net, ...] = ()
     shares: tuple[Share, ...] = ()
     vsock: Vsock | None = None
+    balloon: Balloon | None = None
     chardevs: tuple[Chardev, ...] = (Chardev(id="console", kind="hub", stdio=True),)
     serial: str = "console"
     """chardev of the UART; "" for none connected."""
@@ -247,6 +256,8 @@ def _check_slots(slots: list[Slot]) -> None:
 def _check_devices(config: MachineConfig) -> None:
     slots = [drive.slot for drive in config.drives] + [net.slot for net in config.nets]
     slots += [share.slot for share in config.shares]
+    if config.balloon is not None:
+        slots.append(config.balloon.slot)
     if config.vsock is not None:
         slots.append(config.vsock.slot)
         _demand(2 < config.vsock.cid < 0xFFFFFFFF, f"guest-cid={config.vsock.cid}: 3 to {0xFFFFFFFE}")

@@ -14,7 +14,19 @@ import msgspec
 
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size
-from qemu_user.config.machine_config import Boot, Chardev, ConsolePort, Drive, MachineConfig, Net, Qmp, Share, Slot, Vsock
+from qemu_user.config.machine_config import (
+    Balloon,
+    Boot,
+    Chardev,
+    ConsolePort,
+    Drive,
+    MachineConfig,
+    Net,
+    Qmp,
+    Share,
+    Slot,
+    Vsock,
+)
 
 
 class Option(NamedTuple):
@@ -212,6 +224,14 @@ class Builder:
 
     def _vsock_device(self, values: KeyValues, slot: Slot) -> None:
         self._set_vsock(values, "guest-cid", slot)
+
+    def _balloon_device(self, values: KeyValues, slot: Slot) -> None:
+        self.fields["balloon"] = Balloon(
+            reporting=values.take_switch("free-page-reporting", True),
+            deflate_on_oom=values.take_switch("deflate-on-oom", True),
+            slot=slot,
+        )
+        values.ignore("guest-stats-polling-interval", "free-page-hint")
 
     def _set_vsock(self, values: KeyValues, cid: str, slot: Slot) -> None:
         if "vsock" in self.fields:
@@ -415,6 +435,7 @@ _DEVICES: dict[str, Callable[[Builder, KeyValues, Slot], None]] = {
     "virtio-serial": Builder._serial_device,
     "virtio-9p": Builder._p9_device,
     "virtio-vsock": Builder._vsock_device,
+    "virtio-balloon": Builder._balloon_device,
 }
 _PORTS: dict[str, Callable[[Builder, KeyValues], None]] = {
     "virtconsole": Builder._console_device,
@@ -447,6 +468,10 @@ def _rng(builder: Builder, text: str) -> None:
     builder.fields["rng"] = text == "on"
 
 
+def _balloon(builder: Builder, text: str) -> None:
+    builder.fields["balloon"] = Balloon()
+
+
 OPTIONS: tuple[Option, ...] = (
     Option(
         ("M", "machine"),
@@ -475,12 +500,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(("nic",), "KIND|none", "network with its device in one", Builder.nic),
     Option(("share",), "DIR:TAG[:ro]", "shared folder: mount -t 9p -o trans=virtio TAG /mnt", Builder.share),
     Option(("vsock",), "PATH[,cid=N]", "vsock: CONNECT PORT on PATH, the guest's calls on PATH_PORT", Builder.vsock),
+    Option(("balloon",), "", "memory balloon: -device virtio-balloon-pci", _balloon),
     Option(("fsdev",), "local,id=..,path=..", "folder for -device virtio-9p-pci,fsdev=,mount_tag=", Builder.fsdev),
     Option(("virtfs",), "local,path=..,mount_tag=..", "-fsdev and -device virtio-9p-pci in one", Builder.virtfs),
     Option(
         ("device",),
         "NAME[,..]",
-        "virtio-{blk,net,rng,serial,9p,vsock}-pci[,addr=] or -device, virtconsole, virtserialport",
+        "virtio-{blk,net,rng,serial,9p,vsock,balloon}-pci[,addr=] or -device, virtconsole, virtserialport",
         Builder.device,
     ),
     Option(("chardev",), "KIND,id=..", "stdio, pty, socket, file, null", Builder.chardev),

@@ -7,6 +7,7 @@ logged here while somebody migrates: kvmcore's dirty log knows only of vCPUs.
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterable
 
@@ -61,6 +62,19 @@ class GuestMemory:
             return False
         self.absent.ensure(gpa - self._starts[0], PAGE)
         return True
+
+    def discard(self, gpa: int, length: int) -> None:
+        """Give the whole pages in [gpa, gpa + length) back to the host: they read as zeroes from now on. OutOfRange."""
+        position = bisect_right(self._starts, gpa) - 1
+        if position < 0 or length < 0 or gpa + length > self._regions[position][1]:
+            raise OutOfRange(gpa, length)
+        start, _, view = self._regions[position]
+        first, end = -(-(gpa - start) // PAGE) * PAGE, (gpa + length - start) // PAGE * PAGE
+        if first < end:
+            mapping = view.obj
+            assert isinstance(mapping, mmap.mmap)
+            mapping.madvise(mmap.MADV_REMOVE, first, end - first)
+            self.wrote(start + first, end - first)
 
     # -- the log of what devices write -------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.memory import GuestMemory
 from qemu_user.devices.ns16550a import Ns16550a
 from qemu_user.devices.syscon import Syscon
+from qemu_user.devices.virtio.balloon import VirtioBalloon
 from qemu_user.devices.virtio.blk import VirtioBlk
 from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
@@ -63,6 +64,7 @@ class Parts:
         """The networks' devices, in the same order."""
         self.shares: list[Server] = []
         self.vsock: UnixVsock | None = None
+        self.balloon: VirtioBalloon | None = None
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
         self._console_path = console_path
@@ -144,6 +146,10 @@ class Parts:
         self._put(host, entry, Place(entry.base, entry.size, [], 0))
         for window in host.windows:
             self.bus.add(window.base, window.size, window)
+        if self.config.balloon is not None:
+            self.balloon = VirtioBalloon(
+                "balloon", memory, self.config.balloon.reporting, self.config.balloon.deflate_on_oom
+            )
         for bus, number, device in assign(self._virtio_devices()):
             if bus == "pci":
                 function = VirtioPci(device.name, memory, device, interrupts.msi, kicks.make)
@@ -209,6 +215,8 @@ class Parts:
             wanted.append((share.slot, VirtioP9(f"share-{share.tag}", share.tag, server)))
         if self.config.vsock is not None and self.vsock is not None:
             wanted.append((self.config.vsock.slot, VirtioVsock("vsock", self.config.vsock.cid, self.vsock)))
+        if self.config.balloon is not None and self.balloon is not None:
+            wanted.append((self.config.balloon.slot, self.balloon))
         ports = [(port.id, port.name, self._channel(port.chardev, port.name)) for port in self.config.ports]
         if self.config.console:
             ports.insert(0, (0, "", self._channel(self.config.console, "hvc0")))

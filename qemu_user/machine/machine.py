@@ -29,6 +29,7 @@ from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import Counters
 from qemu_user.devices.memory import GuestMemory
+from qemu_user.devices.virtio.balloon import PAGE as BALLOON_PAGE
 from qemu_user.exits.context import ExitContext
 from qemu_user.machine import boot, virt
 from qemu_user.machine.build import Parts
@@ -161,6 +162,8 @@ class Machine:
         self._isa = read_isa(self.vcpus[0], aia is not None)
         self._kicks = Kicks(vm, self._loop)
         self.parts.build(self.interrupts, self.memory, self._power, self._kicks)
+        if self.parts.balloon is not None:
+            self.parts.balloon.changed = self._balloon_changed
         for index, vcpu in enumerate(self.vcpus):
             context = ExitContext(
                 index,
@@ -318,6 +321,9 @@ class Machine:
     def fail(self, reason: str) -> None:
         """The VM cannot go on. Any thread."""
         self._happenings.put(Happening("fail", 1, reason))
+
+    def _balloon_changed(self, pages: int) -> None:
+        self._tell("BALLOON_CHANGE", actual=self.config.memory - pages * BALLOON_PAGE)
 
     def _power(self, what: str, status: int) -> None:
         self._happenings.put(Happening(what, status))

@@ -20,6 +20,7 @@ from qemu_user.devices.ns16550a import Ns16550a
 from qemu_user.devices.pci.host import IO, MEMORY32, MEMORY64, PciHost, Window
 from qemu_user.devices.plic import Plic
 from qemu_user.devices.syscon import Syscon
+from qemu_user.devices.virtio.balloon import VirtioBalloon
 from qemu_user.devices.virtio.blk import VirtioBlk
 from qemu_user.devices.virtio.console import VirtioConsole
 from qemu_user.devices.virtio.device import VirtioDevice
@@ -137,6 +138,7 @@ BUILDERS: dict[str, Callable[[Bench], Device]] = {
     "virtio-net": lambda b: b.virtio(VirtioNet("net", NetBackend("none"), b"\x52\x54\0\x12\x34\x56")),
     "virtio-9p": lambda b: b.virtio(VirtioP9("share", "tag", Server(str(b.tmp_path)))),
     "virtio-vsock": lambda b: b.virtio(VirtioVsock("vsock", 3, UnixVsock(str(b.tmp_path / "vsock")))),
+    "virtio-balloon": lambda b: b.virtio(VirtioBalloon("balloon", b.memory)),
     "virtio-rng": lambda b: b.virtio(VirtioRng("rng")),
     "virtio-serial": lambda b: b.virtio(
         VirtioConsole("console", [(0, "", Chardev("a")), (1, "org.softkvm.stdin", Chardev("b"))])

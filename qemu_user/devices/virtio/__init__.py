@@ -4,6 +4,7 @@ adds a line.
 
 from __future__ import annotations
 
+from qemu_user.devices.virtio.balloon import VirtioBalloon
 from qemu_user.devices.virtio.blk import VirtioBlk
 from qemu_user.devices.virtio.console import VirtioConsole
 from qemu_user.devices.virtio.device import VirtioDevice
@@ -19,4 +20,5 @@ DEVICES: dict[str, type[VirtioDevice]] = {
     "rng": VirtioRng,
     "9p": VirtioP9,
     "vsock": VirtioVsock,
+    "balloon": VirtioBalloon,
 }

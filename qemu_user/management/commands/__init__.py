@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from qemu_user.management.commands import (
+    balloon,
     block_resize,
     cont,
     migrate,
     migrate_cancel,
+    query_balloon,
     query_chardev,
     query_counters,
     query_cpus_fast,
@@ -26,10 +28,12 @@ from qemu_user.management.commands.command import Command
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
     for module in (
+        balloon,
         block_resize,
         cont,
         migrate,
         migrate_cancel,
+        query_balloon,
         query_chardev,
         query_counters,
         query_cpus_fast,
