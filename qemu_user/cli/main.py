@@ -37,12 +37,14 @@ def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, (_, text) in VERBS.items())
     what = "Runs real Linux guests where there is no /dev/kvm."
-    return f"usage: softkvm VERB ...\n\n{what}\n\n{verbs}\n\nsoftkvm VERB --help says more.\n"
+    return f"usage: softkvm VERB ...\n\n{what}\n\n{verbs}\n\nsoftkvm help VERB says more.\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; 2 for a wrong command line."""
     argv = sys.argv[1:] if arguments is None else arguments
+    if argv[:1] == ["help"] and len(argv) == 2:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(usage())
         return 0 if argv else 2
