@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import zmq.auth
-
 from protocol.channel.zmq_socket import Curve
 
 
@@ -26,6 +24,8 @@ def folder() -> Path:
 
 def own(path: Path | None = None) -> Curve:
     """Our key pair: from `path`, or the default one, which is made if there is none."""
+    import zmq.auth  # brings asyncio: only who has keys pays for it
+
     file = path if path is not None else folder() / "host.key_secret"
     if path is None and not file.exists():
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -52,6 +52,8 @@ def trusted(path: Path | None = None) -> dict[str, bytes]:
 
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
+    import zmq.auth  # brings asyncio: only who has keys pays for it
+
     try:
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:

@@ -10,10 +10,13 @@ import re
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qemu_user.images import archive, cpio, deb
-from qemu_user.images.download import Progress
+from qemu_user.images import cpio, deb
 from qemu_user.images.errors import ImageError
+
+if TYPE_CHECKING:
+    from qemu_user.images.download import Progress
 
 #: Modules by the virtio device that needs them; dependencies are found in the modules themselves.
 MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "ext4", "crc32c_generic")
@@ -35,6 +38,8 @@ whoami xargs xxd yes zcat cttyhack"""
 
 def build(target: Path, progress: Progress) -> str:
     """Make kernel and initrd in `target`; returns how the packages were verified. ImageError."""
+    from qemu_user.images import archive  # HTTP, signatures: a warm cache needs neither
+
     with tempfile.TemporaryDirectory(dir=target, prefix=".packages-") as name:
         folder = Path(name)
         listed, how = archive.packages(folder, progress)
@@ -51,6 +56,8 @@ def build(target: Path, progress: Progress) -> str:
 
 
 def _package(listed: list[dict[str, str]], name: str) -> dict[str, str]:
+    from qemu_user.images import archive
+
     found = [package for package in listed if package["Package"] == name]
     if not found:
         raise ImageError(f"{archive.mirror()}: {archive.SUITE} has no package {name}")

@@ -16,13 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import msgspec
 
 from qemu_user.images import busybox, cpio
-from qemu_user.images.download import Progress
 from qemu_user.images.errors import ImageError
+
+if TYPE_CHECKING:
+    from qemu_user.images.download import Progress
 
 #: Name -> (what it is, its builder, kernel options). One line for each image that can be pulled.
 CATALOGUE: dict[str, tuple[str, Callable[[Path, Progress], str], str]] = {
