@@ -186,6 +186,8 @@ def _qemu(image: Image, memory: int) -> Row:
         command = [
             _QEMU, "-M", "virt", "-m", str(memory >> 20), "-kernel", str(image.kernel), "-initrd", str(initrd),
             "-append", image.meta.append, "-display", "none", "-serial", "null", "-monitor", "none",
+            "-device", "virtio-serial-device", "-chardev", "null,id=console", "-device", "virtconsole,chardev=console",
+            "-device", "virtio-rng-device",
         ]  # fmt: skip
         path = f"unix:{folder / 'move'}"
         source = subprocess.Popen([*command, "-qmp", f"unix:{folder / 'a'},server=on,wait=off"])

@@ -6,6 +6,7 @@ VM from then on. Started by spawn.py, detached from any terminal.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -52,13 +53,14 @@ class Restore(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class TakeIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=True):
-    """Take a VM in that another process hands over: over `channel`, a connected Unix socket, or whoever has the public
+    """Take a VM in that another process hands over: over a connected Unix socket, or whoever has the public
     key `peer` calls us on the tcp address `listen`."""
 
     endpoint: str
     """kvmcore's; "": this user's daemon, started if none runs."""
     disks: str = ""
-    channel: int = -1
+    called: bool = False
+    """The socket came with the order."""
     listen: str = ""
     public: str = ""
     secret: str = ""
@@ -125,11 +127,11 @@ def several(order: Restore) -> str:
     return ""
 
 
-def taken_in(order: TakeIn, tell: int) -> Instance:
+def taken_in(order: TakeIn, fds: list[int], tell: int) -> Instance:
     """The VM that came, running. Discarded."""
     channel: Channel
-    if order.channel >= 0:
-        channel = StreamChannel(socket.socket(fileno=order.channel))
+    if order.called:
+        channel = StreamChannel(socket.socket(fileno=fds.pop()))
     else:
         context, _ = authenticated([order.peer.encode()])
         key = Curve(order.public.encode(), order.secret.encode())
@@ -143,11 +145,33 @@ def taken_in(order: TakeIn, tell: int) -> Instance:
     return Incoming(channel, endpoint, Path(order.disks) if order.disks else None).run()
 
 
+def preload() -> None:
+    """What every VM needs and imports only then: done while nobody waits, and before clones are forked."""
+    for module in ("protocol.client", *(f"qemu_user.devices.virtio.{name}" for name in ("blk", "console", "net", "rng"))):
+        importlib.import_module(module)
+
+
+def _hear_order() -> tuple[bytes, list[int]]:
+    """The order on stdin, a socket, to its end, and the descriptors that come with it."""
+    data, fds = b"", []
+    with socket.socket(fileno=os.dup(0)) as stdin:
+        while True:
+            part, came, _, _ = socket.recv_fds(stdin, 65536, 4)
+            fds += came
+            if not part:
+                return data, fds
+            data += part
+
+
 def main() -> int:
     """The order on stdin, `--tell FD` on the command line."""
     tell = int(sys.argv[sys.argv.index("--tell") + 1])
     try:
-        order = msgspec.json.decode(sys.stdin.buffer.read(), type=Restore | TakeIn)
+        preload()
+        data, fds = _hear_order()
+        if not data:
+            return 0
+        order = msgspec.json.decode(data, type=Restore | TakeIn)
         if isinstance(order, Restore):
             name = order.names[0] if len(order.names) == 1 else several(order)
             if not name:
@@ -155,7 +179,7 @@ def main() -> int:
             instance = restored(order, name)
             _say(tell, {"name": name, "pid": os.getpid()})
         else:
-            instance = taken_in(order, tell)
+            instance = taken_in(order, fds, tell)
     except (StartError, msgspec.MsgspecError) as error:
         _say(tell, {"error": str(error)})
         return 1

@@ -24,7 +24,7 @@ from protocol.channel import fd_passing, zmq_socket
 from protocol.channel.zmq_socket import Curve
 from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.errors import BackendError
-from qemu_user.migration.spawn import SpawnError, spawn, start
+from qemu_user.migration.spawn import Newcomer, SpawnError
 
 DOMAIN = "kvmcore"
 """ZAP domain that zmq_socket.router() sets."""
@@ -66,6 +66,7 @@ class Host:
         self._stop, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._count = 0
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._waiting: Newcomer | None = None
         scheme, _, address = listen.partition("://")
         self._unix: socket.socket | None = None
         self._router: zmq.Socket[bytes] | None = None
@@ -86,6 +87,7 @@ class Host:
 
     def serve(self) -> None:
         """Take VMs until stop()."""
+        self._waiting = self._make()
         if self._unix is not None:
             self._serve_unix(self._unix)
         elif self._router is not None:
@@ -97,6 +99,9 @@ class Host:
 
     def close(self) -> None:
         """Listen no more."""
+        if self._waiting is not None:
+            self._waiting.forget()
+            self._waiting.process.wait()
         if self._unix is not None:
             self._unix.close()
             os.unlink(self.listen.removeprefix("ipc://"))
@@ -104,12 +109,18 @@ class Host:
             self._router.close()
             self._authenticator.stop()
 
-    def _keep(self, process: subprocess.Popen[bytes]) -> None:
-        """Reap those that have ended; VMs outlive us."""
-        self._processes = [other for other in self._processes if other.poll() is None] + [process]
+    def _next(self) -> Newcomer:
+        """The process that has waited, and another one in its place. Those that have ended are reaped."""
+        newcomer = self._waiting if self._waiting is not None else self._make()
+        self._waiting = self._make()
+        self._processes = [process for process in self._processes if process.poll() is None] + [newcomer.process]
+        return newcomer
+
+    def _make(self) -> Newcomer:
+        self._count += 1
+        return Newcomer(f"incoming-{os.getpid()}-{self._count}")
 
     def _order(self, **more: Any) -> bytes:
-        self._count += 1
         return json.dumps({"type": "TakeIn", "endpoint": self._endpoint, "disks": self._disks, **more}).encode()
 
     def _serve_unix(self, listener: socket.socket) -> None:
@@ -121,10 +132,9 @@ class Host:
             with connection:
                 if fd_passing.credentials(connection).uid in (0, os.geteuid()):
                     try:
-                        fd = connection.fileno()
-                        process, pipe, _ = start(self._order(channel=fd), f"incoming-{os.getpid()}-{self._count}", [fd])
-                        pipe.close()  # it speaks to whoever called
-                        self._keep(process)
+                        newcomer = self._next()
+                        newcomer.order(self._order(called=True), [connection.fileno()])
+                        newcomer.forget()
                     except OSError as error:
                         _log(f"no process for a VM: {error}")
 
@@ -147,8 +157,9 @@ class Host:
             listen=f"tcp://{self._address}:*", public=self._key.public.decode(), secret=self._key.secret.decode(), peer=peer
         )
         try:
-            process, word = spawn(order, f"incoming-{os.getpid()}-{self._count}")
-            self._keep(process)
+            newcomer = self._next()
+            newcomer.order(order)
+            word = newcomer.hear()
         except (SpawnError, OSError) as error:
             _log(f"no process for a VM: {error}")
             return json.dumps({"error": str(error)}).encode()

@@ -1,56 +1,73 @@
-"""Starting a VM in the background, as a process of its own (arrival.py), and hearing how that went."""
+"""Starting a VM in the background, as a process of its own (arrival.py), and hearing how that went.
+
+The process is started first and told what to become later, so that a host can have one waiting with its imports done.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from qemu_user.management.registry import runtime_directory
+from qemu_user.management.registry import made_runtime_directory
 
 
 class SpawnError(Exception):
     """The VM did not start; the text says why."""
 
 
-def start(order: bytes, name: str, fds: list[int] | None = None) -> tuple[subprocess.Popen[bytes], IO[bytes], Path]:
-    """Give `order` (JSON) and descriptors to a new process: it, the pipe on which it will say how it went, its log."""
-    readable, writable = os.pipe()
-    directory = runtime_directory()
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log = directory / f"{name}.log"
-    pipe = os.fdopen(readable, "rb")
-    with open(log, "wb") as output:
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "qemu_user.migration.arrival", "--tell", str(writable)],
-                stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
-                pass_fds=[writable, *(fds or [])], cwd="/",
-            )  # fmt: skip
-        finally:
-            os.close(writable)
-    assert process.stdin is not None
-    try:
-        process.stdin.write(order)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass
-    return process, pipe, log
+class Newcomer:
+    """A process that waits for its order. `name`: of its log file."""
+
+    def __init__(self, name: str) -> None:
+        """OSError."""
+        self._name = name
+        self.log = made_runtime_directory() / f"{name}.log"
+        readable, writable = os.pipe()
+        self._pipe = os.fdopen(readable, "rb")
+        self._socket, theirs = socket.socketpair()
+        with open(self.log, "wb") as output, theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "qemu_user.migration.arrival", "--tell", str(writable)],
+                    stdin=theirs.fileno(), stdout=output, stderr=output, start_new_session=True, pass_fds=[writable], cwd="/",
+                )  # fmt: skip
+            finally:
+                os.close(writable)
+
+    def order(self, order: bytes, fds: list[int] | None = None) -> None:
+        """Tell it what to become (JSON), with the descriptors that it needs for that."""
+        with self._socket:
+            try:
+                done = socket.send_fds(self._socket, [order], fds or [])
+                self._socket.sendall(order[done:])
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it has ended; its log says why
+
+    def hear(self, count: int = 1) -> dict[str, Any]:
+        """What the last of its `count` VMs says: name and pid, or where it listens. SpawnError."""
+        with self._pipe as pipe:
+            lines = [pipe.readline() for _ in range(count)]
+        failed = [word["error"] for word in map(json.loads, filter(None, lines)) if "error" in word]
+        if failed:
+            raise SpawnError("; ".join(sorted(set(failed))))
+        if not all(lines):
+            self.process.wait()
+            last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            raise SpawnError(f"VM {self._name}: its process ended at once: {last} (all of it: {self.log})")
+        return dict(json.loads(lines[-1]))
+
+    def forget(self) -> None:
+        """It speaks to whoever it was given to; or, without an order, it ends."""
+        self._pipe.close()
+        self._socket.close()
 
 
-def spawn(order: bytes, name: str, count: int = 1) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
-    """The process, and what the last of its `count` VMs says first: the VM's name and pid, or where it listens. SpawnError."""
-    process, pipe, log = start(order, name)
-    with pipe:
-        lines = [pipe.readline() for _ in range(count)]
-    failed = [word["error"] for word in map(json.loads, filter(None, lines)) if "error" in word]
-    if failed:
-        raise SpawnError("; ".join(sorted(set(failed))))
-    if not all(lines):
-        process.wait()
-        last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise SpawnError(f"VM {name}: its process ended at once: {last} (all of it: {log})")
-    return process, dict(json.loads(lines[-1]))
+def spawn(order: bytes, name: str, count: int = 1) -> dict[str, Any]:
+    """A process with this order, and what the last of its `count` VMs says. SpawnError."""
+    newcomer = Newcomer(name)
+    newcomer.order(order)
+    return newcomer.hear(count)
