@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.framework.product import Product
+from tests.framework.product import Product, read_until
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(240), pytest.mark.usefixtures("busybox")]
 
@@ -37,3 +37,22 @@ def test_a_read_only_share(product: Product, tmp_path: Path) -> None:
     assert done.stdout == b"kept\n"
     assert done.returncode == 0
     assert (tmp_path / "file").read_text() == "kept\n"
+
+
+def test_changes_of_either_side_are_seen_at_the_next_open(product: Product, tmp_path: Path) -> None:
+    shared = tmp_path / "file"
+    shared.write_text("one\n")
+    script = "cd /mnt/data; while cat file; echo end; read line; do echo $line >answer; done"
+    running = product.start("run", "--share", f"{tmp_path}:data", "--", "sh", "-c", script)
+    assert running.stdin is not None
+    try:
+        assert read_until(running, b"end\n", 90) == b"one\nend\n"
+        for word in (b"two", b"SIX", b"longer than before"):
+            shared.write_bytes(word + b"\n")
+            running.stdin.write(word + b"\n")
+            running.stdin.flush()
+            assert read_until(running, b"end\n", 30) == word + b"\nend\n"
+            assert (tmp_path / "answer").read_bytes() == word + b"\n"
+    finally:
+        running.kill()
+        running.communicate()

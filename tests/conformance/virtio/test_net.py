@@ -415,3 +415,62 @@ def test_bad_commands_are_answered(bench: Bench) -> None:
     card.control.add([b"\0\0\1"], [])
     card.control.kick()
     assert card.driver.needs_reset, "no room for the answer"
+
+
+# -- buffers ---------------------------------------------------------------------------------------
+
+
+def test_5_1_6_packets_go_both_ways(bench: Bench) -> None:
+    wire = Wire()
+    device = VirtioNet("net", wire, b"\x52\x54\0\x12\x34\x56")
+    driver = bench.driver(bench.virtio(device)).start()
+    frame = os.urandom(60)
+    driver.queues[1].add([bytes(12), frame], [])
+    driver.queues[1].kick()
+    assert wire.frames == [frame]
+    assert not wire.frontend.receive(memoryview(frame)), "no buffers yet"
+    before = wire.resumed
+    head, where = driver.queues[0].add([], [2048])
+    driver.queues[0].kick()
+    assert wire.resumed == before + 1
+    assert wire.frontend.receive(memoryview(frame))
+    assert driver.queues[0].returned() == [(head, 72)]
+    assert driver.get(where[0], 72) == bytes(10) + b"\1\0" + frame
+
+
+def test_5_1_6_3_1_packets_spread_over_merged_buffers(bench: Bench) -> None:
+    wire = Wire()
+    driver = bench.driver(bench.virtio(VirtioNet("net", wire, bytes(6)))).start()
+    frame = os.urandom(5000)
+    places = [driver.queues[0].add([], [2048])[1][0] for _ in range(3)]
+    assert wire.frontend.receive(memoryview(frame))
+    used = driver.queues[0].returned()
+    assert [written for _, written in used] == [2048, 2048, 5012 - 4096]
+    data = b"".join(driver.get(at, written) for at, (_, written) in zip(places, used, strict=True))
+    assert data[10:12] == b"\3\0"
+    assert data[12:] == frame
+
+
+def test_5_1_6_3_1_without_merging_what_does_not_fit_is_dropped(bench: Bench) -> None:
+    wire = Wire()
+    device = VirtioNet("net", wire, bytes(6))
+    driver = bench.driver(bench.virtio(device)).start(0)
+    driver.queues[0].add([], [100])
+    assert wire.frontend.receive(memoryview(bytes(1000)))
+    assert device.counters["rx_too_long"] == 1
+    assert wire.frontend.receive(memoryview(bytes(60)))
+    assert driver.queues[0].returned() == [(0, 72)]
+
+
+def test_packets_wait_for_a_full_wire(bench: Bench) -> None:
+    wire = Wire()
+    driver = bench.driver(bench.virtio(VirtioNet("net", wire, bytes(6)))).start()
+    wire.room = 0
+    for number in range(3):
+        driver.queues[1].add([bytes(12) + bytes([number]) * 20], [])
+    driver.queues[1].kick()
+    assert driver.queues[1].returned() == []
+    wire.room = 100
+    wire.frontend.sent()
+    assert [frame[0] for frame in wire.frames] == [0, 1, 2]
+    assert len(driver.queues[1].returned()) == 3

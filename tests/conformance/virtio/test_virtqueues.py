@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from qemu_user.backends.net.backend import NetBackend
 from qemu_user.devices.virtio import mmio
 from qemu_user.devices.virtio.blk import VirtioBlk
+from qemu_user.devices.virtio.console import VirtioConsole
 from qemu_user.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_RESET
+from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.devices.virtio.rng import VirtioRng
 from qemu_user.devices.virtio.transport import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET
-from tests.framework.devices import Bench
+from tests.framework.devices import Bench, MemoryChardev
 from tests.framework.virtio_driver import INDIRECT, NEXT, RAM_BASE, RAM_SIZE, WRITE, Driver, DriverQueue
 
 
@@ -307,3 +310,44 @@ def test_rings_that_change_while_they_are_read(bench: Bench) -> None:
     driver.queues[0].add([struct.pack("<IIQ", 0, 0, 0)], [512, 1])
     driver.queues[0].kick()
     assert driver.queues[0].returned() == [(0, 513)]
+
+
+@pytest.mark.parametrize("which", [mmio.QUEUE_DESC_LOW, mmio.QUEUE_DRIVER_LOW, mmio.QUEUE_DEVICE_LOW])
+@pytest.mark.parametrize("address", [0, 0xFFFFFFFF, RAM_BASE + 1, RAM_BASE + RAM_SIZE - 8])
+def test_2_7_rings_in_bad_places(bench: Bench, which: int, address: int) -> None:
+    driver, _ = _rng(bench)
+    driver.write(mmio.QUEUE_SEL, 0)
+    driver.write(mmio.QUEUE_READY, 0)
+    driver.write(which, address)
+    driver.write(mmio.QUEUE_READY, 1)
+    assert driver.needs_reset
+    assert driver.read(mmio.QUEUE_READY) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_rings_never_raise(bench: Bench, seed: int) -> None:
+    """Rings full of noise, on every device and queue."""
+    choice = random.Random(seed)
+    wire = NetBackend("wire")
+    ports = [(0, "", MemoryChardev()), (1, "one", MemoryChardev())]
+    devices = [
+        VirtioBlk("disk", bench.image()),
+        VirtioNet("net", wire, bytes(6)),
+        VirtioRng("rng"),
+        VirtioConsole("console", ports),
+    ]
+    for transport in [bench.virtio(device) for device in devices]:
+        driver = bench.driver(transport)
+        for _ in range(30):
+            driver.start(None if choice.random() < 0.5 else 0, size=choice.choice((1, 4, 64)))
+            for queue in driver.queues:
+                for index in range(queue.size):
+                    address = choice.choice((RAM_BASE + choice.randrange(RAM_SIZE), choice.getrandbits(64)))
+                    length = choice.choice((0, 1, 12, 16, 512, 4096, choice.getrandbits(32)))
+                    queue.descriptor(index, address, length, choice.getrandbits(3), choice.randrange(queue.size + 1))
+                for _ in range(choice.randrange(queue.size + 1)):
+                    queue.offer(choice.randrange(queue.size))
+                queue.kick()
+            wire.frontend.receive(memoryview(bytes(choice.randrange(14, 3000))))
+            for _, _, chardev in ports:
+                chardev.feed(b"keys")

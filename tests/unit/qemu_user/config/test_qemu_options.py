@@ -8,7 +8,7 @@ import pytest
 
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size, split_commas
-from qemu_user.config.machine_config import Boot, MachineConfig, Slot
+from qemu_user.config.machine_config import Balloon, Boot, MachineConfig, Slot, Vsock
 from qemu_user.config.qemu_options import OPTIONS, parse
 
 
@@ -60,6 +60,35 @@ def test_slots(kernel: str) -> None:
     assert config.nets[0].slot == Slot(bus="mmio")
 
 
+def test_settings_of_disks_and_networks(kernel: str) -> None:
+    config = _parse(
+        kernel,
+        "-drive file=/a,if=none,id=a -device virtio-blk-pci,drive=a,id=d0,num-queues=3,queue-size=64,logical_block_size=4096 "
+        "-netdev stream,id=s,addr.path=/tmp/s,vnet_hdr=on,queues=2 -device virtio-net-pci,netdev=s,id=n0,host_mtu=9000",
+    )
+    drive, net = config.drives[0], config.nets[0]
+    assert (drive.device, drive.queues, drive.queue_size, drive.logical_block_size) == ("d0", 3, 64, 4096)
+    assert (net.device, net.virtio_header, net.queues, net.mtu) == ("n0", True, 2, 9000)
+
+
+def test_shares_vsock_and_balloon(kernel: str) -> None:
+    config = _parse(
+        kernel,
+        "-share /a:one -share /b:two:ro -virtfs local,path=/c,mount_tag=three,security_model=none "
+        "-fsdev local,id=f,path=/d,security_model=passthrough -device virtio-9p-pci,fsdev=f,mount_tag=four,addr=9 "
+        "-vsock /tmp/v,cid=7 -balloon",
+    )
+    assert [(share.folder, share.tag, share.readonly) for share in config.shares] == [
+        ("/a", "one", False), ("/b", "two", True), ("/c", "three", False), ("/d", "four", False),
+    ]  # fmt: skip
+    assert config.shares[3].slot == Slot(number=9)
+    assert (config.vsock.path, config.vsock.cid) == ("/tmp/v", 7) if config.vsock else False
+    assert config.balloon == Balloon()
+    other = _parse(kernel, "-device virtio-vsock-device,guest-cid=4,path=/v -device virtio-balloon-pci,free-page-reporting=off")
+    assert other.vsock == Vsock(cid=4, path="/v", slot=Slot(bus="mmio"))
+    assert other.balloon == Balloon(reporting=False)
+
+
 def test_networks(kernel: str) -> None:
     config = _parse(
         kernel,
@@ -109,6 +138,17 @@ def test_characters(kernel: str) -> None:
         ("-device virtio-rng-pci,addr=x", "expected a PCI slot"),
         ("-device virtio-rng-pci,addr=4 -netdev user,id=n -device virtio-net-pci,netdev=n,addr=4.0", "two devices"),
         ("-device e1000", "no such device"),
+        ("-drive file=x,if=none,id=a -device virtio-blk-pci,drive=a,num-queues=0", "1 to 64"),
+        ("-drive file=x,if=none,id=a -device virtio-blk-pci,drive=a,queue-size=100", "power of two"),
+        ("-drive file=x,if=none,id=a -device virtio-blk-pci,drive=a,logical_block_size=100", "power of two"),
+        ("-netdev user,id=n,queues=99", "1 to 64"),
+        ("-share /a", "DIR:TAG"),
+        ("-share /a:b/c", "tag"),
+        ("-share /a:t -share /b:t", "one tag"),
+        ("-device virtio-9p-pci,fsdev=f,mount_tag=x", "no free -fsdev"),
+        ("-vsock /a -vsock /b", "one vsock"),
+        ("-vsock /a,cid=2", "guest-cid"),
+        ("-vsock /" + "x" * 100, "socket's path"),
         ("-netdev user,id=a -netdev user,id=a", "already"),
         ("-netdev user,id=a,speed=9", "speed"),
         ("-nic user,mac=1:2", "mac"),
