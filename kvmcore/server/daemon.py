@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvmcore.daemon")
 
 MAX_NAME = 64
+_TRANSLATOR_DELAY = 0.3
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,8 @@ class Daemon:
             raise KvmError(EIO, "CREATE_VM", f"no VM process: {error}") from error
         finally:
             theirs.close()
-        if order.translator:
-            self._translator.start()
+        if order.translator:  # not at once: starting takes a core, which the VM's start needs more
+            self._loop.call_later(_TRANSLATOR_DELAY, self._translator.start)
         vm = VmRecord(session, ours, order, ticket)
         self._vms.add(vm)
         self._loop.add_reader(ours.fileno(), lambda: self._vm_says(vm))
