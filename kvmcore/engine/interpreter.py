@@ -20,7 +20,7 @@ from kvmcore.engine.native_hart import FunctionHart, HandlerHart, call, load, pa
 from kvmcore.engine.routines import FUNCTIONS, HANDLERS
 from kvmcore.ir.llvm_text import Emitter
 from kvmcore.ir.trace import PathEnd, Tracer
-from kvmcore.ir.value import Value, const, u64
+from kvmcore.ir.value import Value, const, select, u64
 from kvmcore.isa.csrs import CSRS
 from kvmcore.isa.describe import Insn, Operand
 from kvmcore.isa.paging import Retry
@@ -363,13 +363,13 @@ def _choose(found: dict[tuple[str, int, int], Handler], rows: list[Insn], raw: V
             if excluded:
                 continue
             operand, values = _special(row)
-            if operand:
+            if operand:  # chosen without jumps: LLVM compiles that several times faster than a jump for each value
                 field = next(o for o in row.operands if o.name == operand).extract(raw)
+                chosen = handler_offset("emulate" if operand == "rm" else "illegal")
                 for value in values:
-                    if field == value:
-                        handler = found[_function(row), row.length, value]
-                        returns(pack_operands(row, handler, raw) | handler_offset(handler.name))
-                returns(handler_offset("emulate" if operand == "rm" else "illegal"))
+                    handler = found[_function(row), row.length, value]
+                    chosen = select(field == value, handler_offset(handler.name), chosen)
+                returns(pack_operands(row, handler, raw) | chosen)
             handler = found[_function(row), row.length, -1]
             operands = pack_operands(row, handler, raw)
             if handler.branches:
