@@ -285,10 +285,15 @@ def send_msi(h: FunctionHart) -> None:
     known = (identity != 0) & (identity <= load(target + hart_state.offset("imsic_identities")))
     if ~known or load(running, 32, "volatile") == 0:
         returns(u64(0), EXITED)
-    atomic("or", target + hart_state.offset("eip") + ((identity >> 6) << 3), const(64, 1) << (identity & 63))
+    word, bit = target + hart_state.offset("eip") + ((identity >> 6) << 3), const(64, 1) << (identity & 63)
+    atomic("or", word, bit)
     atomic("or", target + hart_state.offset("attention"), const(32, hart_state.ATTENTION_INTERRUPT))
     store(target + hart_state.offset("limit"), u64(0), "atomic")
-    returns(u64(0), select(load(running, 32, "atomic") == 0, u64(EXITED), u64(OK)))
+    if load(running, 32, "atomic") != 0:
+        returns(u64(0))
+    # It has left: Python shall deliver it, unless the hart has taken it already; twice would be one too many.
+    left = atomic("and", word, ~bit) & bit
+    returns(u64(0), select(left != 0, u64(EXITED), u64(OK)))
 
 
 def atomic_address(h: FunctionHart) -> None:
