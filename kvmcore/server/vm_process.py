@@ -82,7 +82,10 @@ class VmProcess:
         ready: dict[str, object] = {"handle": self._number, "pid": os.getpid()}
         if self._door is not None:
             ready["router"] = self._door.endpoint
-        fd_passing.send(self._control, json.dumps(ready).encode(), [pidfd])
+        try:
+            fd_passing.send(self._control, json.dumps(ready).encode(), [pidfd])
+        except OSError:  # the daemon, or the client that asked for us, has gone meanwhile
+            self._end()
         os.close(pidfd)
         self._loop.run()
 

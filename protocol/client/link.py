@@ -27,6 +27,8 @@ from protocol.codec.envelope import Copy, Reply, Request
 from protocol.codec.session import Message, Op
 
 _LOOK_MS = 1000
+_LAST_WORD_MS = 20
+"""How long the reply of a process that has ended may still be on its way."""
 _context: list[zmq.Context[zmq.Socket[bytes]]] = []
 _context_lock = threading.Lock()
 
@@ -49,6 +51,7 @@ class Channel:
     def __init__(self, link: Link, endpoint: str, curve: Curve | None = None) -> None:
         self._link, self._endpoint, self._curve = link, endpoint, curve
         self._socket: zmq.Socket[bytes] | None = None
+        self._poller = zmq.Poller()
         self._lock = threading.Lock()
         self._sequence = itertools.count(1)
 
@@ -95,14 +98,17 @@ class Channel:
             raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
         if self._socket is None:
             self._socket = zmq_socket.dealer(shared_context(), self._endpoint, self._curve)
+            self._poller.register(self._socket, zmq.POLLIN)
+            if self._link.local:
+                self._poller.register(self._link.fileno(), zmq.POLLIN)
         try:
             while not self._socket.poll(_LOOK_MS, zmq.POLLOUT):  # a socket without a peer takes nothing
                 if not self._link.alive:
                     raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
             self._socket.send(frame)
             while True:
-                if not self._socket.poll(_LOOK_MS):
-                    if not self._link.alive:
+                if self._socket not in dict(self._poller.poll(_LOOK_MS)):
+                    if not self._link.alive and not self._socket.poll(_LAST_WORD_MS):
                         raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
                     continue
                 reply = envelope.decode_reply(self._socket.recv())

@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "migrate": ("migrate", "hand a VM over to another host, while it runs"),
     "host": ("host", "take VMs in that others hand over; keys for that"),
     "bench": ("bench", "measure what softkvm promises"),
+    "fuzz": ("fuzz", "fuzz the ioctl protocol"),
     "images": ("images", "list images in the cache"),
     "pull": ("pull", "fetch and build an image"),
 }

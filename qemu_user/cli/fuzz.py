@@ -1,0 +1,165 @@
+"""`softkvm fuzz`: random sequences of the ioctl protocol against a kvmcore; replay, minimize, report."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+_HELP = """\
+Sends random sequences of ioctls, made from the table of the KVM ABI, to a private kvmcore daemon (or to --target), and
+looks after each whether anything went wrong: crash, hang, leak, an errno that the ABI does not have, a rule of KVM
+broken, a VM beside it disturbed. Each finding is a file that can be replayed.
+
+  softkvm fuzz replay FILE       perform a finding (or any sequence) again; exit status 1 if it shows a fault
+  softkvm fuzz minimize FILE     the smallest sequence with the same fault, and a pytest case of it
+  softkvm fuzz report DIR        make DIR/report.html again"""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 nothing found, 1 findings, 2 wrong command line."""
+    if arguments and arguments[0] in ("replay", "minimize", "report"):
+        try:
+            return {"replay": _replay, "minimize": _minimize, "report": _report}[arguments[0]](arguments[1:])
+        except (OSError, ValueError, RuntimeError) as error:
+            print(f"softkvm fuzz {arguments[0]}: {error}", file=sys.stderr)
+            return 2
+    return _fuzz(arguments)
+
+
+def duration(text: str) -> float:
+    """'90', '90s', '10m', '2h' -> seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    try:
+        seconds = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: 90s, 10m, 2h")
+    return seconds
+
+
+def _fuzz(arguments: list[str]) -> int:
+    from qemu_user.fuzz.campaign import Campaign
+    from qemu_user.fuzz.corpus import Corpus
+    from qemu_user.fuzz.daemon import Daemon
+    from qemu_user.fuzz.live import Live
+    from qemu_user.fuzz.report import write
+
+    parser = argparse.ArgumentParser(
+        prog="softkvm fuzz", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", metavar="ENDPOINT", help="ipc:///path of a daemon that runs (default: a private one)")
+    parser.add_argument("--time", type=duration, default=600.0, metavar="TIME", help="90s, 10m, 2h (default: 10m)")
+    parser.add_argument("--sequences", type=int, default=0, metavar="N", help="stop after so many")
+    parser.add_argument("--seed", type=int, help="same seed, same sequences (default: a random one, which is said)")
+    parser.add_argument(
+        "--corpus", type=Path, metavar="DIR", help="keep sequences that reach something new; start from those kept"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("fuzz"), metavar="DIR", help="findings, figures, report (default: ./fuzz)"
+    )
+    parser.add_argument("--no-attacks", action="store_true", help="well-formed requests of one honest client only")
+    options = parser.parse_args(arguments)
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
+    print(f"softkvm fuzz: seed {seed}, findings go to {options.output}", file=sys.stderr)
+    daemon = None
+    try:
+        daemon = None if options.target else Daemon()
+        corpus = Corpus(options.corpus)
+        campaign = Campaign(
+            options.output, seed, daemon, options.target or daemon.endpoint,  # type: ignore[union-attr]
+            attacks=not options.no_attacks, corpus=corpus,
+        )  # fmt: skip
+        try:
+            with Live() as live:
+                figures = campaign.run(options.time, live.show, options.sequences)
+        except KeyboardInterrupt:
+            figures = campaign.figures
+        finally:
+            campaign.close()
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"softkvm fuzz: {error}", file=sys.stderr)
+        return 2
+    finally:
+        left = daemon.close() if daemon is not None else []
+    for line in left:
+        print(f"softkvm fuzz: after the end, {line}", file=sys.stderr)
+    report = write(options.output)
+    print(f"{figures.sequences} sequences, {figures.operations} operations, {figures.findings} findings; {report}")
+    return 1 if figures.findings or left else 0
+
+
+def _replay(arguments: list[str]) -> int:
+    from qemu_user.fuzz.campaign import perform
+    from qemu_user.fuzz.daemon import Daemon
+    from qemu_user.fuzz.executor import Executor
+    from qemu_user.fuzz.sequence import load
+
+    parser = argparse.ArgumentParser(prog="softkvm fuzz replay", description="Perform a sequence again.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--target", metavar="ENDPOINT", help="ipc:///path of a daemon that runs (default: a private one)")
+    options = parser.parse_args(arguments)
+    _, ops = load(options.file)
+    for number, op in enumerate(ops):
+        print(f"{number:4} {op}")
+    daemon = None if options.target else Daemon()
+    try:
+        executor = Executor(options.target or daemon.endpoint)  # type: ignore[union-attr]
+        finding = perform(executor, ops, None, daemon.complaints if daemon else lambda: "")
+        executor.close()
+    finally:
+        if daemon is not None:
+            daemon.close()
+    print(f"{finding.oracle} at operation {finding.step}: {finding.text}" if finding else "no finding")
+    return 1 if finding else 0
+
+
+def _minimize(arguments: list[str]) -> int:
+    from qemu_user.fuzz.campaign import perform
+    from qemu_user.fuzz.daemon import Daemon
+    from qemu_user.fuzz.executor import Executor
+    from qemu_user.fuzz.minimize import as_test, minimize
+    from qemu_user.fuzz.sequence import Finding, Op, load, save
+
+    parser = argparse.ArgumentParser(
+        prog="softkvm fuzz minimize", description="Make the smallest sequence with the same fault."
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: FILE with .min before its suffix, and a test_....py beside it"
+    )
+    options = parser.parse_args(arguments)
+    head, ops = load(options.file)
+    seen = [Finding(str(head.get("oracle", "")), str(head.get("text", "")))]
+
+    def shows(candidate: list[Op]) -> bool:
+        with Daemon() as daemon:
+            executor = Executor(daemon.endpoint)
+            finding = perform(executor, candidate, None, daemon.complaints)
+            executor.close()
+        if finding is None or finding.oracle != seen[0].oracle:
+            return False
+        seen[0] = finding
+        print(f"\r{len(candidate)} operations ", end="", file=sys.stderr, flush=True)
+        return True
+
+    smallest = minimize(ops, shows)
+    print(file=sys.stderr)
+    target = options.output or options.file.with_suffix(".min.jsonl")
+    save(target, smallest, seen[0], seed=head.get("seed"), sequence=head.get("sequence"))
+    name = "".join(c if c.isalnum() else "_" for c in options.file.stem).strip("_").lower()
+    test = target.with_name(f"test_{name}.py")
+    test.write_text(as_test(smallest, seen[0], name))
+    print(f"{len(ops)} -> {len(smallest)} operations: {target}, {test}")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from qemu_user.fuzz.report import write
+
+    parser = argparse.ArgumentParser(prog="softkvm fuzz report", description="Make the report of a run again.")
+    parser.add_argument("directory", type=Path)
+    print(write(parser.parse_args(arguments).directory))
+    return 0

@@ -1,0 +1,199 @@
+"""A fuzzing run: sequences by seed until the time is up, oracles after each, findings and corpus kept.
+
+The same seed gives the same sequences in the same order. Findings of one kind are kept once. Used by softkvm fuzz
+and, for one sequence, by replay and minimize.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from protocol.abi.errors import KvmError
+from qemu_user.fuzz import transport
+from qemu_user.fuzz.corpus import Corpus
+from qemu_user.fuzz.daemon import Daemon
+from qemu_user.fuzz.executor import Executor
+from qemu_user.fuzz.grammar import Grammar
+from qemu_user.fuzz.model import Model
+from qemu_user.fuzz.oracles import Bystander, Leaks, judge
+from qemu_user.fuzz.sequence import Finding, Op, save
+from qemu_user.fuzz.wire import Gone, Hang
+
+_SLOW_CHECKS = 5.0
+"""Seconds between looks at the bystander and at what the daemon takes."""
+_WARM = 50
+"""Sequences before memory and descriptors are counted for the first time."""
+
+
+@dataclass
+class Figures:
+    """What a run has done so far; written to DIR/figures.jsonl as it goes."""
+
+    seed: int = 0
+    sequences: int = 0
+    operations: int = 0
+    refused: int = 0
+    attacks: int = 0
+    findings: int = 0
+    started: float = field(default_factory=time.monotonic)
+    reached: Counter[str] = field(default_factory=Counter)
+    """(ioctl, handle kind, outcome) -> how often: the states of the protocol that were reached."""
+    lines: int = 0
+    corpus: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def row(self) -> dict[str, float]:
+        """One point of the plot."""
+        return {
+            "seconds": round(self.seconds, 1), "sequences": self.sequences, "operations": self.operations,
+            "states": len(self.reached), "lines": self.lines, "corpus": self.corpus, "findings": self.findings,
+        }  # fmt: skip
+
+
+def perform(
+    executor: Executor, ops: list[Op], figures: Figures | None = None, complaints: Callable[[], str] = lambda: ""
+) -> Finding | None:
+    """One sequence in a fresh VM; the first fault, None if there was none."""
+    try:
+        run = executor.start()
+    except KvmError as error:
+        return Finding("start", f"no VM for the sequence: {error}")
+    model = Model()
+    step = -1
+    finding: Finding | None = None
+    try:
+        for step, op in enumerate(ops):
+            outcome = run.perform(op)
+            if figures is not None:
+                figures.operations += 1
+                figures.refused += bool(outcome.errno)
+                figures.reached[f"{op.name or op.do} {op.on[0]} {outcome.errno}"] += 1
+            finding = finding or judge(op, outcome, step)
+            if (expected := model.expect(op)) is not None and expected != outcome.errno:
+                finding = finding or Finding(
+                    "model", f"{op}: {outcome.errno or 0}, the rules say {expected or 0} ({outcome.reason})", step
+                )
+            model.learn(op, outcome)
+    except Hang as error:
+        finding = Finding("hang", f"{ops[step]}: {error}", step)
+    except Gone as error:
+        finding = Finding("crash", f"{ops[step]}: {error}", step)
+    finally:
+        run.close()
+    if text := complaints():
+        return Finding("log", text[-4000:], finding.step if finding else -1)
+    return finding
+
+
+class Campaign:
+    """One run against one daemon, into one directory."""
+
+    def __init__(
+        self,
+        directory: Path,
+        seed: int,
+        daemon: Daemon | None,
+        endpoint: str,
+        *,
+        attacks: bool = True,
+        corpus: Corpus | None = None,
+    ) -> None:
+        self.directory = directory
+        self.figures = Figures(seed)
+        self._grammar = Grammar(seed)
+        self._random = Random(f"{seed}:campaign")
+        self._daemon, self._endpoint, self._attacks = daemon, endpoint, attacks and daemon is not None
+        self._executor = Executor(endpoint)
+        self._bystander = Bystander(endpoint)
+        self._leaks: Leaks | None = None
+        self._kinds: set[str] = set()
+        self._corpus = corpus if corpus is not None else Corpus(None)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._log = (directory / "figures.jsonl").open("a")
+        self._last_look = time.monotonic()
+
+    def run(self, seconds: float, show: Callable[[Figures], None] = lambda figures: None, most: int = 0) -> Figures:
+        """Until the time is up (or `most` sequences are done)."""
+        figures, end = self.figures, time.monotonic() + seconds
+        while time.monotonic() < end and (not most or figures.sequences < most):
+            ops = (
+                self._corpus.mutate(self._random)
+                if self._corpus.wants_mutation(self._random)
+                else self._grammar.sequence(figures.sequences)
+            )
+            before = len(figures.reached)
+            finding = perform(self._executor, ops, figures, self._daemon.complaints if self._daemon else lambda: "")
+            figures.sequences += 1
+            if self._corpus.consider(ops, len(figures.reached) > before):
+                figures.corpus, figures.lines = len(self._corpus), self._corpus.lines
+            if finding is not None:
+                self._found(finding, ops)
+            if self._attacks and self._random.random() < 0.02:
+                self._attack()
+            if time.monotonic() - self._last_look > _SLOW_CHECKS:
+                self._look(ops)
+                show(figures)
+        self._look([])
+        show(figures)
+        return figures
+
+    def _attack(self) -> None:
+        """Something below the level of requests, in a client of its own."""
+        self.figures.attacks += 1
+        seed = f"{self.figures.seed}:{self.figures.attacks}"
+        try:
+            name = transport.attack(self._endpoint, seed)
+        except (Hang, Gone) as error:
+            self._found(Finding("attack", f"{error}"), [Op("attack", arg=0, extra={"seed": seed})])
+            return
+        self.figures.reached[f"attack {name}"] += 1
+        if self._daemon and (text := self._daemon.complaints()):
+            self._found(Finding("log", text[-4000:]), [Op("attack", arg=0, extra={"seed": seed})])
+
+    def _look(self, ops: list[Op]) -> None:
+        """The oracles that take time, and a point for the plot."""
+        if finding := self._bystander.check():
+            self._found(finding, ops)
+        if self._daemon is not None and self.figures.sequences >= _WARM:
+            if self._leaks is None:
+                time.sleep(0.5)
+                self._leaks = Leaks(self._daemon)
+            elif finding := self._leaks.check():
+                self._found(finding, ops)
+                self._leaks = Leaks(self._daemon)
+        self._log.write(json.dumps(self.figures.row()) + "\n")
+        self._log.flush()
+        self._last_look = time.monotonic()
+
+    def _found(self, finding: Finding, ops: list[Op]) -> None:
+        what = ops[finding.step].name or ops[finding.step].do if ops and 0 <= finding.step < len(ops) else ""
+        kind = f"{finding.oracle}-{what}-{finding.text.rsplit(':', 1)[-1] if finding.oracle in ('errno', 'model') else ''}"
+        if finding.oracle == "log":
+            kind = "log-" + finding.text.strip().splitlines()[-1]
+        if kind in self._kinds:
+            return
+        self._kinds.add(kind)
+        self.figures.findings += 1
+        digest = hashlib.sha256(kind.encode()).hexdigest()[:8]
+        path = self.directory / "findings" / f"{finding.oracle.replace(' ', '-')}-{what or 'run'}-{digest}.jsonl"
+        save(path, ops, finding, seed=self.figures.seed, sequence=self.figures.sequences - 1)
+
+    def close(self) -> None:
+        """Leave the target as it was."""
+        (self.directory / "reached.json").write_text(json.dumps(self.figures.reached, indent=0, sort_keys=True))
+        self._log.close()
+        try:
+            self._bystander.close()
+            self._executor.close()
+        except (KvmError, OSError):
+            pass

@@ -1,0 +1,124 @@
+"""A private kvmcore daemon to be fuzzed, started by its command line, and what can be seen of it from outside.
+
+Counts its processes, descriptors, memory and files, and reads its log: "internal error" there is a finding even where
+the client saw an errno.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+
+class Footprint(NamedTuple):
+    """What a daemon with its VMs takes: counts, memory in bytes."""
+
+    processes: int
+    descriptors: int
+    files: int
+    memory: int
+
+    def grown(self, before: Footprint) -> list[str]:
+        """What there is more of than before, memory only beyond 32 MiB: pages of Python come and go."""
+        names = ("processes", "descriptors", "endpoints")
+        more = [f"{name}: {old} -> {new}" for name, old, new in zip(names, before, self, strict=False) if new > old]
+        if self.memory > before.memory + (32 << 20):
+            more.append(f"memory: {before.memory >> 20} -> {self.memory >> 20} MiB")
+        return more
+
+
+class Daemon:
+    """`with Daemon() as daemon`: listens at daemon.endpoint until the end."""
+
+    def __init__(self, *options: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="softkvm-fuzz-"))
+        self.endpoint = f"ipc://{self.directory / 'kvmcore.sock'}"
+        self.log = self.directory / "log"
+        readable, writable = os.pipe()
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "kvmcore", "--listen", self.endpoint, "--ready-fd", str(writable), *options],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[writable], start_new_session=True,
+            )  # fmt: skip
+        os.close(writable)
+        with os.fdopen(readable, "rb") as pipe:
+            word = pipe.readline()
+        self._read = 0
+        if word.strip() != b"ready":
+            text = self.log.read_text(errors="replace")
+            self.close()
+            raise RuntimeError(f"kvmcore did not start: {text[-500:]}")
+        self._tree = psutil.Process(self._process.pid)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the daemon runs; the zygote may have been replaced."""
+        return self._process.poll() is None
+
+    def complaints(self) -> str:
+        """What has come into the log since the last look and is a fault of the server's, "" if nothing."""
+        if self.log.stat().st_size == self._read:
+            return ""
+        with self.log.open("rb") as log:
+            log.seek(self._read)
+            text = log.read().decode(errors="replace")
+        self._read += len(text.encode())
+        return (
+            text if any(word in text for word in ("Traceback", "internal error", "Fatal", "Segmentation", "Assertion")) else ""
+        )
+
+    def footprint(self) -> Footprint:
+        """As it is now. Processes that end meanwhile count as ended."""
+        processes, descriptors, memory = 0, 0, 0
+        for process in (self._tree, *self._tree.children(recursive=True)):
+            try:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                descriptors += process.num_fds()
+                memory += process.memory_info().rss
+                processes += 1
+            except psutil.Error:
+                continue
+        return Footprint(processes, descriptors, sum(1 for _ in self.directory.rglob("*")), memory)
+
+    def close(self) -> list[str]:
+        """Stop it; what it leaves behind: processes and files, [] as it should be. Idempotent."""
+        left: list[str] = []
+        if not self.directory.exists():
+            return left
+        children = []
+        try:
+            children = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.Error:
+            pass
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            left.append("the daemon does not end on SIGTERM")
+            self._process.kill()
+            self._process.wait()
+        _, stay = psutil.wait_procs(children, timeout=10)
+        for process in stay:
+            left.append(f"process {process.pid} is left")
+            process.kill()
+        left += [f"{path.name} is left" for path in self.directory.iterdir() if path != self.log]
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return left
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,99 @@
+"""A short run against a real daemon: sequences are performed, oracles see faults, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import psutil
+import pytest
+
+from protocol.client import Kvm
+from qemu_user.cli import fuzz
+from qemu_user.fuzz import transport
+from qemu_user.fuzz.campaign import Campaign, perform
+from qemu_user.fuzz.corpus import Corpus
+from qemu_user.fuzz.daemon import Daemon
+from qemu_user.fuzz.executor import Executor, Outcome
+from qemu_user.fuzz.grammar import Grammar
+from qemu_user.fuzz.oracles import Bystander, judge
+from qemu_user.fuzz.report import write
+from qemu_user.fuzz.sequence import Op, load, save
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with Daemon() as made:
+        yield made
+        assert made.alive
+        assert made.close() == []
+
+
+def test_a_run_finds_nothing_and_keeps_a_corpus(daemon: Daemon, tmp_path: Path) -> None:
+    campaign = Campaign(tmp_path / "out", 11, daemon, daemon.endpoint, attacks=False, corpus=Corpus(tmp_path / "corpus"))
+    figures = campaign.run(120, most=60)
+    campaign.close()
+    findings = [load(path)[0]["text"] for path in (tmp_path / "out" / "findings").glob("*")]
+    assert findings == []
+    assert figures.sequences == 60
+    assert figures.operations > 600
+    assert len(Corpus(tmp_path / "corpus")) == figures.corpus > 0
+    assert "<svg" in write(tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("attack", transport.ATTACKS, ids=lambda attack: attack.__name__.strip("_"))
+def test_attacks_are_stood(daemon: Daemon, attack: object) -> None:
+    kvm = Kvm.open(daemon.endpoint)
+    try:
+        attack(kvm, daemon.endpoint, Random(3))  # type: ignore[operator]
+    except OSError:
+        pass  # refused
+    finally:
+        kvm.close()
+    transport.serves(daemon.endpoint, "the attack")
+    assert daemon.complaints() == ""
+
+
+def test_a_killed_vm_is_a_crash(daemon: Daemon) -> None:
+    executor = Executor(daemon.endpoint)
+    start = executor.start
+
+    def start_and_kill():  # type: ignore[no-untyped-def]
+        run = start()
+        os.kill(run.vm.pid, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(run.vm.pid)] if psutil.pid_exists(run.vm.pid) else [], timeout=10)
+        return run
+
+    executor.start = start_and_kill  # type: ignore[method-assign]
+    finding = perform(executor, [Op("ioctl", ("vm", 0), "CHECK_EXTENSION", arg=1)])
+    executor.close()
+    assert finding is not None
+    assert finding.oracle == "crash"
+
+
+def test_the_bystander_notices(daemon: Daemon) -> None:
+    bystander = Bystander(daemon.endpoint)
+    assert bystander.check() is None
+    bystander._state ^= 1
+    found = bystander.check()
+    bystander.close()
+    assert found is not None
+    assert found.oracle == "bystander"
+
+
+def test_what_the_table_does_not_have_is_a_finding() -> None:
+    op = Op("ioctl", ("vm", 0), "IRQ_LINE", members={})
+    assert judge(op, Outcome(-1, "ENXIO"), 0) is None
+    assert judge(op, Outcome(-1, "ENOSPC"), 0) is not None
+    assert judge(op, Outcome(5), 0) is not None
+    assert judge(op, Outcome(-1, "EIO", reason="internal error, see kvmcore's log"), 0) is not None
+
+
+def test_replay_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "f.jsonl", Grammar(5).sequence(1))
+    assert fuzz.main(["replay", str(tmp_path / "f.jsonl")]) == 0
+    assert "no finding" in capsys.readouterr().out
+    assert fuzz.main(["replay", str(tmp_path / "absent")]) == 2

@@ -1,0 +1,85 @@
+"""Sequences: the table is their only source, seeds decide everything, files keep them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from protocol.abi.ioctls import IOCTLS
+from qemu_user.fuzz import guest_code, rules
+from qemu_user.fuzz.grammar import Grammar
+from qemu_user.fuzz.minimize import minimize
+from qemu_user.fuzz.oracles import Bystander
+from qemu_user.fuzz.sequence import Finding, Op, load, save
+from tests.framework.asm import assemble
+
+
+def test_a_seed_decides_everything() -> None:
+    first, again, other = Grammar(7), Grammar(7), Grammar(8)
+    assert [first.sequence(i) for i in range(20)] == [again.sequence(i) for i in range(20)]
+    assert first.sequence(3) != other.sequence(3)
+
+
+def test_every_ioctl_and_every_member_is_tried() -> None:
+    seen: dict[str, set[str]] = {}
+    for index in range(1500):
+        for op in Grammar(1).sequence(index):
+            seen.setdefault(op.name, set()).update(op.members or {})
+    for row in IOCTLS:
+        if row.name == "CREATE_VM":  # what every sequence starts with
+            continue
+        assert row.name in seen
+        members = {field.name for field in row.argument.fields} if row.argument else set()
+        assert {name for name in members if not name.startswith("pad") and name != "reserved"} <= seen[row.name], row.name
+
+
+def test_rules_name_members_that_exist() -> None:
+    from protocol.abi.structs import LAYOUTS
+
+    known = {(layout.name, field.name) for layout in LAYOUTS for field in layout.fields}
+    assert set(rules.RULES) <= known
+
+
+def test_files_say_what_was_done(tmp_path: Path) -> None:
+    ops = Grammar(3).sequence(0)
+    save(tmp_path / "f.jsonl", ops, Finding("errno", "x", 4), seed=3)
+    head, again = load(tmp_path / "f.jsonl")
+    assert again == ops
+    assert (head["oracle"], head["step"], head["seed"]) == ("errno", 4, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}\n", "not json\n", '{"softkvm-fuzz": 99}\n', '{"softkvm-fuzz": 1}\n{"do": 3}\n', "[]\n"]
+)
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"not a"):
+        load(path)
+
+
+def test_minimize_leaves_what_it_takes() -> None:
+    ops = [Op("ioctl", ("vm", 0), name, members={"slot": 7, "flags": 3}) for name in "ABCDEFGH"]
+
+    def shows(candidate: list[Op]) -> bool:
+        names = [op.name for op in candidate if (op.members or {}).get("flags") == 3]
+        return "C" in names and "F" in names and names.index("C") < names.index("F")
+
+    smallest = minimize(ops, shows)
+    assert [(op.name, op.members) for op in smallest] == [("C", {"flags": 3}), ("F", {"flags": 3})]
+    with pytest.raises(ValueError, match="does not show"):
+        minimize(ops[:2], shows)
+
+
+def test_code_for_guests_is_what_its_comments_say() -> None:
+    generator = assemble(
+        "again: slli a2, a0, 13\n xor a0, a0, a2\n srli a2, a0, 7\n xor a0, a0, a2\n slli a2, a0, 17\n xor a0, a0, a2\n"
+        " addi a1, a1, -1\n bnez a1, again\n mv a1, a3\n sd a0, 0(a4)\n j again\n"
+    )
+    assert generator.image == b"".join(word.to_bytes(4, "little") for word in Bystander._CODE)
+    interpreter = assemble(
+        "loop: ld x6, 0(x5)\n ld x7, 8(x5)\n ld x28, 16(x5)\n addi x5, x5, 24\n beqz x28, store\n addi x28, x28, -1\n"
+        " beqz x28, load\n j out\nstore: sd x7, 0(x6)\n j loop\n nop\nload: ld x7, 0(x6)\n j loop\nout: nop\n"
+    )
+    assert interpreter.image[:-4] == b"".join(word.to_bytes(4, "little") for word in guest_code._INTERPRETER)
