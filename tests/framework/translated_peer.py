@@ -25,12 +25,12 @@ _SECRET = bytes(32)
 
 
 @cache
-def arena() -> tuple[int, mmap.mmap]:
-    """This process's arena, mapped behind the image: (descriptor, memory)."""
+def arena(image: Image) -> mmap.mmap:
+    """This process's arena of an image, mapped behind it."""
     fd = os.memfd_create("regions")
     os.ftruncate(fd, ARENA_BYTES)
-    native_image().map_arena(fd)
-    return fd, mmap.mmap(fd, ARENA_BYTES)
+    image.map_arena(fd)
+    return mmap.mmap(fd, ARENA_BYTES)
 
 
 class Regions:
@@ -38,7 +38,7 @@ class Regions:
 
     def __init__(self, machine: Machine, image: Image) -> None:
         self._machine, self._image = machine, image
-        self._memory = arena()[1]
+        self._memory = arena(image)
         machine.state.regions = image.arena
         self._used = 0
         self.installed = 0

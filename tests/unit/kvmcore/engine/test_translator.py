@@ -1,0 +1,199 @@
+"""The translator as a process, hot code that finds it, and its cache: kept, shared, damaged, tampered with, bounded."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmcore.engine import image as image_file
+from kvmcore.engine.code_cache import CodeCache, secret
+from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.loader import Image, ensure_image
+from tests.framework.bare_guest import RAM, Guest
+
+ROOT = Path(__file__).parents[4]
+LOOP = """
+    li a0, 0
+    la a2, word
+loop:
+    ld a3, 0(a2)
+    add a0, a0, a3
+    addi a0, a0, 1
+    j loop
+    .balign 8
+word: .dword 2
+"""
+
+
+class Process:
+    """A translator with a cache of its own in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        engine = folder / "cache" / "softkvm" / "engine"
+        engine.mkdir(parents=True, exist_ok=True)
+        ready_made = engine / image_file.path().name
+        if not ready_made.exists():
+            ready_made.write_bytes(ensure_image().read_bytes())
+        self.folder, self.path, self.cache = folder, str(folder / "t"), engine
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache")}
+        command = [sys.executable, "-m", "kvmcore.server.translator", self.path, str(os.getpid())]
+        self.process = subprocess.Popen(command, env=environment, cwd=ROOT)
+        end = time.monotonic() + 30
+        while not os.path.exists(self.path):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        Path(self.path).unlink(missing_ok=True)
+
+    @property
+    def database(self) -> Path:
+        return next(self.cache.glob("*.regions"))
+
+
+@pytest.fixture
+def translator(tmp_path: Path) -> Iterator[Process]:
+    made = Process(tmp_path)
+    yield made
+    made.kill()
+
+
+def run_until_regions(g: Guest, more_than: int = 0, seconds: float = 60) -> int:
+    """Run the endless guest until more regions than that are installed; how many there are."""
+    assert g.machine.hot_code is not None
+    end = time.monotonic() + seconds
+    while g.machine.hot_code.regions <= more_than:
+        assert time.monotonic() < end, "no region has come"
+        assert g.run(0.1) == ExitKind.KICK
+    return g.machine.hot_code.regions
+
+
+def fresh(path: str) -> Guest:
+    """A guest that knows the translator, with an image of its own: an arena belongs to an image."""
+    g = Guest(Image.load(), LOOP)
+    g.machine.translate(path)
+    return g
+
+
+def test_hot_code_is_translated_and_right(translator: Process) -> None:
+    g = fresh(translator.path)
+    run_until_regions(g)
+    state = g.harts[0].state
+    before = state.x[10], state.icount, state.pc
+    g.run(0.2)
+    rounds = (state.icount - before[1]) / 4
+    assert abs((state.x[10] - before[0]) / 3 - rounds) <= 1
+    assert RAM <= state.pc < RAM + 4096
+
+
+def test_a_killed_translator_costs_speed_only(translator: Process) -> None:
+    g = fresh(translator.path)
+    count = run_until_regions(g)
+    translator.kill()
+    assert g.run(0.3) == ExitKind.KICK
+    g.harts[0].flush_icache()
+    g.put(g.program.symbols["loop"], "c.nop\n c.nop")  # so that there is something to translate again
+    assert g.run(0.3) == ExitKind.KICK
+    translator.start()
+    assert g.run(1.5) == ExitKind.KICK  # the time after which it is looked for again
+    run_until_regions(g, count)
+
+
+def test_regions_are_kept_on_disk(translator: Process) -> None:
+    run_until_regions(fresh(translator.path))
+    translator.kill()
+    with sqlite3.connect(translator.database) as database:
+        (rows,) = database.execute("SELECT count(*) FROM regions").fetchone()
+        assert rows > 0
+    translator.start()
+    run_until_regions(fresh(translator.path))
+
+
+def test_what_was_tampered_with_is_never_run(translator: Process) -> None:
+    run_until_regions(fresh(translator.path))
+    translator.kill()
+    with sqlite3.connect(translator.database) as database:
+        database.execute("UPDATE regions SET code = zeroblob(length(code))")  # zeros would crash the VM process
+    translator.start()
+    g = fresh(translator.path)
+    run_until_regions(g)
+    assert g.run(0.2) == ExitKind.KICK
+    with sqlite3.connect(translator.database) as database:
+        end = time.monotonic() + 20
+        while database.execute("SELECT count(*) FROM regions WHERE code <> zeroblob(length(code))").fetchone()[0] == 0:
+            assert time.monotonic() < end, "translated again, but not kept"
+            time.sleep(0.1)
+
+
+# -- the cache alone ---------------------------------------------------------------------------------------------
+
+PAGE = bytes(range(16))
+
+
+def test_find_and_store(tmp_path: Path) -> None:
+    key = secret(tmp_path)
+    assert secret(tmp_path) == key
+    assert (tmp_path / "secret").stat().st_mode & 0o77 == 0
+    cache = CodeCache(key, tmp_path)
+    assert cache.find(PAGE) == {}
+    cache.store(PAGE, 4, b"code")
+    cache.store(PAGE, 8, b"")
+    cache.close()
+    again = CodeCache(key, tmp_path)
+    assert again.find(PAGE) == {4: b"code", 8: b""}
+    assert CodeCache(bytes(32), tmp_path).find(PAGE) == {}, "another host's secret"
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a database at all", None])
+def test_a_damaged_file_is_begun_anew(tmp_path: Path, damage: bytes | None) -> None:
+    key = secret(tmp_path)
+    cache = CodeCache(key, tmp_path)
+    for number in range(200):
+        cache.store(number.to_bytes(16, "little"), 0, bytes(2000))
+    cache.close()
+    (path,) = tmp_path.glob("*.regions")
+    path.write_bytes(damage if damage is not None else path.read_bytes()[:5000])
+    again = CodeCache(key, tmp_path)
+    again.find(PAGE)
+    again.store(PAGE, 4, b"code")
+    third = CodeCache(key, tmp_path)
+    assert third.find(PAGE) == {4: b"code"}
+
+
+def test_two_processes_write_at_once(tmp_path: Path) -> None:
+    key = secret(tmp_path)
+    first, second = CodeCache(key, tmp_path), CodeCache(key, tmp_path)
+    for number in range(50):
+        (first if number % 2 else second).store(PAGE, 2 * number, b"x" * number)
+    assert first.find(PAGE) == second.find(PAGE) == {2 * number: b"x" * number for number in range(50)}
+
+
+def test_it_stays_within_its_bound(tmp_path: Path) -> None:
+    cache = CodeCache(secret(tmp_path), tmp_path, limit=1 << 20)
+    for number in range(400):
+        cache.store(number.to_bytes(16, "little"), 0, os.urandom(8000))
+    cache.close()
+    (path,) = tmp_path.glob("*.regions")
+    assert path.stat().st_size < 3 << 20
+    assert CodeCache(secret(tmp_path), tmp_path).find((399).to_bytes(16, "little"))
+
+
+def test_without_a_disk_there_is_no_cache(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    assert len(secret(blocked / "below")) == 32
+    cache = CodeCache(bytes(32), blocked / "below")
+    cache.store(PAGE, 0, b"code")
+    assert cache.find(PAGE) == {}
