@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-downtime", default="30ms", metavar="TIME", help="how long the guest may stand (default: 30ms)")
     parser.add_argument("--bandwidth", default="0", metavar="BYTES", help="per second, with k, M or G (default: no limit)")
     parser.add_argument("--with-disks", action="store_true", help="copy writable disks too (default: both hosts see them)")
+    parser.add_argument("--postcopy", action="store_true", help="switch over after one round; what is missing follows")
     parser.add_argument("--copy", action="store_true", help="copy memory even on one machine, where it could be given")
     parser.add_argument("--key", default="", metavar="FILE", help="our secret key (default: made when first needed)")
     parser.add_argument("--peer-key", default="", metavar="FILE", help="the host's public key (default: keys/peers/HOST.key)")
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
         with connect(options.name) as client:
             on(
                 client, options.name, "migrate", uri=options.uri, max_downtime=downtime, bandwidth=bandwidth,
-                with_disks=options.with_disks, copy=options.copy, key=options.key, peer_key=peer,
+                with_disks=options.with_disks, copy=options.copy, postcopy=options.postcopy, key=options.key, peer_key=peer,
             )  # fmt: skip
             numbers = wait_for_job(client, options.name, "migration")
     except VerbError as error:

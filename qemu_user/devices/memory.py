@@ -42,8 +42,9 @@ class GuestMemory:
         if position >= 0 and length >= 0:
             start, end, view = self._regions[position]
             if gpa + length <= end:
-                if self.absent is not None and position == 0:
-                    self.absent.ensure(gpa - start, length)
+                absent = self.absent
+                if absent is not None and position == 0:
+                    absent.ensure(gpa - start, length)
                 return view[gpa - start : gpa - start + length]
         raise OutOfRange(gpa, length)
 
@@ -57,10 +58,12 @@ class GuestMemory:
         self.wrote(gpa, len(data))
 
     def arrive(self, gpa: int) -> bool:
-        """A vCPU has touched a page that is not there: bring it. False when we know nothing of that."""
-        if self.absent is None or not self._starts or gpa < self._starts[0]:
+        """A vCPU has touched a page that was not there: bring it, if nobody has meanwhile. False: it is not RAM."""
+        absent = self.absent
+        if not self._regions or not self._starts[0] <= gpa < self._regions[0][1]:
             return False
-        self.absent.ensure(gpa - self._starts[0], PAGE)
+        if absent is not None:  # else all have come between the vCPU's look and ours
+            absent.ensure(gpa - self._starts[0], PAGE)
         return True
 
     def discard(self, gpa: int, length: int) -> None:

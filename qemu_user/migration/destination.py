@@ -8,6 +8,7 @@ built here. Until COMMIT this is a machine that stands, with its I/O frozen from
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ import psutil
 from protocol.abi.errors import KvmError
 from qemu_user.backends.errors import BackendError
 from qemu_user.config.machine_config import MachineConfig
+from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
 from qemu_user.machine.machine import PAUSED, Machine, StartError
 from qemu_user.management.instance import Instance
@@ -40,8 +42,40 @@ except ImportError:
 _HELLO_SECONDS = 10.0
 _LOCK_SECONDS = 2.0
 _ASK_SECONDS = 0.02
+_PAGE_SECONDS = 30.0
 _MOST_UNITS = 1 << 20
 _ZEROES = bytes(1 << 20)
+
+
+class RemotePages:
+    """A PageSource: the source of a post-copy migration, over the channel that is nobody else's by then."""
+
+    cluster = messages.PIECE
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fetch a piece. ChannelError."""
+        self._channel.send(messages.FETCH, offset)
+        frame = self._channel.receive(_PAGE_SECONDS)
+        if frame is None or frame.kind != messages.PAGE or frame.a != offset:
+            raise ChannelError(f"the source of the migration does not send the memory at {offset:#x}")
+        self._channel.read_into(into)
+
+    def close(self) -> None:
+        """All of it is here."""
+        with suppress(ChannelError):
+            self._channel.send(messages.DONE)
+        self._channel.close()
+
+
+def fill(machine: Machine) -> None:
+    """Bring the memory that nobody has asked for yet, in the background."""
+    try:
+        machine.complete_memory(threading.Event())
+    except PageLost as error:
+        machine.fail(str(error))
 
 
 class Refused(Exception):
@@ -62,6 +96,8 @@ class Incoming:
         self._journal: Journal | None = None
         self._features: list[str] = []
         self._made: list[Path] = []
+        self._pages_follow = False
+        """Post-copy: the channel goes on as where memory comes from."""
 
     def run(self) -> Instance:
         """Discarded, when nothing came of it; nothing is left then."""
@@ -76,7 +112,8 @@ class Incoming:
             self._forget()
             raise Discarded(str(error) or "the source keeps the VM") from error
         finally:
-            self._channel.close()
+            if not self._pages_follow:
+                self._channel.close()
 
     def _forget(self) -> None:
         if self._instance is not None:
@@ -117,16 +154,21 @@ class Incoming:
             if not instance.machine.vm.alive:
                 raise Refused(f"the VM's kvmcore process on this host ({instance.machine.vm.pid}) has died")
             self._journal.write(journals.RUNNING, hello.generation)
+        if self._pages_follow:  # from here on the channel is for pages only
+            self._channel.send(messages.RUNNING, hello.generation)
         if hello.running:
             instance.machine.resume()
         else:
             instance.machine.status = PAUSED
         steps.reached("destination:running", self._channel.cut)
-        with suppress(ChannelError):
-            self._channel.send(messages.RUNNING, hello.generation)
+        if not self._pages_follow:
+            with suppress(ChannelError):
+                self._channel.send(messages.RUNNING, hello.generation)
         announce(instance.machine)
         instance.take_name(instance.config.name)
         self._journal.keep()
+        if self._pages_follow:
+            threading.Thread(target=fill, args=(instance.machine,), name="fill", daemon=True).start()
         steps.reached("destination:done", self._channel.cut)
         return instance
 
@@ -168,6 +210,7 @@ class Incoming:
                 raise Refused(f"not enough memory: the VM has {config.memory >> 20} MiB, {available >> 20} MiB are free")
         self._features = [name for name in hello.features if name == "zstd" and zstandard is not None]
         self._features += ["memory-fd"] if ram_fd >= 0 else []
+        self._features += [name for name in hello.features if name == "postcopy" and ram_fd < 0]
         config = self._make_disks(config, hello)
         instance = Instance(config, self._endpoint, provisional=True)
         self._instance = instance
@@ -223,6 +266,8 @@ class Incoming:
                     steps.reached("destination:data", channel.cut)
             elif frame.kind == messages.ROUND:
                 channel.send(messages.ROUND, frame.a)
+            elif frame.kind == messages.ABSENT and "postcopy" in self._features:
+                self._leave_pages(machine, ram, channel.read())
             elif frame.kind == messages.STATE:
                 steps.reached("destination:state", channel.cut, machine.vm.pid)
                 return channel.read()
@@ -230,6 +275,14 @@ class Incoming:
                 raise Discarded
             else:
                 raise ChannelError(f"message {frame.kind} during the copy")
+
+    def _leave_pages(self, machine: Machine, ram: memoryview, left: bytes) -> None:
+        """Post-copy: these pieces stay at the source until they are touched."""
+        if len(left) * messages.PIECE != len(ram):
+            raise ChannelError("a map of other memory than the machine's")
+        offsets = [index * messages.PIECE for index, there in enumerate(left) if there]
+        self._pages_follow = True
+        machine.await_pages(AbsentPages(ram, RemotePages(self._channel), offsets))
 
     def _take_memory(self, frame: Frame, ram: memoryview, start: int) -> None:
         unit = 4096

@@ -13,6 +13,9 @@
 
     ABORT, from the source at any time before COMMIT: the destination forgets everything.
 
+Post-copy: ABSENT before STATE names the memory that stays behind. From then on the destination may FETCH a piece of it,
+answered by PAGE, one at a time; DONE, from the destination after RUNNING, means that it has them all.
+
 Until its journal says "committed" the VM is the source's, afterwards the destination's; see journal.py for what a
 side does that hears nothing more. Sizes and units are checked by the receiver against its own machine.
 """
@@ -25,8 +28,12 @@ PROTOCOL = 1
 HELLO, ACCEPT, REJECT = 1, 2, 3
 DATA, PACKED, ZEROES, ROUND = 4, 5, 6, 7
 STATE, PREPARED, COMMIT, RUNNING, ABORT = 8, 9, 10, 11, 12
+ABSENT, FETCH, PAGE, DONE = 13, 14, 15, 16
 """DATA: a = volume << 56 | first unit, b = units, payload: their bytes. PACKED: the same, zstd. ZEROES: without payload.
-ROUND: a = number. COMMIT, RUNNING: a = generation."""
+ROUND: a = number. COMMIT, RUNNING: a = generation. ABSENT: payload: a byte per PIECE of memory, 1: it stays behind. FETCH,
+PAGE: a = offset in memory, a multiple of PIECE; PAGE's payload are its bytes."""
+PIECE = 32 << 10
+"""Bytes of memory that post-copy moves at once: 8 pages, a byte of the userfault bitmap."""
 _VOLUME_SHIFT = 56
 
 
@@ -54,7 +61,8 @@ class Hello(Record, frozen=True, kw_only=True):
     state: bytes
     features: list[str]
     """What the source can do beside the rules above: "zstd"; "memory-fd": the guest's memory itself comes with this
-    message, as a descriptor, and is not to be touched before COMMIT."""
+    message, as a descriptor, and is not to be touched before COMMIT; "postcopy": the VM runs before all of its memory has
+    come."""
     disks: dict[int, int]
     """Disks that travel along: volume number -> bytes."""
     running: bool

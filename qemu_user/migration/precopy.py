@@ -49,9 +49,13 @@ class Precopy:
     """rounds(), then finish() while the machine stands, then close() however it went."""
 
     def __init__(
-        self, machine: Machine, volumes: Sequence[Ram | Disk], sink: Sink, job: Job, max_downtime: float, bandwidth: float = 0.0
-    ) -> None:
-        """`max_downtime` in seconds, `bandwidth` in bytes per second, 0 for no limit."""
+        self, machine: Machine, volumes: Sequence[Ram | Disk], sink: Sink, job: Job, max_downtime: float,
+        bandwidth: float = 0.0, leave_memory: bool = False,
+    ) -> None:  # fmt: skip
+        """`max_downtime` in seconds, `bandwidth` in bytes per second, 0 for no limit. `leave_memory`: one round of RAM is
+        enough, the rest follows when it is touched (post-copy).
+        """
+        self._leave_memory = leave_memory
         self._machine, self._volumes, self._sink, self._job = machine, volumes, sink, job
         self._max_downtime, self._bandwidth = max_downtime, bandwidth
         self._rate = min(_GUESS, bandwidth or _GUESS)
@@ -79,20 +83,25 @@ class Precopy:
             job.dirty_rate, job.throughput, job.remaining = rest / spent, self._rate, rest
             job.expected_downtime = rest / self._rate + _STATE_SECONDS
             allowed = max(self._max_downtime - _STATE_SECONDS, 0.2 * self._max_downtime) * self._rate
-            if rest <= allowed or job.rounds >= MAX_ROUNDS:
+            left = rest - self._amount(disks_only=True) if self._leave_memory else 0
+            if rest - left <= allowed or job.rounds >= MAX_ROUNDS:
                 self._throttle.stop()  # a machine that is about to stand need not be slowed down
                 return
             if not first and rest > 0.6 * before:
                 self._throttle.more()
             first, before = False, rest
 
-    def finish(self) -> None:
-        """The machine stands: copy the rest."""
+    def finish(self) -> bytearray:
+        """The machine stands: copy the rest. The map of RAM's pages that were left, if they were to be; else empty."""
+        left = bytearray()
         for position, volume in enumerate(self._volumes):
             self._pending[position] = pages.union(self._pending[position], volume.take())
+            if self._leave_memory and isinstance(volume, Ram):
+                left, self._pending[position] = self._pending[position], bytearray()
         self._send(False)
         self._sink.end_of_round()
         self._job.remaining = 0
+        return left
 
     def close(self) -> None:
         """Let the guest run at full speed, and track no more. Idempotent."""
@@ -100,8 +109,12 @@ class Precopy:
         for volume in self._volumes:
             volume.stop()
 
-    def _amount(self) -> int:
-        return sum(pages.count(units) * volume.unit for units, volume in zip(self._pending, self._volumes, strict=True))
+    def _amount(self, disks_only: bool = False) -> int:
+        return sum(
+            pages.count(units) * volume.unit
+            for units, volume in zip(self._pending, self._volumes, strict=True)
+            if not (disks_only and isinstance(volume, Ram))
+        )
 
     def _send(self, first: bool) -> None:
         for units, volume in zip(self._pending, self._volumes, strict=True):

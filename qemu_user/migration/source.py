@@ -17,7 +17,7 @@ from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
 from qemu_user.migration import journal as journals
 from qemu_user.migration import machine_state, messages, sections, steps
 from qemu_user.migration.channel import Channel, ChannelError
-from qemu_user.migration.job import DEVICE, Job, JobError
+from qemu_user.migration.job import DEVICE, POSTCOPY, Job, JobError
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
 from qemu_user.migration.precopy import Precopy
@@ -51,6 +51,8 @@ class Options(NamedTuple):
     with_disks: bool = False
     hand_memory: bool = True
     """On one machine: give the memory itself instead of a copy."""
+    postcopy: bool = False
+    """Switch over after one round; the destination fetches what is missing when it is touched."""
 
 
 class _Wire:
@@ -84,14 +86,23 @@ class _Wire:
         steps.reached("source:round", self._channel.cut)
 
 
-def expect(channel: Channel, kind: int, seconds: float) -> Frame:
-    """The frame that is due. JobError with the destination's reason for a REJECT; ChannelError for anything else."""
+def _pieces(left: bytearray, size: int) -> bytes:
+    """The map of pieces of memory with a page that is left."""
+    per = messages.PIECE // Ram.unit
+    left.extend(bytes(size // Ram.unit - len(left)))
+    return bytes(any(left[at : at + per]) for at in range(0, len(left), per))
+
+
+def expect(channel: Channel, kind: int, seconds: float, other: int = 0) -> Frame:
+    """The frame that is due, of `kind` or `other`. JobError with the destination's reason for a REJECT; ChannelError for
+    anything else.
+    """
     frame = channel.receive(seconds)
     if frame is None:
         raise ChannelError(f"the destination has not answered for {seconds:g} s")
     if frame.kind == messages.REJECT:
         raise JobError(f"the destination refuses it: {channel.read().decode(errors='replace')[:2000]}")
-    if frame.kind != kind:
+    if frame.kind not in (kind, other):
         raise ChannelError(f"message {frame.kind} where {kind} was due")
     return frame
 
@@ -104,7 +115,7 @@ class Outgoing:
         self._disks = writable_disks(machine)
         self._journal: Journal | None = None
         self._peer_journal = ""
-        self._unlocked = False
+        self._unlocked = self._postcopy = False
         channel.look = job.check
 
     def run(self) -> None:
@@ -131,7 +142,9 @@ class Outgoing:
             volumes += self._disks if self._options.with_disks else []
             slow = 0 < self._options.bandwidth < _PACK_BELOW
             wire = _Wire(self._channel, slow and "zstd" in accepted.features, job)
-            copy = Precopy(machine, volumes, wire, job, self._options.max_downtime, self._options.bandwidth)
+            options = self._options
+            self._postcopy = "postcopy" in accepted.features
+            copy = Precopy(machine, volumes, wire, job, options.max_downtime, options.bandwidth, self._postcopy)
             copy.rounds()
             self._switch_over(copy)
         except BaseException:
@@ -144,6 +157,8 @@ class Outgoing:
             if copy is not None:
                 copy.close()
         self._journal.keep()
+        if self._postcopy:
+            self._serve_pages()
         threading.Timer(_LINGER_SECONDS, machine.quit).start()
 
     def _say_abort(self) -> None:
@@ -161,6 +176,7 @@ class Outgoing:
             state = sections.encode(machine_state.capture(machine))
         features = ["zstd"] if zstandard is not None else []
         features += ["memory-fd"] if options.hand_memory else []
+        features += ["postcopy"] if options.postcopy and not options.hand_memory else []
         hello = Hello(
             protocol=messages.PROTOCOL,
             name=machine.config.name,
@@ -194,7 +210,9 @@ class Outgoing:
             stopped = time.monotonic()
             steps.reached("source:standing", channel.cut)
             try:
-                copy.finish()
+                left = copy.finish()
+                if self._postcopy:
+                    channel.send(messages.ABSENT, payload=_pieces(left, machine.config.memory))
                 for disk in self._disks:
                     disk.disk.flush()
                 self._unlocked = True
@@ -204,7 +222,7 @@ class Outgoing:
                 state = sections.encode(machine_state.capture(machine, generation))
                 channel.send(messages.STATE, payload=state)
                 steps.reached("source:state", channel.cut)
-                expect(channel, messages.PREPARED, _PREPARED_SECONDS)
+                self._expect(messages.PREPARED)
                 job.check()  # the last moment at which it can be called off
                 steps.reached("source:prepared", channel.cut)
             except BaseException:
@@ -233,7 +251,7 @@ class Outgoing:
         try:
             self._channel.send(messages.COMMIT, generation)
             steps.reached("source:commit-sent", self._channel.cut)
-            expect(self._channel, messages.RUNNING, _PREPARED_SECONDS)
+            self._expect(messages.RUNNING)
             return True
         except (ChannelError, JobError) as error:
             self._job.error = f"the destination was told to run the VM and has not confirmed it ({error}); asking"
@@ -243,6 +261,29 @@ class Outgoing:
                 self._job.error = ""
                 return word == journals.RUNNING
             time.sleep(_ASK_SECONDS)
+
+    def _expect(self, kind: int) -> None:
+        """The answer that is due; memory that the destination needs for it is sent meanwhile."""
+        while (frame := expect(self._channel, kind, _PREPARED_SECONDS, messages.FETCH)).kind == messages.FETCH:
+            self._send_piece(frame.a)
+
+    def _send_piece(self, offset: int) -> None:
+        memory = self._machine.memory.regions[0][1]
+        if offset % messages.PIECE or offset >= len(memory):
+            raise ChannelError(f"memory at {offset:#x} was asked for")
+        piece = memory[offset : offset + messages.PIECE]
+        self._job.transferred += self._channel.send(messages.PAGE, offset, payload=piece)
+
+    def _serve_pages(self) -> None:
+        """Post-copy: the VM runs elsewhere, part of its memory is still here."""
+        self._job.status = POSTCOPY
+        while True:
+            frame = self._channel.receive(None)
+            if frame is None or frame.kind == messages.DONE:
+                return
+            if frame.kind != messages.FETCH:
+                raise ChannelError(f"message {frame.kind} during post-copy")
+            self._send_piece(frame.a)
 
     def _take_disks_back(self) -> None:
         """Before the guest goes on: the destination lets go of the disks when it reads our journal."""

@@ -27,7 +27,10 @@ def moved(source: HostUnderTest, uri: str, *words: str) -> str:
     return done.stderr.decode()
 
 
-@pytest.mark.parametrize("words", [(), ("--copy",), ("--copy", "--bandwidth", "150M")], ids=["handed", "copied", "packed"])
+WAYS = {"handed": (), "copied": ("--copy",), "packed": ("--copy", "--bandwidth", "150M"), "postcopy": ("--postcopy",)}
+
+
+@pytest.mark.parametrize("words", WAYS.values(), ids=WAYS)
 def test_back_and_forth(
     words: tuple[str, ...], hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path
 ) -> None:

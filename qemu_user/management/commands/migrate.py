@@ -15,13 +15,15 @@ from qemu_user.migration.source import Options, Outgoing
 
 class MigrateArguments(Arguments, frozen=True, kw_only=True, rename="kebab"):
     """`max_downtime` in milliseconds, `bandwidth` in bytes per second (0: no limit). `key`, `peer_key`: files with our
-    secret and the host's public key, for tcp. `copy`: copy memory even where it could be given as it is."""
+    secret and the host's public key, for tcp. `copy`: copy memory even where it could be given as it is. `postcopy`: switch
+    over early, memory follows."""
 
     uri: str
     max_downtime: float = 30.0
     bandwidth: int = 0
     with_disks: bool = False
     copy: bool = False
+    postcopy: bool = False
     key: str = ""
     peer_key: str = ""
 
@@ -31,9 +33,9 @@ def run(machine: Machine, arguments: MigrateArguments) -> Result:
     if not 1 <= arguments.max_downtime <= 60_000 or arguments.bandwidth < 0:
         raise CommandError("max-downtime: 1 to 60000 ms; bandwidth: bytes per second")
     curve = _curve(arguments) if arguments.uri.startswith("tcp://") else None
-    local = arguments.uri.startswith("ipc://")
+    given = arguments.uri.startswith("ipc://") and not (arguments.copy or arguments.postcopy)
     options = Options(
-        arguments.max_downtime / 1000, arguments.bandwidth, arguments.with_disks, local and not arguments.copy
+        arguments.max_downtime / 1000, arguments.bandwidth, arguments.with_disks, given, arguments.postcopy
     )
 
     def work(job: jobs.Job) -> None:
