@@ -21,12 +21,13 @@ def test_a_folder_is_shared_both_ways(product: Product, tmp_path: Path) -> None:
     (folder / "escape").symlink_to("../secret")
     script = """
         cd /mnt/data && cp from-host from-guest && mkdir -p a/b && mv a c && ln -s from-host link && cmp link from-guest &&
-        cat escape; cat ../../../secret; ls c
+        cat escape; cat ../../../secret; ls c; for i in 1 2 3; do echo $i >>log; done; sync; echo 4 >>log
     """
     done = product.run("run", "--share", f"{folder}:data", "--", "sh", "-c", script)
     assert done.stdout == b"b\n", done.stderr
     assert (folder / "from-guest").read_bytes() == data
     assert (folder / "c" / "b").is_dir()
+    assert (folder / "log").read_text() == "1\n2\n3\n4\n"
     assert os.readlink(folder / "link") == "from-host"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qemu_user.images.store import Store
-from tests.framework.product import ROOT, Product, read_until
+from tests.framework.product import ROOT, U_BOOT, Product, read_until
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(240), pytest.mark.usefixtures("busybox")]
 
@@ -62,3 +62,22 @@ def test_disk_works_over_every_transport(product: Product, tmp_path: Path, optio
     assert b"SAME" in said
     counts = [line.split()[1] for line in said.splitlines() if kind in line and b"config" not in line]
     assert any(int(count) for count in counts), said.decode(errors="replace")
+
+
+@pytest.mark.skipif(not U_BOOT.exists(), reason="needs apt install u-boot-qemu")
+def test_u_boot_finds_the_disk_on_pci(product: Product, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"\x78\x56\x34\x12" * 128 + bytes(1 << 20))
+    running = product.start("run", "--kernel", str(U_BOOT), "--drive", f"file={disk}")
+    assert running.stdin is not None
+    try:
+        read_until(running, b"autoboot", 60)
+        running.stdin.write(b"\n")
+        running.stdin.flush()
+        read_until(running, b"=> ", 60)
+        running.stdin.write(b"virtio scan; virtio read 0x82000000 0 1; md.l 0x82000000 1\n")
+        running.stdin.flush()
+        assert b"1 blocks read: OK" in (said := read_until(running, b"82000000: 12345678", 60)), said
+    finally:
+        running.kill()
+        running.communicate()

@@ -25,8 +25,10 @@ MAX_MSIZE = 512 * 1024
 MIN_MSIZE = 4096
 MAX_FIDS = 1 << 16
 MAX_WALK = 16
-_KEPT_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_EXCL | os.O_DIRECTORY | os.O_SYNC | os.O_DSYNC
-"""Flags of Tlopen that reach the host; their numbers are Linux's generic ones, which 9P2000.L uses too."""
+_KEPT_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_EXCL | os.O_DIRECTORY | os.O_SYNC | os.O_DSYNC
+"""Flags of Tlopen that reach the host; their numbers are Linux's generic ones, which 9P2000.L uses too. Not O_APPEND:
+every Twrite says where it goes, and a client that writes a page back means that place (Linux would append it again).
+"""
 _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _ATIME_SET, _MTIME_SET = 0x1, 0x2, 0x4, 0x8, 0x10, 0x20, 0x80, 0x100
 _LOCK_SUCCESS, _LOCK_BLOCKED = 0, 1
 _UNLOCK = 2

@@ -111,6 +111,14 @@ def test_files_are_read_and_written(client: Client, folder: Path) -> None:
     assert _errno(client.read, 1) == errno.EBADF
 
 
+def test_writes_go_where_they_say_even_when_appending(client: Client, folder: Path) -> None:
+    client.walk(0, 1, "file")
+    client.open(1, os.O_WRONLY | os.O_APPEND)
+    client.write(1, b"inside+", 0)
+    client.write(1, b"inside++", 0)
+    assert (folder / "file").read_text() == "inside++"
+
+
 def test_folders_are_listed_in_pieces(client: Client, folder: Path) -> None:
     for number in range(100):
         (folder / f"n{number}").touch()
