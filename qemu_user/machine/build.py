@@ -244,6 +244,8 @@ class Parts:
             if config.quit_on_hangup and isinstance(chardev, DescriptorChardev):
                 chardev.hung_up = lambda: quit_now(141)  # 128 + SIGPIPE, as a shell has it
             chardev.start(self.loop)
+        for transport in self.transports:
+            transport.warn = warn
         for net in self.nets:
             net.warn = warn
             net.start(self.loop)

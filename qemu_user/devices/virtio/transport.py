@@ -27,6 +27,8 @@ from qemu_user.devices.virtio.queue import Queue, QueueError, QueueState
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 0x40, 0x80
 """Device status bits (2.1)."""
+MAX_WARNINGS = 3
+"""Sentences about one device: a hostile guest does not fill the terminal."""
 OFFERED = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | F_RING_RESET
 
 
@@ -70,8 +72,8 @@ class VirtioTransport:
         self._wires = wires
         self.defer: Callable[[Callable[[], None]], None] = lambda call: call()
         """How work is put off to the I/O thread; machine/build.py sets it."""
-        self.last_error = ""
-        """What the driver did last that it must not."""
+        self.warn: Callable[[str], None] = lambda sentence: None
+        """Tells the user of a driver that breaks the rules."""
         self._clear()
         virtio.transport = self
 
@@ -236,7 +238,9 @@ class VirtioTransport:
     def broken(self, reason: str) -> None:
         self.counters.count("driver_errors")
         self.virtio.live = False
-        self.last_error = reason
+        if self.counters["driver_errors"] <= MAX_WARNINGS:
+            what = f"the guest's driver broke a rule of virtio ({reason})"
+            self.warn(f"device {self.virtio.name}: {what}; the device rests until the guest resets it")
         if not self.status & NEEDS_RESET:
             self.status |= NEEDS_RESET
             if self.status & DRIVER_OK:  # then a configuration change notification is due (2.1.2)

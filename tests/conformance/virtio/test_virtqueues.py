@@ -263,9 +263,14 @@ BROKEN: dict[str, Callable[[Driver, DriverQueue], Any]] = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_2_1_2_a_broken_rule_needs_a_reset_and_nothing_else(bench: Bench, how: str) -> None:
     driver, queue = _rng(bench)
+    warnings: list[str] = []
+    transport = driver.device.transport
+    assert transport is not None
+    transport.warn = warnings.append
     BROKEN[how](driver, queue)
     queue.kick()
     assert driver.needs_reset
+    assert [sentence.startswith("device rng: the guest's driver broke a rule") for sentence in warnings] == [True]
     assert driver.device.counters["driver_errors"] == 1
     queue.kick()
     assert queue.returned() == []

@@ -6,17 +6,20 @@ Names of tests give the section: PCI Local Bus Specification 3.0, or virtio 1.2 
 from __future__ import annotations
 
 import itertools
+import random
 import struct
 from pathlib import Path
 
 import pytest
 
+from qemu_user.backends.net.backend import NetBackend
 from qemu_user.devices.device import Place, StateError, decode_state, encode_state
 from qemu_user.devices.pci import config_space as cfg
 from qemu_user.devices.pci.config_space import Bar, ConfigSpace, Identity
 from qemu_user.devices.pci.function import PciFunction
 from qemu_user.devices.virtio import mmio, pci
 from qemu_user.devices.virtio.blk import VirtioBlk
+from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.devices.virtio.pci import VirtioPci
 from qemu_user.devices.virtio.rng import VirtioRng
 from qemu_user.machine.fdt import property_bytes
@@ -375,3 +378,36 @@ def test_restored_functions_answer_and_interrupt(bench: Bench, driver: PciDriver
     host.windows[1].write(driver.base - 0x4000_0000 + pci.NOTIFY, 2, 0)
     assert driver.queues[0].returned() == [(0, 16)]
     assert bench.interrupts == before + 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_accesses_to_everything_never_raise(bench: Bench, seed: int) -> None:
+    """Several functions, BARs wherever the guest likes (on top of each other too), all windows and the ECAM."""
+    choice = random.Random(seed)
+    host = bench.host()
+    functions = [
+        VirtioPci("disk", bench.memory, VirtioBlk("disk", bench.image(), queues=2), bench.vector, Bells().make),
+        VirtioPci("rng", bench.memory, VirtioRng("rng"), bench.vector, Bells().make),
+        VirtioPci("net", bench.memory, VirtioNet("net", NetBackend("none"), bytes(6)), None, Bells().make),
+    ]
+    for slot, function in enumerate(functions, 1):
+        host.attach(function, slot)
+    places = [0x4000_0000, 0x4000_1000, 0x4000_0800, 0x7FFF_F000, 0xFFFF_F000, 0, 0x8000_0000]
+    for _ in range(6000):
+        size = choice.choice((1, 2, 4, 4, 8))
+        value = choice.choice((0, 1, 2, 7, 0x8007, 0xFFFF_FFFF, choice.choice(places), choice.getrandbits(64)))
+        if choice.random() < 0.5:
+            at = choice.randrange(5) << 15 | choice.choice((4, 0x10, 0x14, 0x20, 0x24, choice.randrange(0, 256, 2)))
+            host.write(at, size, value)
+            assert 0 <= host.read(at, size) < 1 << 8 * size
+        else:
+            window = choice.choice(host.windows)
+            register = choice.choice((0, 0x14, 0x16, 0x1C, 0x1000, 0x3000, choice.randrange(0x4000)))
+            at = choice.choice((0, 0x1000, 0x800)) + register
+            window.write(at, size, value)
+            assert 0 <= window.read(at, size) < 1 << 8 * size
+    for function in functions:
+        copy = decode_state(VirtioPci.State, encode_state(function.save()))
+        function.restore(copy)
+        function.reset()
+    assert not any(line.level for line in bench.wires)
