@@ -37,7 +37,7 @@ _JOIN_SECONDS = 0.1
 
 def preload() -> None:
     """In the zygote: what every VM process needs and what is safe to inherit over fork."""
-    import kvmcore.server.router  # noqa: F401 - ZeroMQ imported, no Context made: that would not survive the fork
+    import kvmcore.server.router
     import kvmcore.vm.vcpu  # noqa: F401
     from kvmcore.vm.accelerator import preload_image
 

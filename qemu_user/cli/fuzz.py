@@ -50,7 +50,12 @@ def _fuzz(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="softkvm fuzz", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", metavar="ENDPOINT", help="ipc:///path of a daemon that runs (default: a private one)")
+    parser.add_argument(
+        "--target", metavar="ENDPOINT", help="ipc:///path of a daemon that runs, or /dev/kvm (default: a private daemon)"
+    )
+    parser.add_argument(
+        "--differential", action="store_true", help="the same generic ioctls on kvmcore and on /dev/kvm; they must agree"
+    )
     parser.add_argument("--time", type=duration, default=600.0, metavar="TIME", help="90s, 10m, 2h (default: 10m)")
     parser.add_argument("--sequences", type=int, default=0, metavar="N", help="stop after so many")
     parser.add_argument("--seed", type=int, help="same seed, same sequences (default: a random one, which is said)")
@@ -63,9 +68,18 @@ def _fuzz(arguments: list[str]) -> int:
     parser.add_argument("--no-attacks", action="store_true", help="well-formed requests of one honest client only")
     options = parser.parse_args(arguments)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
+    real = options.differential or (options.target or "").startswith("/")
     print(f"softkvm fuzz: seed {seed}, findings go to {options.output}", file=sys.stderr)
     daemon = None
+    left: list[str] = []
     try:
+        if real:
+            from qemu_user.fuzz.real import run_real
+
+            device = options.target if (options.target or "").startswith("/") else "/dev/kvm"
+            with Live() as live:
+                figures = run_real(device, seed, options, live.show)
+            return 1 if figures.findings else 0
         daemon = None if options.target else Daemon()
         corpus = Corpus(options.corpus)
         campaign = Campaign(

@@ -29,6 +29,8 @@ MAP_BASE = 0x10_0000_0000
 """Where the session's address space has the memory that {"map": n} points into."""
 _RUN_SECONDS = 0.01
 """A guest that runs longer is kicked."""
+_BEHIND_RUN_SECONDS = 0.5
+_RUN = BY_NAME["RUN"].number
 _NOWHERE = 0x7FFF_FFFF
 """A number that no resource has."""
 
@@ -150,13 +152,7 @@ class Sequence:
             number, BY_NAME["RUN"].number, int(op.arg), payload=bytes(head), flags=envelope.FLAG_INLINE_PAGE
         )
         wire.send(frame)
-        reply = wire.wait(sequence, _RUN_SECONDS)
-        if reply is None:
-            kick, frame = wire.frame(number, control.KICK, 1)
-            wire.send(frame)
-            reply = wire.wait(sequence)
-            wire.wait(kick)
-        assert reply is not None
+        reply = self._await(wire, sequence, op, _RUN_SECONDS)
         return Outcome(reply.ret, errno_name(reply.errno))
 
     def _do_map(self, op: Op) -> Outcome:
@@ -240,17 +236,18 @@ class Sequence:
         except FrameError as error:
             return Outcome(-1, errno_name(EBADF), reason=str(error))
         wire.send(frame)
-        if number == BY_NAME["RUN"].number:
-            reply = wire.wait(sequence, _RUN_SECONDS)
-            if reply is None:
-                kick, frame = wire.frame(self.number(*op.on), control.KICK, 1)
-                wire.send(frame)
-                wire.wait(kick)
-                reply = wire.wait(sequence)
-        else:
+        return _outcome(self._await(wire, sequence, op, _RUN_SECONDS if number == _RUN else _BEHIND_RUN_SECONDS))
+
+    def _await(self, wire: Wire, sequence: int, op: Op, patience: float) -> Reply:
+        """The reply. A vCPU's ioctls wait while it runs, which a scribble on the doorbell may have asked for: kick it."""
+        reply = wire.wait(sequence, patience if op.on[0] == "vcpu" else None)
+        if reply is None:
+            kick, frame = wire.frame(self.number(*op.on), control.KICK, 1)
+            wire.send(frame)
             reply = wire.wait(sequence)
-        assert reply is not None
-        return _outcome(reply)
+            wire.wait(kick)
+        assert reply is not None  # Hang was raised otherwise
+        return reply
 
 
 def _outcome(reply: Reply) -> Outcome:

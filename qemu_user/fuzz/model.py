@@ -20,7 +20,7 @@ PAGE = 4096
 LOG_DIRTY, READONLY = 1, 2
 _GPA_SURE = 1 << 41
 """Guest addresses up to here exist whatever VM_GPA_BITS was set to."""
-_HVA_SURE = 1 << 46
+_HVA_SURE = (1 << 47) - PAGE
 _ABSENT = {"CREATE_IRQCHIP", "SET_MEMORY_ATTRIBUTES", "PRE_FAULT_MEMORY"}
 """Known to the ABI, and to no RISC-V kernel."""
 _MAX_PAGES = (1 << 31) - 1

@@ -66,11 +66,10 @@ def write(directory: Path) -> Path:
     ]  # fmt: skip
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        '<title>softkvm fuzz</title>'
+        "<title>softkvm fuzz</title>"
         "<style>:root{color-scheme:light dark}body{font:15px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse}td,th{padding:.15rem .6rem;text-align:left;border-bottom:1px solid #8884}"
-        "pre{white-space:pre-wrap}</style>"
-        + "".join(body)
+        "pre{white-space:pre-wrap}</style>" + "".join(body)
     )
     path = directory / "report.html"
     path.write_text(page + "\n")

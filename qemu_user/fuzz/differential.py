@@ -1,0 +1,100 @@
+"""The same sequences on kvmcore and on a real KVM of another architecture: results, errnos and outputs must agree.
+
+Save for DIFFERENCES, each with its reason (KVM_ABI section 7). An operation on which they disagree ends its sequence:
+what follows would be compared on different states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from qemu_user.fuzz.executor import Outcome
+from qemu_user.fuzz.sequence import Finding, Op
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A disagreement that is as it should be: where it applies (kvmcore's outcome, the other's), and why."""
+
+    applies: Callable[[Op, Outcome, Outcome], bool]
+    reason: str
+
+
+def _named(*names: str) -> Callable[[Op, Outcome, Outcome], bool]:
+    return lambda op, ours, theirs: op.name in names
+
+
+def _errnos(ours_name: str, theirs_name: str) -> Callable[[Op, Outcome, Outcome], bool]:
+    return lambda op, ours, theirs: (ours.errno, theirs.errno) == (ours_name, theirs_name)
+
+
+def _member(op: Op, name: str) -> int:
+    value = (op.members or {}).get(name, 0)
+    return value if isinstance(value, int) else 0
+
+
+DIFFERENCES: tuple[Difference, ...] = (
+    Difference(
+        lambda op, ours, theirs: op.on[0] == "vm" and (ours.errno, theirs.errno) == ("EINVAL", "ENOTTY"),
+        "an unknown request on a VM is EINVAL on RISC-V, ENOTTY on x86",
+    ),
+    Difference(_named("CHECK_EXTENSION"), "capabilities are the architecture's"),
+    Difference(_named("GET_VCPU_MMAP_SIZE"), "x86 has a page more, for port I/O"),
+    Difference(
+        lambda op, ours, theirs: op.name == "CREATE_VCPU" and 1024 <= int(op.arg) < 4096,
+        "x86 has ids up to 4095, RISC-V to 1023",
+    ),
+    Difference(
+        lambda op, ours, theirs: op.name.startswith("SET_USER_MEMORY_REGION") and 32764 <= _member(op, "slot") < 32767,
+        "x86 keeps three slots for itself",
+    ),
+    Difference(_errnos("EFAULT", ""), "guest addresses beyond 59 bits: RISC-V refuses at once, x86 at the fault"),
+    Difference(
+        lambda op, ours, theirs: op.name == "SET_USER_MEMORY_REGION2" and bool(_member(op, "flags") & 0xC),
+        "guest_memfd with a dirty log, and userfault slots, are extensions of kvmcore",
+    ),
+    Difference(_named("ENABLE_CAP"), "which capabilities can be switched on is the architecture's"),
+    Difference(
+        lambda op, ours, theirs: op.name.startswith("SET_USER_MEMORY_REGION") and theirs.errno == "" and ours.errno == "EINVAL"
+        and isinstance((op.members or {}).get("userspace_addr", 0), int),
+        "which user addresses exist is the host's",
+    ),
+    Difference(
+        lambda op, ours, theirs: op.name in ("IRQ_LINE", "SIGNAL_MSI", "SET_GSI_ROUTING")
+        and {ours.errno, theirs.errno} <= {"ENXIO", "EINVAL", "EFAULT"},
+        "without an interrupt controller all refuse; which check comes first is the architecture's",
+    ),
+)  # fmt: skip
+
+
+def _same_output(op: Op, ours: Outcome, theirs: Outcome) -> bool:
+    """Whether what a generic ioctl wrote is the same: the dirty log is the only one that writes through a pointer."""
+    return op.name != "GET_DIRTY_LOG" or ours.out.get(1) == theirs.out.get(1)
+
+
+class Running(Protocol):
+    """A sequence under way on a target."""
+
+    def perform(self, op: Op) -> Outcome:
+        """Do one operation."""
+
+    def close(self) -> None:
+        """Destroy its VM."""
+
+
+def compare(ops: list[Op], ours: Running, theirs: Running) -> Finding | None:
+    """Perform a sequence on both; the first disagreement without a reason."""
+    try:
+        for step, op in enumerate(ops):
+            here, there = ours.perform(op), theirs.perform(op)
+            if here.errno == there.errno and (here.errno or (here.ret == there.ret and _same_output(op, here, there))):
+                continue
+            if any(known.applies(op, here, there) for known in DIFFERENCES):
+                return None
+            return Finding("differential", f"{op}: kvmcore {here}, the other KVM {there}", step)
+    finally:
+        ours.close()
+        theirs.close()
+    return None
