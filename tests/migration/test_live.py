@@ -40,7 +40,8 @@ def test_back_and_forth(
     goes_on("vm")
     for source, target, uri in ((one, two, there), (two, one, back), (one, two, there)):
         moved(source, uri, *words)
-        assert target.status("vm") in ("running", "")
+        target.wait_for_names(["vm"])
+        assert target.status("vm") == "running"
         goes_on("vm", more=10)
     assert child.wait(20) == 0
     one.wait_for_names([])
