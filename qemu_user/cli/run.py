@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--append", default="", metavar="TEXT", help="kernel command line, or what to add to the image's")
     result.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help="disk: file=PATH[,readonly=on]")
     result.add_argument("--netdev", action="append", default=[], metavar="OPTIONS", help="network: user|tap|stream,id=ID,...")
+    result.add_argument("--device", action="append", default=[], metavar="NAME,...", help="as QEMU's (docs/devices.md)")
     result.add_argument("--share", action="append", default=[], metavar="DIR:TAG[:ro]", help="shared folder, in /mnt/TAG")
     result.add_argument("-d", "--detach", action="store_true", help="run in the background and print the VM's name")
     result.add_argument("--balloon", action="store_true", help="memory balloon: free memory of the guest goes back to the host")
@@ -191,9 +192,9 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     from qemu_user.management.instance import Instance
 
     words = ["-m", options.memory, "-smp", options.smp, "-name", options.name or _free_name()]
-    for flag, values in (("-drive", options.drive), ("-netdev", options.netdev), ("-share", options.share)):
-        for value in values:
-            words += [flag, value]
+    for name in ("drive", "netdev", "device", "share"):
+        for value in getattr(options, name):
+            words += [f"-{name}", value]
     words += ["-vsock", options.vsock] if options.vsock else []
     words += ["-balloon"] if options.balloon else []
     ours, theirs = socket.socketpair()
@@ -208,7 +209,10 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         else:
             with Bar() as progress:
                 wanted = {"9p": options.share, "vsock": options.vsock, "balloon": options.balloon}
-                extras = [name for name, value in wanted.items() if value]
+                extras = [
+                    name for name, value in wanted.items()
+                    if value or any(device.startswith(f"virtio-{name}") for device in options.device)
+                ]  # fmt: skip
                 image = Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=extras)
             append = " ".join(filter(None, (image.meta.append, options.append)))
             if options.verbose:

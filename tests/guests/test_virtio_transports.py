@@ -81,3 +81,15 @@ def test_u_boot_finds_the_disk_on_pci(product: Product, tmp_path: Path) -> None:
     finally:
         running.kill()
         running.communicate()
+
+
+def test_run_takes_devices_of_both_kinds(product: Product, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    script = "cd /sys/devices/platform/soc; ls -d 10004000.virtio_mmio/virtio*/block/vda 30000000.pci/*/0000:00:09.0/virtio*"
+    done = product.run(
+        "run", "--drive", f"file={disk},if=none,id=x", "--device", "virtio-blk-device,drive=x,bus=virtio-mmio-bus.3",
+        "--device", "virtio-rng-pci,addr=9", "--", "sh", "-c", script,
+    )  # fmt: skip
+    assert len(done.stdout.splitlines()) == 2, done.stderr
+    assert done.returncode == 0
