@@ -63,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
         help="how vCPUs run: interpreter plus translator (default), interpreter alone, or the slow reference",
     )
     made.add_argument("--ready-fd", metavar="FD", type=int, default=-1, help="write 'ready' to FD when listening")
+    made.add_argument(
+        "--coverage",
+        metavar="FILE",
+        help="for fuzzers: mark in FILE, as large as it is, which lines have run (slow)",
+    )
     made.add_argument("-v", "--verbose", action="store_true", help="log sessions and VMs as they come and go")
     return made
 
@@ -112,6 +117,11 @@ def main() -> int:
         return 1
 
     from kvmcore.server.daemon import Daemon, Options, start_zygote
+
+    if arguments.coverage:
+        from kvmcore.server import coverage
+
+        coverage.start(arguments.coverage)
 
     ours, theirs = fd_passing.pair()
 

@@ -57,6 +57,9 @@ def _fuzz(arguments: list[str]) -> int:
         "--differential", action="store_true", help="the same generic ioctls on kvmcore and on /dev/kvm; they must agree"
     )
     parser.add_argument("--time", type=duration, default=600.0, metavar="TIME", help="90s, 10m, 2h (default: 10m)")
+    parser.add_argument(
+        "--coverage", action="store_true", help="watch which of the server's lines run, and build on what is new (slower)"
+    )
     parser.add_argument("--sequences", type=int, default=0, metavar="N", help="stop after so many")
     parser.add_argument("--seed", type=int, help="same seed, same sequences (default: a random one, which is said)")
     parser.add_argument(
@@ -80,8 +83,8 @@ def _fuzz(arguments: list[str]) -> int:
             with Live() as live:
                 figures = run_real(device, seed, options, live.show)
             return 1 if figures.findings else 0
-        daemon = None if options.target else Daemon()
-        corpus = Corpus(options.corpus)
+        daemon = None if options.target else Daemon(coverage=options.coverage)
+        corpus = Corpus(options.corpus, daemon.covered if daemon else lambda: 0)
         campaign = Campaign(
             options.output, seed, daemon, options.target or daemon.endpoint,  # type: ignore[union-attr]
             attacks=not options.no_attacks, corpus=corpus,
@@ -89,6 +92,8 @@ def _fuzz(arguments: list[str]) -> int:
         try:
             with Live() as live:
                 figures = campaign.run(options.time, live.show, options.sequences)
+            if options.corpus and not options.coverage:
+                campaign.minimise_corpus()
         except KeyboardInterrupt:
             figures = campaign.figures
         finally:

@@ -147,6 +147,16 @@ class Campaign:
         show(figures)
         return figures
 
+    def minimise_corpus(self) -> int:
+        """Drop kept sequences that reach no state that smaller ones do not reach; how many went."""
+
+        def reaches(ops: list[Op]) -> set[str]:
+            seen = Figures()
+            perform(self._executor, ops, seen)
+            return set(seen.reached)
+
+        return self._corpus.minimise(reaches)
+
     def _attack(self) -> None:
         """Something below the level of requests, in a client of its own."""
         self.figures.attacks += 1

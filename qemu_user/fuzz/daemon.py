@@ -6,6 +6,7 @@ the client saw an errno.
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+_MARKS = 1 << 16
 
 
 class Footprint(NamedTuple):
@@ -37,10 +40,18 @@ class Footprint(NamedTuple):
 class Daemon:
     """`with Daemon() as daemon`: listens at daemon.endpoint until the end."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *, coverage: bool = False) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="softkvm-fuzz-"))
         self.endpoint = f"ipc://{self.directory / 'kvmcore.sock'}"
         self.log = self.directory / "log"
+        self._map: mmap.mmap | None = None
+        options: list[str] = []
+        if coverage:
+            marks = self.directory / "coverage"
+            marks.write_bytes(bytes(_MARKS))
+            with marks.open("r+b") as file:
+                self._map = mmap.mmap(file.fileno(), _MARKS)
+            options = ["--coverage", str(marks)]
         readable, writable = os.pipe()
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -60,6 +71,10 @@ class Daemon:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def covered(self) -> int:
+        """How many ways through the server's lines have been taken so far; 0 when that is not watched."""
+        return self._map[:].count(1) if self._map is not None else 0
 
     @property
     def alive(self) -> bool:
@@ -113,7 +128,7 @@ class Daemon:
         for process in stay:
             left.append(f"process {process.pid} is left")
             process.kill()
-        left += [f"{path.name} is left" for path in self.directory.iterdir() if path != self.log]
+        left += [f"{path.name} is left" for path in self.directory.iterdir() if path.name not in ("log", "coverage")]
         shutil.rmtree(self.directory, ignore_errors=True)
         return left
 

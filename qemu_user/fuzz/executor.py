@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno as errno_numbers
 import os
+import time
 from dataclasses import dataclass, field
 from errno import EBADF
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
+from protocol.abi.structs import CREATE_DEVICE_TEST
 from protocol.channel.shared_memory import Mapping, create_memfd
 from protocol.client import Kvm, Vm
 from protocol.client.handle import ARGUMENT, POINTEE
@@ -23,7 +25,7 @@ from protocol.codec.envelope import COPY_IN, COPY_OUT, Copy, FrameError, Reply
 from protocol.codec.session import Op as Message
 from qemu_user.fuzz import rules
 from qemu_user.fuzz.sequence import Op
-from qemu_user.fuzz.wire import Gone, Wire
+from qemu_user.fuzz.wire import Gone, Hang, Wire
 
 MAP_BASE = 0x10_0000_0000
 """Where the session's address space has the memory that {"map": n} points into."""
@@ -129,7 +131,7 @@ class Sequence:
             if op.name == "CREATE_DEVICE":
                 data = bytes.fromhex(outcome.out.pop(0, ""))
                 number = BY_NAME[op.name].argument.parse(data).fd if data else 0  # type: ignore[union-attr]
-            if number:
+            if number and not (op.members or {}).get("flags", 0) & CREATE_DEVICE_TEST * (op.name == "CREATE_DEVICE"):
                 self.made.setdefault(kind, []).append(number)
             outcome.ret = 0
         return outcome
@@ -240,12 +242,17 @@ class Sequence:
 
     def _await(self, wire: Wire, sequence: int, op: Op, patience: float) -> Reply:
         """The reply. A vCPU's ioctls wait while it runs, which a scribble on the doorbell may have asked for: kick it."""
-        reply = wire.wait(sequence, patience if op.on[0] == "vcpu" else None)
-        if reply is None:
-            kick, frame = wire.frame(self.number(*op.on), control.KICK, 1)
-            wire.send(frame)
+        if op.on[0] != "vcpu":
             reply = wire.wait(sequence)
-            wire.wait(kick)
+        else:
+            end = time.monotonic() + wire.deadline
+            while (reply := wire.wait(sequence, patience)) is None:
+                if time.monotonic() > end:
+                    raise Hang(f"no reply in {wire.deadline:g} s, though kicked")
+                kick, frame = wire.frame(self.number(*op.on), control.KICK, 1)
+                wire.send(frame)
+                wire.wait(kick)
+                patience = _BEHIND_RUN_SECONDS  # another thread's RUN may have taken the kick
         assert reply is not None  # Hang was raised otherwise
         return reply
 

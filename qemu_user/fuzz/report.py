@@ -17,7 +17,7 @@ from qemu_user.fuzz.sequence import load
 _WIDTH, _HEIGHT, _MARGIN = 760, 260, 46
 _SERIES = (
     ("states", "#1f6feb", "protocol states"),
-    ("lines", "#2da44e", "lines of the server"),
+    ("lines", "#2da44e", "ways through the server's lines"),
     ("corpus", "#bf8700", "corpus"),
 )
 

@@ -97,3 +97,19 @@ def test_replay_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.Captur
     assert fuzz.main(["replay", str(tmp_path / "f.jsonl")]) == 0
     assert "no finding" in capsys.readouterr().out
     assert fuzz.main(["replay", str(tmp_path / "absent")]) == 2
+
+
+def test_coverage_grows_with_what_is_done(tmp_path: Path) -> None:
+    with Daemon(coverage=True) as watched:
+        before = watched.covered()
+        executor = Executor(watched.endpoint)
+        region = {"slot": 0, "memory_size": 4096, "userspace_addr": 0x1000}
+        assert perform(executor, [Op("ioctl", ("vm", 0), "SET_USER_MEMORY_REGION", members=region)]) is None
+        once = watched.covered()
+        unaligned = region | {"memory_size": 1}
+        assert perform(executor, [Op("ioctl", ("vm", 0), "SET_USER_MEMORY_REGION", members=unaligned)]) is None
+        refused = watched.covered()
+        corpus = Corpus(tmp_path, watched.covered)
+        assert not corpus.consider([], new_state=False)
+        executor.close()
+        assert 0 < before < once < refused
