@@ -1,4 +1,4 @@
-"""`softkvm bench migration [--json FILE]`: measure migrations, snapshots and clones here, beside QEMU's."""
+"""`softkvm bench WHAT`: measure here, beside QEMU and the host's own processor where they are; `--json FILE` keeps it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,53 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
+
+_PROCESSOR = ("cpu", "fp", "mmu")
 
 
 def main(arguments: list[str]) -> int:
     """0; 1 when something could not be measured."""
-    from qemu_user.bench import migration
+    from qemu_user.bench.processor import BenchError
     from qemu_user.images.errors import ImageError
 
     parser = argparse.ArgumentParser(prog="softkvm bench", description="Measure what softkvm promises.")
-    parser.add_argument("what", choices=("migration",))
+    parser.add_argument("what", choices=(*_PROCESSOR, "migration"))
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="of the guest (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each side, alternated (default: 5)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="cpu, fp, mmu: for each kernel in a run (default: 1)")
+    parser.add_argument("--only", default="", metavar="KERNEL", help="cpu, fp, mmu: just this one")
+    parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="migration: of the guest (default: 512)")
     options = parser.parse_args(arguments)
     try:
-        figures = migration.run(options.rounds, options.memory << 20, lambda line: print(line, flush=True))
-    except (RuntimeError, ImageError, OSError) as error:
+        figures = _processor(options) if options.what in _PROCESSOR else _migration(options)
+    except (BenchError, RuntimeError, ImageError, OSError) as error:
         sys.stderr.write(f"softkvm bench: {error}\n")
         return 1
     if options.json:
-        about = {"machine": platform.machine(), "kernel": platform.release(), "memory_mib": options.memory}
-        Path(options.json).write_text(json.dumps({"about": about, "milliseconds": figures}, indent=2) + "\n")
+        about = {"machine": platform.machine(), "kernel": platform.release(), "rounds": options.rounds}
+        Path(options.json).write_text(json.dumps({"about": about, **figures}, indent=2) + "\n")
     return 0
+
+
+def _processor(options: argparse.Namespace) -> dict[str, Any]:
+    from qemu_user.bench import processor
+
+    kernels = processor.run(options.what, options.rounds, options.seconds, options.only, _progress)
+    _progress("")
+    print(processor.table(kernels))
+    return {options.what: processor.figures(kernels)}
+
+
+def _progress(line: str) -> None:
+    """On a terminal one line that changes, elsewhere nothing."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
+
+
+def _migration(options: argparse.Namespace) -> dict[str, Any]:
+    from qemu_user.bench import migration
+
+    figures = migration.run(options.rounds, options.memory << 20, lambda line: print(line, flush=True))
+    return {"memory_mib": options.memory, "milliseconds": figures}
