@@ -82,6 +82,8 @@ class Machine:
         self.listeners: list[Listener] = []
         self.failure = ""
         self._endpoint = endpoint
+        self._power_asked = 0
+        self._power_lock = threading.Lock()
         self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         self._life = threading.RLock()
         self._loop = IoLoop(self._io_failed)
@@ -294,7 +296,14 @@ class Machine:
 
     def reset(self) -> None:
         """As if the reset button were pressed. Any thread; done by wait()."""
-        self._happenings.put(Happening("reset"))
+        self._power("reset", 0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the VM runs or is paused, and nobody has asked for a reset or an end that is not carried out yet: what a
+        standing machine must be to be handed over.
+        """
+        return self.status in (RUNNING, PAUSED) and not self._power_asked
 
     def request_powerdown(self) -> bool:
         """Ask the guest to shut down, through its control port; False if it has nobody listening there."""
@@ -326,6 +335,8 @@ class Machine:
         self._tell("BALLOON_CHANGE", actual=self.config.memory - pages * BALLOON_PAGE)
 
     def _power(self, what: str, status: int) -> None:
+        with self._power_lock:
+            self._power_asked += 1
         self._happenings.put(Happening(what, status))
 
     def _look_at_kvmcore(self) -> None:
@@ -351,15 +362,23 @@ class Machine:
             happening = self._happenings.get()
             if happening.what == "reset" and not self.config.no_reboot:
                 self._reset()
+                self._power_done()
             elif happening.what == "shutdown" and self.config.no_shutdown:
                 self.pause()
                 self.status = SHUTDOWN
+                self._power_done()
                 self._tell("SHUTDOWN", guest=True, reason="guest-shutdown")
             else:
                 return self._end(happening)
 
+    def _power_done(self) -> None:
+        with self._power_lock:
+            self._power_asked -= 1
+
     def _reset(self) -> None:
         with self._life:
+            if self.status == POSTMIGRATE:
+                return  # it is no longer ours
             running = self.status == RUNNING
             try:
                 self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS)

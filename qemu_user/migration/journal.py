@@ -14,6 +14,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import stat
 import time
 from pathlib import Path
 
@@ -23,6 +25,8 @@ OFFERED, COMMITTED, ABORTED = "offered", "committed", "aborted"
 PREPARED, RUNNING = "prepared", "running"
 GRANTED, REVOKED = "granted", "revoked"
 _OLD_SECONDS = 86400.0
+_SIZE = 128
+_PATH = re.compile(r"/handover/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.\d+\.\d+\.(source|destination)\Z")
 
 
 class Journal:
@@ -57,13 +61,13 @@ class Journal:
 
 
 def _put(fd: int, state: str, generation: int) -> None:
-    data = json.dumps({"state": state, "generation": generation, "pid": os.getpid()}).encode().ljust(128)
+    data = json.dumps({"state": state, "generation": generation, "pid": os.getpid()}).encode().ljust(_SIZE)
     os.pwrite(fd, data, 0)  # one write below a page: seen whole or not at all
 
 
 def _state(fd: int) -> str:
     try:
-        return str(json.loads(os.pread(fd, 128, 0))["state"])
+        return str(json.loads(os.pread(fd, _SIZE, 0))["state"])
     except (ValueError, KeyError):
         return ""  # made, and killed before the first word
 
@@ -83,11 +87,16 @@ def ask_destination(path: str, generation: int) -> str:
 
 
 def _ask(path: str, verdict: str, generation: int, final: tuple[str, ...], gone: str) -> str:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    if not _PATH.search(path):  # the other side has named it: it shall be a journal and nothing else
         return gone
     try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return gone
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > _SIZE or info.st_uid != os.geteuid():
+            return gone
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -210,6 +210,8 @@ class Outgoing:
             stopped = time.monotonic()
             steps.reached("source:standing", channel.cut)
             try:
+                if not machine.settled:
+                    raise JobError("the guest resets or shuts down at this moment")
                 left = copy.finish()
                 if self._postcopy:
                     channel.send(messages.ABSENT, payload=_pieces(left, machine.config.memory))
