@@ -73,6 +73,13 @@ class Drive(Part, frozen=True, kw_only=True):
     slot: Slot = Slot()
 
 
+NET_FEATURES = (
+    "csum", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "host_tso4", "host_tso6", "host_ecn", "mrg_rxbuf",
+    "ctrl_vq", "ctrl_rx", "ctrl_vlan", "ctrl_mac_addr", "guest_announce", "mq",
+)  # fmt: skip
+"""Features of virtio-net that can be switched off, by QEMU's names of them."""
+
+
 class Net(Part, frozen=True, kw_only=True):
     """A virtio network device and what it is plugged into."""
 
@@ -93,6 +100,8 @@ class Net(Part, frozen=True, kw_only=True):
     queues: int = 1
     mtu: int = 0
     """What the guest is told; 0: what the back end takes."""
+    without: tuple[str, ...] = ()
+    """Names of NET_FEATURES that the device does not offer."""
     slot: Slot = Slot()
 
 
@@ -279,6 +288,8 @@ def _check_devices(config: MachineConfig) -> None:
             f"mac={net.mac}: is a multicast address (first byte odd)",
         )
         _demand(0 < net.queues <= MAX_QUEUES, f"queues={net.queues}: 1 to {MAX_QUEUES}")
+        unknown = sorted(set(net.without) - set(NET_FEATURES))
+        _demand(not unknown, f"network {net.id}: no feature {unknown[:1]}")
         _demand(net.mtu == 0 or 68 <= net.mtu <= 65535, f"host_mtu={net.mtu}: 68 to 65535")
         _demand(net.kind != "stream" or bool(net.path), f"netdev {net.id}: stream needs addr.path=SOCKET")
     tags = [share.tag for share in config.shares]

@@ -15,6 +15,7 @@ import msgspec
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size
 from qemu_user.config.machine_config import (
+    NET_FEATURES,
     Balloon,
     Boot,
     Chardev,
@@ -352,6 +353,7 @@ class Builder:
         self.unplugged.discard(name)
         serial = values.take("serial") or self.drives[name].serial
         values.ignore("bootindex", "write-cache", "min_io_size", "opt_io_size", "discard_granularity")
+        values.ignore("scsi", "config-wce", "share-rw")
         # plugged drives come in the order of their devices
         drive = msgspec.structs.replace(
             self.drives.pop(name),
@@ -369,8 +371,15 @@ class Builder:
         name = values.take("netdev")
         if name not in self.nets or name in self.plugged_nets:
             raise ConfigError(f"-device {values.text}: netdev={name}: no free -netdev of that id before it")
-        values.ignore("bootindex", "mrg_rxbuf", "mq", "rx_queue_size", "tx_queue_size")
-        self._plug(name, values.take("mac"), slot, device=values.take("id"), mtu=values.take_number("host_mtu", 0))
+        values.ignore("bootindex", "rx_queue_size", "tx_queue_size")
+        self._plug(
+            name,
+            values.take("mac"),
+            slot,
+            device=values.take("id"),
+            mtu=values.take_number("host_mtu", 0),
+            without=tuple(feature for feature in NET_FEATURES if not values.take_switch(feature, True)),
+        )
 
     def _rng_device(self, values: KeyValues, slot: Slot) -> None:
         values.ignore("rng", "max-bytes", "period")
@@ -426,7 +435,10 @@ class Builder:
         ).validate()
 
 
-_PCI_SETTINGS = ("disable-legacy", "disable-modern", "iommu_platform", "ats", "vectors", "multifunction", "romfile")
+_PCI_SETTINGS = (
+    "disable-legacy", "disable-modern", "iommu_platform", "ats", "vectors", "multifunction", "romfile", "event_idx",
+    "indirect_desc", "page-per-vq", "iothread", "ioeventfd",
+)  # fmt: skip
 """What QEMU's virtio devices on PCI have and what makes no difference here."""
 _DEVICES: dict[str, Callable[[Builder, KeyValues, Slot], None]] = {
     "virtio-blk": Builder._blk_device,

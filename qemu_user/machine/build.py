@@ -208,7 +208,7 @@ class Parts:
             mac = (
                 bytes.fromhex(net.mac.replace(":", "")) if net.mac else default_mac(self.config.name, number)
             )
-            card = VirtioNet(net.id, backend, mac, net.queues, net.mtu)
+            card = VirtioNet(net.id, backend, mac, net.queues, net.mtu, net.without)
             self.cards.append(card)
             wanted.append((net.slot, card))
         for share, server in zip(self.config.shares, self.shares, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
@@ -27,7 +28,7 @@ F_MRG_RXBUF, F_STATUS, F_CTRL_VQ, F_CTRL_RX, F_CTRL_VLAN = 1 << 15, 1 << 16, 1 <
 F_CTRL_RX_EXTRA, F_GUEST_ANNOUNCE, F_MQ, F_CTRL_MAC_ADDR = 1 << 20, 1 << 21, 1 << 22, 1 << 23
 CONTROL_FEATURES = F_CTRL_VQ | F_CTRL_RX | F_CTRL_VLAN | F_CTRL_RX_EXTRA | F_GUEST_ANNOUNCE | F_CTRL_MAC_ADDR
 GUEST_OFFLOAD_BITS = F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
-REQUIRES = {
+REQUIRES = {  # in an order in which one look suffices
     F_GUEST_TSO4: F_GUEST_CSUM,
     F_GUEST_TSO6: F_GUEST_CSUM,
     F_GUEST_ECN: F_GUEST_TSO4 | F_GUEST_TSO6,
@@ -35,6 +36,7 @@ REQUIRES = {
     F_HOST_TSO6: F_CSUM,
     F_HOST_ECN: F_HOST_TSO4 | F_HOST_TSO6,
     F_CTRL_RX: F_CTRL_VQ,
+    F_CTRL_RX_EXTRA: F_CTRL_RX,
     F_CTRL_VLAN: F_CTRL_VQ,
     F_GUEST_ANNOUNCE: F_CTRL_VQ,
     F_MQ: F_CTRL_VQ,
@@ -42,6 +44,24 @@ REQUIRES = {
     F_CTRL_GUEST_OFFLOADS: F_CTRL_VQ,
 }
 """A feature and those of which it needs one (5.1.3.1)."""
+BY_NAME = {
+    "csum": F_CSUM,
+    "guest_csum": F_GUEST_CSUM,
+    "guest_tso4": F_GUEST_TSO4,
+    "guest_tso6": F_GUEST_TSO6,
+    "guest_ecn": F_GUEST_ECN,
+    "host_tso4": F_HOST_TSO4,
+    "host_tso6": F_HOST_TSO6,
+    "host_ecn": F_HOST_ECN,
+    "mrg_rxbuf": F_MRG_RXBUF,
+    "ctrl_vq": F_CTRL_VQ,
+    "ctrl_rx": F_CTRL_RX | F_CTRL_RX_EXTRA,
+    "ctrl_vlan": F_CTRL_VLAN,
+    "ctrl_mac_addr": F_CTRL_MAC_ADDR,
+    "guest_announce": F_GUEST_ANNOUNCE,
+    "mq": F_MQ,
+}
+"""What users may switch off, by QEMU's names (config/machine_config.py lists them too)."""
 QUEUE_SIZE, CONTROL_QUEUE_SIZE = 256, 64
 HEADER_SIZE = net_offload.SIZE
 LINK_UP, ANNOUNCE = 1, 2
@@ -63,13 +83,17 @@ class NetState(VirtioState, frozen=True, tag="net", kw_only=True):
 
 
 class VirtioNet(VirtioDevice):
-    """`mac`: 6 bytes; `pairs`: queue pairs; `mtu`: what the driver is told, 0 for the back end's."""
+    """`mac`: 6 bytes; `pairs`: queue pairs; `mtu`: what the driver is told, 0 for the back end's; `without`: names of
+    features (BY_NAME) that are not offered, nor what builds on them.
+    """
 
     device_id = 1
     pci_class = 0x020000
     State = NetState
 
-    def __init__(self, name: str, backend: NetBackend, mac: bytes, pairs: int = 1, mtu: int = 0) -> None:
+    def __init__(
+        self, name: str, backend: NetBackend, mac: bytes, pairs: int = 1, mtu: int = 0, without: Sequence[str] = ()
+    ) -> None:
         features = F_MAC | F_STATUS | F_MRG_RXBUF | CONTROL_FEATURES
         self._mtu = mtu or backend.mtu
         if self._mtu != 1500:
@@ -82,6 +106,11 @@ class VirtioNet(VirtioDevice):
             features |= F_GUEST_CSUM
         if pairs > 1:
             features |= F_MQ
+        for left_out in without:
+            features &= ~BY_NAME[left_out]
+        for feature, needed in REQUIRES.items():
+            if not features & needed:
+                features &= ~feature
         super().__init__(name, features, [QUEUE_SIZE] * 2 * pairs + [CONTROL_QUEUE_SIZE])
         self._backend, self._mac, self._first_mac = backend, mac, mac
         self._max_pairs = pairs

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qemu_user.backends.net.backend import NetBackend
+from qemu_user.config.machine_config import NET_FEATURES
 from qemu_user.devices.virtio import mmio, net, net_control, net_offload
 from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.devices.virtio.transport import ACKNOWLEDGE, DRIVER, FEATURES_OK
@@ -125,6 +126,18 @@ def test_5_1_3_1_features_need_those_they_build_on(bench: Bench, feature: int) -
         driver.write(mmio.DRIVER_FEATURES, wanted >> 32 * select & 0xFFFFFFFF)
     driver.write(mmio.STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK)
     assert not driver.read(mmio.STATUS) & FEATURES_OK
+
+
+@pytest.mark.parametrize("name", net.BY_NAME)
+def test_5_1_3_1_what_is_offered_goes_together_whatever_is_left_out(bench: Bench, name: str) -> None:
+    device = VirtioNet("net", Wire(virtio_header=True), MAC, pairs=2, without=[name])
+    assert not device.features & net.BY_NAME[name]
+    assert device.features_good(device.features)
+    bench.driver(bench.virtio(device)).start()
+
+
+def test_names_of_features_are_those_of_the_configuration() -> None:
+    assert set(net.BY_NAME) == set(NET_FEATURES)
 
 
 def test_5_1_4_configuration(bench: Bench) -> None:

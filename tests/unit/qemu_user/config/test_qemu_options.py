@@ -64,11 +64,12 @@ def test_settings_of_disks_and_networks(kernel: str) -> None:
     config = _parse(
         kernel,
         "-drive file=/a,if=none,id=a -device virtio-blk-pci,drive=a,id=d0,num-queues=3,queue-size=64,logical_block_size=4096 "
-        "-netdev stream,id=s,addr.path=/tmp/s,vnet_hdr=on,queues=2 -device virtio-net-pci,netdev=s,id=n0,host_mtu=9000",
+        "-netdev stream,id=s,addr.path=/tmp/s,vnet_hdr=on,queues=2 "
+        "-device virtio-net-pci,netdev=s,id=n0,host_mtu=9000,csum=off,mq=on",
     )
     drive, net = config.drives[0], config.nets[0]
     assert (drive.device, drive.queues, drive.queue_size, drive.logical_block_size) == ("d0", 3, 64, 4096)
-    assert (net.device, net.virtio_header, net.queues, net.mtu) == ("n0", True, 2, 9000)
+    assert (net.device, net.virtio_header, net.queues, net.mtu, net.without) == ("n0", True, 2, 9000, ("csum",))
 
 
 def test_shares_vsock_and_balloon(kernel: str) -> None:
