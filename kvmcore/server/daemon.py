@@ -29,7 +29,7 @@ from kvmcore.server.runtime_dir import PrivateDirectory
 from kvmcore.server.session import ClientSession, Peer
 from kvmcore.server.translator import TranslatorProcess
 from kvmcore.server.zygote import VmOrder, Zygote
-from kvmcore.vm.accelerator import TRANSLATOR
+from kvmcore.vm.accelerator import ACCELERATORS, TRANSLATOR
 from kvmcore.vm.objects import Deferred, System
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
@@ -185,9 +185,13 @@ class Daemon:
             compat = Compat(wishes.get("compat", self._options.compat.value))
         except ValueError as error:
             raise Refused(EINVAL, f"{error}; compat is one of {[c.value for c in Compat]}") from None
+        accel = wishes.get("accel", self._options.accel)
+        if accel not in ACCELERATORS:
+            raise Refused(EINVAL, f"{accel!r} is no accelerator; there are {', '.join(ACCELERATORS)}")
         if not isinstance(name, str) or len(name) > MAX_NAME:
             raise Refused(EINVAL, f"a name has at most {MAX_NAME} characters")
         session = ClientSession(ClientSession.new_id(), peer, self._quotas, name=name, compat=compat)
+        session.accel = str(accel)
         self._sessions[session.id] = session
         return session
 
@@ -221,7 +225,7 @@ class Daemon:
         mine = sum(1 for vm in self._vms if vm.session is session)
         if len(self._vms) >= self._quotas.vms or mine >= self._quotas.vms_per_session:
             raise KvmError(EMFILE, "CREATE_VM", "too many VMs")
-        accel = self._options.accel
+        accel = session.accel
         order = VmOrder(
             session=session.id.hex(),
             pid=session.peer.pid,

@@ -44,6 +44,8 @@ class ClientSession:
         self.peer = peer
         self.name = name
         self.compat = compat
+        self.accel = ""
+        """What its VMs run on (kvmcore/vm/accelerator.py); the daemon says."""
         self.mm = AddressSpace()
         self.table = HandleTable(quotas.handles)
         self.in_flight = 0

@@ -25,12 +25,19 @@ class Kvm(Handle):
     kind = "system"
 
     @classmethod
-    def open(cls, endpoint: str, *, name: str = "", compat: Compat | None = None, curve: Curve | None = None) -> Kvm:
+    def open(
+        cls, endpoint: str, *, name: str = "", compat: Compat | None = None, accel: str = "", curve: Curve | None = None
+    ) -> Kvm:
         """A session at ipc://PATH or tcp://HOST:PORT. `name` is what the VM's process is called. KvmError.
 
+        accel: how vCPUs run, "translator", "interpreter" or "reference"; "" leaves that to the daemon.
         tcp needs `curve`: our key pair, and the server's public key. Memory and kvm_run are shared over ipc only.
         """
-        body = {"name": name[:64], **({"compat": compat.value} if compat is not None else {})}
+        body = {"name": name[:64]}
+        if compat is not None:
+            body["compat"] = compat.value
+        if accel:
+            body["accel"] = accel
         if endpoint.startswith("tcp://"):
             if curve is None or not curve.server:
                 raise KvmError(EINVAL, "open", f"{endpoint}: tcp needs a key pair and the server's public key")

@@ -66,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--netdev", action="append", default=[], metavar="OPTIONS", help="network: user|tap|stream,id=ID,...")
     result.add_argument("--device", action="append", default=[], metavar="NAME,...", help="as QEMU's (docs/devices.md)")
     result.add_argument("--share", action="append", default=[], metavar="DIR:TAG[:ro]", help="shared folder, in /mnt/TAG")
+    result.add_argument(
+        "--accel", choices=("translator", "interpreter", "reference"), help="how vCPUs run (default: as the daemon was told)"
+    )
     result.add_argument("-d", "--detach", action="store_true", help="run in the background and print the VM's name")
     result.add_argument("--balloon", action="store_true", help="memory balloon: free memory of the guest goes back to the host")
     result.add_argument("--vsock", metavar="PATH[,cid=N]", help="stream sockets to the guest (docs/devices.md)")
@@ -197,6 +200,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             words += [f"-{name}", value]
     words += ["-vsock", options.vsock] if options.vsock else []
     words += ["-balloon"] if options.balloon else []
+    words += ["-accel", f"kvmcore,engine={options.accel}"] if options.accel else []
     ours, theirs = socket.socketpair()
     try:
         if options.image in GUESTS and not options.kernel:

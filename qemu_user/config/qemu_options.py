@@ -41,6 +41,9 @@ class Option(NamedTuple):
     apply: Callable[[Builder, str], None]
 
 
+_ENGINES = ("translator", "interpreter", "reference")
+
+
 class Builder:
     """What the options said so far; finish() joins drives, netdevs and chardevs with the devices that name
     them.
@@ -88,8 +91,9 @@ class Builder:
 
     def accel(self, text: str) -> None:
         values = KeyValues("-accel", text, "name")
-        name = values.take_choice("name", ("kvmcore", "kvm", "reference"), "kvmcore")
-        self.fields["accel"] = "kvmcore" if name == "kvm" else name
+        name = values.take_choice("name", ("kvmcore", "kvm", *_ENGINES), "kvmcore")
+        engine = values.take_choice("engine", ("", *_ENGINES), "")
+        self.fields["accel"] = name if name in _ENGINES else engine
         self.endpoint = values.take("endpoint", values.take("socket", self.endpoint))
         values.done()
 
@@ -535,8 +539,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(("name",), "NAME", "the VM's name", Builder.name),
     Option(
         ("accel",),
-        "kvmcore|reference",
-        "how vCPUs run; endpoint=ipc://.. to choose the daemon",
+        "kvmcore[,engine=..]",
+        "engine=translator, interpreter or reference: how vCPUs run; endpoint=ipc://.. to choose the daemon",
         Builder.accel,
     ),
     Option(("cpu",), "host", "accepted", Builder.cpu),

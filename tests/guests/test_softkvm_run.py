@@ -152,3 +152,20 @@ def test_killed_daemon(host: dict[str, str], tmp_path: Path) -> None:
     assert re.search(rb"its kvmcore process( \(\d+\))? is gone", process.stderr.read())
     assert gone(vm_pid)
     assert run(host, "--", "true").returncode == 0  # the next one starts a new daemon
+
+
+@pytest.mark.parametrize("accel", ["translator", "interpreter"])
+def test_accel_of_a_vm(host: dict[str, str], accel: str) -> None:
+    assert run(host, "--accel", accel, "--", "sh", "-c", "exit 5").returncode == 5
+
+
+def test_the_reference_runs_a_guest(host: dict[str, str]) -> None:
+    result = run(host, "hello", "--accel", "reference")
+    assert result.returncode == 0
+    assert b"Hello from S-mode" in result.stdout
+
+
+def test_an_accelerator_that_does_not_exist(host: dict[str, str]) -> None:
+    result = run(host, "--accel", "warp", "hello")
+    assert result.returncode == 125
+    assert b"warp" in result.stderr
