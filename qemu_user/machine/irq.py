@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from errno import ECONNRESET
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -98,7 +99,16 @@ class LevelLine:
         with self._lock:
             if level != self._level:
                 self._level = level
-                self._drive(level)
+                _tell(lambda: self._drive(level))
+
+
+def _tell(call: Callable[[], None]) -> None:
+    """Drive a wire of kvmcore's. When its process is gone the machine notices by itself, and no wire matters."""
+    try:
+        call()
+    except KvmError as error:
+        if error.errno != ECONNRESET:
+            raise
 
 
 class BothLines:
@@ -295,7 +305,7 @@ class AiaInterrupts:
 
 def _plic(vcpus: list[Vcpu]) -> Plic:
     controllers = [PHANDLE_CPU + 2 * index for index in range(len(vcpus))]
-    return Plic("plic", len(vcpus), lambda hart, level: vcpus[hart].interrupt(level), controllers)
+    return Plic("plic", len(vcpus), lambda hart, level: _tell(lambda: vcpus[hart].interrupt(level)), controllers)
 
 
 class PlicInterrupts:

@@ -93,3 +93,28 @@ def test_run_takes_devices_of_both_kinds(product: Product, tmp_path: Path) -> No
     )  # fmt: skip
     assert len(done.stdout.splitlines()) == 2, done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("options", [(), ("-M", "virt,aia=none")], ids=["msix", "intx"])
+def test_a_killed_vm_process_is_told_in_one_sentence(product: Product, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Devices still work on what the guest has asked for when nobody takes their interrupts any more."""
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    pipe = subprocess.PIPE
+    command = _command(product, disk, "-name", "victim", "-device", "virtio-blk-pci,drive=d", *options)
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=product.environment, cwd=ROOT)
+    assert process.stdin is not None
+    try:
+        read_until(process, b"# ", 120)
+        process.stdin.write(b"while :; do echo busy; done\n")
+        process.stdin.flush()
+        read_until(process, b"busy\r\nbusy\r\n", 30)
+        (victim,) = product.named("kvmcore-vm victim")
+        victim.kill()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 1
+    assert b"is gone" in errors
+    assert b"Traceback" not in errors
