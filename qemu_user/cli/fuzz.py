@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qemu_user.fuzz.sequence import Op
 
 _HELP = """\
 Sends random sequences of ioctls, made from the table of the KVM ABI, to a private kvmcore daemon (or to --target), and
@@ -60,6 +65,9 @@ def _fuzz(arguments: list[str]) -> int:
     parser.add_argument(
         "--coverage", action="store_true", help="watch which of the server's lines run, and build on what is new (slower)"
     )
+    parser.add_argument(
+        "--devices", action="store_true", help="the virtio devices and migration streams instead, in this process"
+    )
     parser.add_argument("--sequences", type=int, default=0, metavar="N", help="stop after so many")
     parser.add_argument("--seed", type=int, help="same seed, same sequences (default: a random one, which is said)")
     parser.add_argument(
@@ -76,6 +84,13 @@ def _fuzz(arguments: list[str]) -> int:
     daemon = None
     left: list[str] = []
     try:
+        if options.devices:
+            from qemu_user.fuzz import devices
+
+            with Live() as live:
+                figures = devices.run(seed, options.time, options.output, live.show, options.sequences)
+            print(f"{figures.sequences} cases, {figures.findings} findings; {write(options.output)}")
+            return 1 if figures.findings else 0
         if real:
             from qemu_user.fuzz.real import run_real
 
@@ -123,6 +138,8 @@ def _replay(arguments: list[str]) -> int:
     _, ops = load(options.file)
     for number, op in enumerate(ops):
         print(f"{number:4} {op}")
+    if ops and ops[0].do == "device":
+        return _replay_device(ops[0])
     daemon = None if options.target else Daemon()
     try:
         executor = Executor(options.target or daemon.endpoint)  # type: ignore[union-attr]
@@ -135,12 +152,21 @@ def _replay(arguments: list[str]) -> int:
     return 1 if finding else 0
 
 
+def _replay_device(op: Op) -> int:
+    from qemu_user.fuzz.devices import perform_device
+
+    with tempfile.TemporaryDirectory() as scratch:
+        finding = perform_device(op, Path(scratch))
+    print(f"{finding.oracle}: {finding.text}" if finding else "no finding")
+    return 1 if finding else 0
+
+
 def _minimize(arguments: list[str]) -> int:
     from qemu_user.fuzz.campaign import perform
     from qemu_user.fuzz.daemon import Daemon
     from qemu_user.fuzz.executor import Executor
     from qemu_user.fuzz.minimize import as_test, minimize
-    from qemu_user.fuzz.sequence import Finding, Op, load, save
+    from qemu_user.fuzz.sequence import Finding, load, save
 
     parser = argparse.ArgumentParser(
         prog="softkvm fuzz minimize", description="Make the smallest sequence with the same fault."

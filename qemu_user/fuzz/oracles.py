@@ -97,11 +97,17 @@ class Bystander:
 
 
 class Leaks:
-    """Compares the daemon's footprint with that of a quiet moment after a warm-up."""
+    """Compares the daemon's footprint with that of quiet moments before: what grows again and again is a leak.
+
+    Once or twice is warming up: the translator takes descriptors when the bystander's loop gets hot.
+    """
+
+    _AGAIN = 4
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._before = daemon.footprint()
+        self._grown: list[str] = []
 
     def check(self) -> Finding | None:
         """Wait for what is on its way out, at most some seconds; then count."""
@@ -112,4 +118,6 @@ class Leaks:
             if not more:
                 return None
             time.sleep(0.1)
-        return Finding("leak", "; ".join(more))
+        self._before = now
+        self._grown += more
+        return Finding("leak", "; ".join(self._grown)) if len(self._grown) >= self._AGAIN else None

@@ -72,7 +72,11 @@ class Chain:
 
     def take(self, count: int) -> bytes:
         """Copy and consume the first `count` readable bytes. QueueError if there are fewer."""
-        first = self.readable[0] if self.readable else memoryview(b"")
+        if not self.readable:
+            if count:
+                raise QueueError(f"a buffer is {count} bytes too short")
+            return b""
+        first = self.readable[0]
         if len(first) == count:
             del self.readable[0]
             return bytes(first)
