@@ -57,7 +57,8 @@ class _Kick:
         if address == self._address:
             return
         if self._address is not None:
-            self._vm.ioeventfd(self._fd, self._address, self._length, self._match, IOEVENTFD_FLAG_DEASSIGN)
+            with contextlib.suppress(KvmError):  # kvmcore is gone, and its ioeventfds with it
+                self._vm.ioeventfd(self._fd, self._address, self._length, self._match, IOEVENTFD_FLAG_DEASSIGN)
         self._address = None
         if address is not None:
             with contextlib.suppress(KvmError):
