@@ -1,0 +1,161 @@
+"""What strangers and broken clients do to a daemon: others go on, nothing is left, every answer is an errno."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from protocol.abi.errors import KvmError
+from protocol.abi.ioctls import BY_NAME
+from protocol.channel import fd_passing
+from protocol.client import Kvm
+from protocol.codec import session as codec
+from protocol.codec.session import Message, Op
+from tests.framework.full_stack import ROOT, Daemon
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    with Daemon("--accel", "interpreter") as running:
+        yield running
+
+
+def connect(daemon: Daemon) -> socket.socket:
+    return fd_passing.connect(daemon.endpoint.removeprefix("ipc://"))
+
+
+def serves(daemon: Daemon) -> bool:
+    kvm = Kvm.open(daemon.endpoint)
+    try:
+        vm = kvm.create_vm()
+        assert vm.create_vcpu(0).get_mp_state() == 0
+        vm.close()
+        return kvm.api_version() == 12
+    finally:
+        kvm.close()
+
+
+def test_torn_and_foreign_packets_end_their_own_connection(daemon: Daemon) -> None:
+    hello = codec.encode(Message(Op.HELLO, 1))
+    for packet in (b"x", hello[:-1], hello + b"x", b"\xff" * 4096, codec.encode(Message(99, 1)), bytes(8192)):
+        with connect(daemon) as sock:
+            sock.send(packet)
+            sock.settimeout(5)
+            assert sock.recv(8192) == b""
+    assert serves(daemon)
+
+
+def test_hello_that_asks_for_nonsense(daemon: Daemon) -> None:
+    for body in ({"compat": "warp"}, {"name": 7}, {"name": "x" * 100}, {"accel": "warp"}, {"accel": 3}):
+        with connect(daemon) as sock:
+            sock.send(codec.encode(Message(Op.HELLO, 1, body=body)))
+            sock.settimeout(5)
+            answer = codec.decode(sock.recv(8192))
+            assert answer.errno == 22
+            assert answer.body["reason"]
+    assert serves(daemon)
+
+
+def test_descriptors_of_the_daemon_run_out() -> None:
+    """A process that may have 256 descriptors, and a crowd of connections: refused, and served again afterwards."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Daemon("--accel", "interpreter") as daemon:
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (256, hard))
+        crowd = []
+        for _ in range(600):
+            try:
+                crowd.append(connect(daemon))
+            except OSError:
+                break
+        time.sleep(0.5)
+        assert daemon.process.poll() is None
+        for sock in crowd:
+            sock.close()
+        end = time.monotonic() + 20
+        while True:
+            try:
+                assert serves(daemon)
+                return
+            except KvmError:
+                assert time.monotonic() < end
+                time.sleep(0.2)
+
+
+def test_stale_and_foreign_handles(daemon: Daemon) -> None:
+    first, second = Kvm.open(daemon.endpoint), Kvm.open(daemon.endpoint)
+    vm = first.create_vm()
+    vcpu = vm.create_vcpu(0)
+    vcpu.close()
+    with pytest.raises(KvmError) as caught:
+        vcpu.get_mp_state()
+    assert caught.value.name == "EBADF"
+    for number in (0, 1, vm.number ^ 1, 0xFFFFFFFF):
+        with pytest.raises(KvmError) as caught:
+            vm.channel.request(number, BY_NAME["GET_API_VERSION"].number, 0, name="foreign")
+        assert caught.value.name in ("EBADF", "EINVAL", "ENOTTY")
+    stolen = first.link.session
+    second.link.session = stolen  # knowing another one's session does not help
+    with pytest.raises(KvmError):
+        second.link.channel().request(vm.number, BY_NAME["GET_API_VERSION"].number, 0, name="stolen")
+    second.link.incarnation ^= 1
+    with pytest.raises(KvmError) as caught:
+        second.link.channel().request(first.number, BY_NAME["GET_API_VERSION"].number, 0, name="stale")
+    assert caught.value.name == "ESTALE"
+    vm.close()
+    assert serves(daemon)
+
+
+CLIENT = """
+import sys, time
+from protocol.client import Kvm
+kvm = Kvm.open(sys.argv[1], name="victim")
+vm = kvm.create_vm()
+memfd = vm.create_guest_memfd(1 << 20)
+vcpus = [vm.create_vcpu(i) for i in range(2)]
+print("up", flush=True)
+time.sleep(1000)
+"""
+
+
+def vms(daemon: Daemon) -> list[psutil.Process]:
+    return [p for p in psutil.Process(daemon.process.pid).children(recursive=True) if p.name().startswith("kvmcore-vm")]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_client_that_dies_or_stands_still(daemon: Daemon, how: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", CLIENT, daemon.endpoint], stdout=subprocess.PIPE, cwd=ROOT) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"up\n"
+        assert len(vms(daemon)) == 1
+        os.kill(client.pid, how)
+        assert serves(daemon)
+        if how == signal.SIGSTOP:
+            assert len(vms(daemon)) == 1, "one that stands still may go on"
+        client.kill()
+    end = time.monotonic() + 10
+    while vms(daemon):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_unsealed_memory_is_refused(daemon: Daemon) -> None:
+    kvm = Kvm.open(daemon.endpoint)
+    vm = kvm.create_vm()
+    fd = os.memfd_create("unsealed")
+    os.ftruncate(fd, 1 << 20)
+    with pytest.raises(KvmError) as caught:
+        vm.map_segment(0x10000000, 1 << 20, fd)
+    assert caught.value.name == "EINVAL"
+    assert "sealed" in caught.value.reason
+    os.close(fd)
+    vm.close()
+    kvm.close()
