@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno as errno_numbers
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EBADF
 from typing import Any
@@ -67,6 +68,7 @@ class Executor:
     """One client of one daemon. perform() may be called for one sequence after the other."""
 
     def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
         self.kvm = Kvm.open(endpoint, name="fuzz")
         self._system = Wire(self.kvm.link)
 
@@ -94,8 +96,11 @@ class Sequence:
 
     def perform(self, op: Op) -> Outcome:
         """Do one operation. wire.Hang, wire.Gone: the server does not answer."""
+        do: Callable[[Op], Outcome] | None = getattr(self, f"_do_{op.do}", None)
+        if do is None:
+            raise ValueError(f"no operation {op.do!r}")
         try:
-            return getattr(self, f"_do_{op.do}")(op)  # type: ignore[no-any-return]
+            return do(op)
         except KvmError as error:
             if error.errno == errno_numbers.ECONNRESET:
                 raise Gone(str(error)) from error
@@ -135,6 +140,12 @@ class Sequence:
                 self.made.setdefault(kind, []).append(number)
             outcome.ret = 0
         return outcome
+
+    def _do_attack(self, op: Op) -> Outcome:
+        from qemu_user.fuzz import transport
+
+        transport.attack(self._executor.endpoint, str(op.extra["seed"]))
+        return Outcome()
 
     def _do_control(self, op: Op) -> Outcome:
         return self._request(op, int(op.extra["request"]), int(op.arg), (), bytes.fromhex(op.tail))
@@ -251,7 +262,12 @@ class Sequence:
                     raise Hang(f"no reply in {wire.deadline:g} s, though kicked")
                 kick, frame = wire.frame(self.number(*op.on), control.KICK, 1)
                 wire.send(frame)
-                wire.wait(kick)
+                kicked = wire.wait(kick)
+                if kicked is not None and kicked.errno and (reply := wire.wait(sequence, _BEHIND_RUN_SECONDS)) is None:
+                    # Another thread has closed the vCPU under this RUN, which now ends with the VM, as in Linux.
+                    raise KvmError(kicked.errno, op.name, "nobody can kick it any more")
+                if reply is not None:
+                    break
                 patience = _BEHIND_RUN_SECONDS  # another thread's RUN may have taken the kick
         assert reply is not None  # Hang was raised otherwise
         return reply
