@@ -143,10 +143,20 @@ def _fetch(options: argparse.Namespace) -> int:
 
     try:
         with Bar() as progress:
-            Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=["9p"] if options.share else [])
+            Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=_extras(options))
     except ImageError as error:
         return _fail(str(error))
     return 0
+
+
+def _extras(options: argparse.Namespace) -> list[str]:
+    """The image's additional modules that this VM needs: whoever has no disk gets no file system."""
+    devices = {"9p": options.share, "vsock": options.vsock, "balloon": options.balloon, "ext4": options.drive}
+    names = {"ext4": "blk"}
+    return [
+        extra for extra, value in devices.items()
+        if value or any(device.startswith(f"virtio-{names.get(extra, extra)}") for device in options.device)
+    ]  # fmt: skip
 
 
 def _tell_ready() -> None:
@@ -212,11 +222,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             config, _ = parse([*words, "-nographic"])
         else:
             with Bar() as progress:
-                wanted = {"9p": options.share, "vsock": options.vsock, "balloon": options.balloon}
-                extras = [
-                    name for name, value in wanted.items()
-                    if value or any(device.startswith(f"virtio-{name}") for device in options.device)
-                ]  # fmt: skip
+                extras = _extras(options)
                 image = Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=extras)
             append = " ".join(filter(None, (image.meta.append, options.append)))
             if options.verbose:

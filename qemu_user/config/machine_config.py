@@ -175,8 +175,8 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     aia: Literal["none", "aplic-imsic"] = "aplic-imsic"
     memory: int = 512 * MIB
     cpus: int = 1
-    accel: Literal["", "translator", "interpreter", "reference"] = ""
-    """How kvmcore runs the vCPUs; "": as its daemon was told."""
+    accel: Literal["kvmcore", "translator", "interpreter", "reference"] = "kvmcore"
+    """How kvmcore runs the vCPUs; "kvmcore": as its daemon was told."""
     boot: Boot = Boot()
     drives: tuple[Drive, ...] = ()
     nets: tuple[Net, ...] = ()

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from qemu_user.images.download import Progress
 
 #: Modules by the virtio device that needs them; dependencies are found in the modules themselves.
-MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "ext4", "crc32c_generic")
+MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng")
 #: What only some VMs need, each an archive of its own behind the initrd of those VMs.
 EXTRAS = {
+    "ext4": ("ext4", "crc32c_generic"),
     "9p": ("9pnet_virtio", "9p"),
     "vsock": ("vmw_vsock_virtio_transport",),
     "balloon": ("virtio_balloon",),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CATALOGUE: dict[str, tuple[str, Callable[[Path, Progress], str], str]] = {
     "busybox": ("Debian's kernel with busybox, boots in seconds", busybox.build, busybox.KERNEL_OPTIONS),
 }
-_FORMAT = 1
+_FORMAT = 2
 #: Beginning of the names of folders that are being built.
 _NEW = ".new-"
 

@@ -142,7 +142,7 @@ class Machine:
         from protocol.client import Kvm
 
         config = self.config
-        self._kvm = Kvm.open(self._endpoint, name=config.name, accel=config.accel)
+        self._kvm = Kvm.open(self._endpoint, name=config.name, accel="" if config.accel == "kvmcore" else config.accel)
         vm = self.vm = self._kvm.create_vm()
         aia = AiaInterrupts(vm) if config.aia == "aplic-imsic" else None
         if ram_fd < 0:

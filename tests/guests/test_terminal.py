@@ -62,6 +62,7 @@ def test_console_comes_and_goes(product: Product) -> None:
     assert running(product) == ["bg"]
     with Terminal(product.command("console", "bg"), product.environment) as terminal:
         terminal.expect(b"Ctrl-A d")
+        terminal.expect(b"# ")  # what is typed before the shell is there is thrown away by it
         terminal.type(b"x=left-behind\r")
         terminal.expect(b"# ")
         terminal.type(b"\x01?")
