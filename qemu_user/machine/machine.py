@@ -245,11 +245,19 @@ class Machine:
         self._loop.stop()
 
     def rest(self, seconds: float, enough: threading.Event) -> None:
-        """The vCPUs stand for so long or until `enough`, if they run: how a migration slows a guest that outruns it."""
+        """The vCPUs stand for so long, if they run: how a migration slows a guest that outruns it. When it is `enough`
+        they go on standing, until standing() or unrest().
+        """
         with self._life:
             if self.status == RUNNING:
                 self._stop_vcpus()
-                enough.wait(seconds)
+                if not enough.wait(seconds):
+                    self._gate.open()
+
+    def unrest(self) -> None:
+        """They go on, if the VM runs."""
+        with self._life:
+            if self.status == RUNNING:
                 self._gate.open()
 
     # -- run state ---------------------------------------------------------------------------------

@@ -280,6 +280,8 @@ class ZmqChannel:
                 continue
             except zmq.Again:
                 pass
+            except zmq.ZMQError as error:
+                raise ChannelError(f"the connection is gone: {error}") from error
             self._check()
             left = _LOOK_SECONDS if end is None else min(_LOOK_SECONDS, max(end - time.monotonic(), 0))
             if not self._socket.poll(int(left * 1000)):
@@ -294,6 +296,8 @@ class ZmqChannel:
         return identity.bytes == self._identity
 
     def _check(self) -> None:
+        if self._broken:
+            raise ChannelError("the connection is gone")
         while self._monitor.poll(0):
             recv_monitor_message(self._monitor)
             self._broken = True

@@ -24,7 +24,7 @@ CHUNK = 1 << 20
 MAX_ROUNDS = 64
 _STATE_SECONDS = 0.01
 """What saving and loading the state takes, taken off the downtime that the rest of the pages may use."""
-_THROTTLE_FIRST, _THROTTLE_STEP, _THROTTLE_MOST = 0.3, 0.5, 0.99
+_THROTTLE_FIRST, _THROTTLE_STEP, _THROTTLE_MOST = 0.5, 0.75, 0.99
 """The first share, then each step takes this part of what the guest still has."""
 _PERIOD = 0.05
 _GUESS = 500e6
@@ -85,7 +85,7 @@ class Precopy:
             allowed = max(self._max_downtime - _STATE_SECONDS, 0.2 * self._max_downtime) * self._rate
             left = rest - self._amount(disks_only=True) if self._leave_memory else 0
             if rest - left <= allowed or job.rounds >= MAX_ROUNDS:
-                self._throttle.stop()  # a machine that is about to stand need not be slowed down
+                self._throttle.hold()
                 return
             if not first and rest > 0.6 * before:
                 self._throttle.more()
@@ -105,7 +105,7 @@ class Precopy:
 
     def close(self) -> None:
         """Let the guest run at full speed, and track no more. Idempotent."""
-        self._throttle.stop()
+        self._throttle.release()
         for volume in self._volumes:
             volume.stop()
 
@@ -166,10 +166,19 @@ class _Throttle:
             self._machine.rest(share * _PERIOD, self._stop)
             self._stop.wait((1 - share) * _PERIOD)
 
-    def stop(self) -> None:
-        """Full speed again."""
+    def hold(self) -> None:
+        """The machine is about to stand: a guest that was slowed down stands from now on, or it would undo the copy in
+        the moment between."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._machine.rest(0, self._stop)
+
+    def release(self) -> None:
+        """Full speed again. Idempotent."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            self._machine.unrest()
         self._share = self._job.throttle = 0.0

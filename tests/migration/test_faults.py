@@ -62,20 +62,23 @@ def running(hosts: tuple[HostUnderTest, HostUnderTest]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("copy", [False, True], ids=["handed", "copied"])
+@pytest.mark.parametrize("way", ["handed", "copied", pytest.param("tcp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("step", "action", "expected"), cases())
 def test_fault(
-    step: str, action: str, expected: str, copy: bool,
+    step: str, action: str, expected: str, way: str,
     hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path,
 ) -> None:  # fmt: skip
     one, two = hosts
     here = step.startswith("source")
-    if step == "destination:data" and not copy:
+    if step == "destination:data" and way == "handed":
         expected = DESTINATION  # memory that is given as it is needs no data: nothing happens
-    uri = two.serve(fault="" if here else f"{step}={action}")
+    if way == "tcp":
+        one.trust(two)
+        two.trust(one)
+    uri = two.serve("tcp://127.0.0.1:0" if way == "tcp" else "", fault="" if here else f"{step}={action}")
     one.boot("vm", fault=f"{step}={action}" if here else "", drives=(memory_guest.drive(tmp_path / "disk"),))
     goes_on("vm")
-    one.softkvm("migrate", "vm", uri, *(["--copy"] if copy else []))
+    one.softkvm("migrate", "vm", uri, *(["--copy"] if way == "copied" else []))
     end, seen = time.monotonic() + 15, []
     while time.monotonic() < end:
         seen = running(hosts)
@@ -110,3 +113,16 @@ def test_the_destinations_kvmcore_process_dies(
 def settled(hosts: tuple[HostUnderTest, HostUnderTest]) -> bool:
     """Whether no VM stands in the middle of a hand-over any more."""
     return all(host.status(name) not in ("inmigrate", "postmigrate") for host in hosts for name in host.names())
+
+
+def test_a_lost_source_of_post_copy_is_told(hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int]) -> None:
+    """Memory that has not come is gone with the source: the VM ends, and says why."""
+    one, two = hosts
+    uri = two.serve()
+    one.boot("vm", fault="source:done=kill", pages=4000, pause=0, memory=128 << 20)
+    goes_on("vm")
+    one.softkvm("migrate", "vm", uri, "--postcopy")
+    one.wait_for_names([])
+    two.wait_for_names([])
+    logs = b"".join(path.read_bytes() for path in (two.runtime / "softkvm").glob("incoming*.log"))
+    assert b"a page of its memory cannot be had" in logs
