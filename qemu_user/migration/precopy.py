@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from qemu_user.migration import pages
-from qemu_user.migration.job import ACTIVE, Job
+from qemu_user.migration.job import ACTIVE, Job, JobError
 from qemu_user.migration.volumes import Disk, Ram
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ class Precopy:
     def __init__(
         self, machine: Machine, volumes: Sequence[Ram | Disk], sink: Sink, job: Job, max_downtime: float,
         bandwidth: float = 0.0, leave_memory: bool = False,
+        keep_promise: bool = True,
     ) -> None:  # fmt: skip
         """`max_downtime` in seconds, `bandwidth` in bytes per second, 0 for no limit. `leave_memory`: one round of RAM is
-        enough, the rest follows when it is touched (post-copy).
+        enough, the rest follows when it is touched (post-copy). Not `keep_promise`: rather a longer pause than none.
         """
-        self._leave_memory = leave_memory
+        self._leave_memory, self._keep_promise = leave_memory, keep_promise
         self._machine, self._volumes, self._sink, self._job = machine, volumes, sink, job
         self._max_downtime, self._bandwidth = max_downtime, bandwidth
         self._rate = min(_GUESS, bandwidth or _GUESS)
@@ -78,17 +79,27 @@ class Precopy:
             spent = max(time.monotonic() - started, 1e-6)
             if amount >= _WORTH_MEASURING:
                 self._rate = 0.5 * self._rate + 0.5 * amount / spent if not first else amount / spent
+            # What a guest that outruns us writes between a look and the switch would undo the copy: it stands first.
+            self._throttle.hold()
             self._pending = [volume.take() for volume in self._volumes]
             rest = self._amount()
             job.dirty_rate, job.throughput, job.remaining = rest / spent, self._rate, rest
             job.expected_downtime = rest / self._rate + _STATE_SECONDS
             allowed = max(self._max_downtime - _STATE_SECONDS, 0.2 * self._max_downtime) * self._rate
             left = rest - self._amount(disks_only=True) if self._leave_memory else 0
-            if rest - left <= allowed or job.rounds >= MAX_ROUNDS:
-                self._throttle.hold()
+            if rest - left <= allowed:
+                return
+            if job.rounds >= MAX_ROUNDS:
+                if self._keep_promise:
+                    needed = 1000 * (rest / self._rate + _STATE_SECONDS)
+                    raise JobError(
+                        f"the guest would stand for {needed:.0f} ms, {1000 * self._max_downtime:.0f} ms were allowed; "
+                        "allow more (--max-downtime), or let memory follow (--postcopy)"
+                    )
                 return
             if not first and rest > 0.6 * before:
                 self._throttle.more()
+            self._throttle.go_on()
             first, before = False, rest
 
     def finish(self) -> bytearray:
@@ -151,34 +162,43 @@ class _Throttle:
         self._share = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._holds = False
 
     def more(self) -> None:
         """A larger share from now on."""
         share = self._share + (1 - self._share) * _THROTTLE_STEP if self._share else _THROTTLE_FIRST
         self._share = self._job.throttle = min(share, _THROTTLE_MOST)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="throttle", daemon=True)
-            self._thread.start()
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.is_set():
             share = self._share
-            self._machine.rest(share * _PERIOD, self._stop)
-            self._stop.wait((1 - share) * _PERIOD)
+            self._machine.rest(share * _PERIOD, stop)
+            stop.wait((1 - share) * _PERIOD)
 
     def hold(self) -> None:
-        """The machine is about to stand: a guest that was slowed down stands from now on, or it would undo the copy in
-        the moment between."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._machine.rest(0, self._stop)
-
-    def release(self) -> None:
-        """Full speed again. Idempotent."""
+        """A guest that is slowed down stands, until go_on() or release()."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            self._machine.rest(0, self._stop)
+            self._holds = True
+
+    def go_on(self) -> None:
+        """After hold(): as before."""
+        self._release()
+        if self._share:
+            self._stop = threading.Event()
+            self._thread = threading.Thread(target=self._run, args=(self._stop,), name="throttle", daemon=True)
+            self._thread.start()
+
+    def _release(self) -> None:
+        if self._holds:
+            self._holds = False
             self._machine.unrest()
+
+    def release(self) -> None:
+        """Full speed again. Idempotent."""
+        self.hold()
+        self._release()
         self._share = self._job.throttle = 0.0

@@ -114,7 +114,7 @@ def _save_into(machine: Machine, folder: Path, tag: str, job: Job) -> None:
     copied = [disk for disk in disks if not _can_clone(disk, folder)]
     volumes: list[Ram | Disk] = [Ram(machine), *copied]
     sink = _Files(folder, volumes)
-    copy = Precopy(machine, volumes, sink, job, MAX_DOWNTIME)
+    copy = Precopy(machine, volumes, sink, job, MAX_DOWNTIME, keep_promise=False)
     try:
         copy.rounds()
         job.status = DEVICE
