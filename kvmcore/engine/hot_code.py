@@ -1,9 +1,9 @@
 """The VM's side of translation: what is hot is asked for, what is finished is put into records.
 
 Runs on vCPU threads, in the exit that follows every SAMPLES samples (Hart.run), so nothing here needs a thread of its
-own, and a machine with one hart changes its decoded pages only here and in native code, never at once. A region begins
-where a record says so: installing one is one aligned store. Never imports LLVM; without a translator the interpreter
-goes on alone.
+own. Decoded pages stand still meanwhile: with one hart, that hart is here; with several, native code never changes one,
+and only who holds the machine's gate drops them. A region begins where a record says so: installing one is one aligned
+store. Never imports LLVM; without a translator the interpreter goes on alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import ctypes
 import logging
 import os
 import socket
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -67,7 +66,6 @@ class HotCode:
     def __init__(self, machine: Machine, image: Image, path: str) -> None:
         """`path`: the translator's socket."""
         self._machine, self._image, self._path = machine, image, path
-        self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         self._next_try = 0.0
         self._secret = b""
@@ -75,6 +73,7 @@ class HotCode:
         self._pages: dict[int, HotPage] = {}
         self._heat: Counter[tuple[int, int]] = Counter()
         self._where: dict[tuple[int, int], tuple[int, int]] = {}
+        """Place -> (a virtual address of it, the TLBs of the hart that was there)."""
         self._under_way: dict[tuple[int, int], float] = {}
         self._flushes = 0
         self.regions = 0
@@ -84,7 +83,7 @@ class HotCode:
         """Count the hart's samples, install what has come, ask for what has become hot."""
         count = hart.state.sample_count
         samples = hart.state.samples[:count]
-        with self._lock:
+        with self._machine.gate:  # nobody drops decoded pages meanwhile
             if not self._connected():
                 hart.state.sample_count = 0
                 return
@@ -97,9 +96,9 @@ class HotCode:
                 found = self._locate(hart, pc)
                 if found is not None:
                     self._heat[found] += times
-                    self._where[found] = (pc, hart.state.tlb)
+                    self._where[found] = pc, _blocks(hart)
                     self._page(found[0])
-            self._ask(hart)
+            self._ask()
         hart.state.sample_count = 0
 
     # -- the translator ----------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ class HotCode:
     # -- pages ---------------------------------------------------------------------------------------------------
     def _locate(self, hart: Hart, pc: int) -> tuple[int, int] | None:
         """(decoded page, offset in it) of a virtual address that the hart has fetched from lately."""
-        base = self._mapped(hart.address + hart_state.offset("tlb_blocks"), pc)
+        base = self._mapped(_blocks(hart), pc)
         return (base, pc & (PAGE - 1)) if base is not None else None
 
     def _mapped(self, blocks: int, va: int) -> int | None:
@@ -209,13 +208,12 @@ class HotCode:
         return ctypes.string_at(base + machine_state.PAGE_COPY, PAGE)
 
     # -- regions -------------------------------------------------------------------------------------------------
-    def _ask(self, hart: Hart) -> None:
+    def _ask(self) -> None:
         """Have the hottest places translated."""
         now = time.monotonic()
         for place, since in list(self._under_way.items()):
             if now - since > _PATIENCE:
                 del self._under_way[place]
-        blocks = hart.address + hart_state.offset("tlb_blocks")
         for place, times in self._heat.most_common(16):
             if times < THRESHOLD or len(self._under_way) >= AT_ONCE:
                 return
@@ -223,7 +221,6 @@ class HotCode:
             if page is None:
                 return
             if place[1] not in page.heads:
-                self._blocks = blocks
                 self._translate(place, [], final=False)
             del self._heat[place]
 
@@ -232,10 +229,10 @@ class HotCode:
         page = self._pages.get(base)
         if page is None or place not in self._where:
             return
-        pc, _ = self._where[place]
+        pc, blocks = self._where[place]
         pages = [(0, self._content(base))]
         for number in wanted[: MAX_PAGES - 1]:
-            other = self._mapped(self._blocks, (pc + number * PAGE) & _WORD)
+            other = self._mapped(blocks, (pc + number * PAGE) & _WORD)
             if number and other is not None and self._page(other) is not None:
                 pages.append((number, self._content(other)))
         if self._send(Translate(base, offset, pages, final)):
@@ -259,6 +256,11 @@ class HotCode:
             operands = self._image.decode(content, offset) & ~_OFFSET
             ctypes.c_uint64.from_address(record).value = operands | (self._image.arena + at)
             self.regions += 1
+
+
+def _blocks(hart: Hart) -> int:
+    """Host address of a hart's TLBs."""
+    return hart.address + hart_state.offset("tlb_blocks")
 
 
 _PAIR = ctypes.c_uint64 * 2

@@ -61,7 +61,8 @@ class Machine:
         self.image = image
         self.harts: list[Hart] = []
         self._max_harts = max_harts
-        self._gate = threading.RLock()
+        self.gate = threading.RLock()
+        """Held while decoded pages are dropped or regions put into them: quiesce() takes it."""
         self._open = threading.Event()
         self._open.set()
         self._block = mmap.mmap(-1, _pages(ctypes.sizeof(machine_state.MachineState)))
@@ -153,7 +154,7 @@ class Machine:
 
         Not to be entered from inside run().
         """
-        with self._gate:
+        with self.gate:
             nested = self.state.stop
             self._open.clear()
             self.state.stop = nested + 1
