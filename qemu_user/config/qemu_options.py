@@ -92,7 +92,7 @@ class Builder:
     def accel(self, text: str) -> None:
         values = KeyValues("-accel", text, "name")
         name = values.take_choice("name", ("kvmcore", "kvm", *_ENGINES), "kvmcore")
-        engine = values.take_choice("engine", _ENGINES, "kvmcore")
+        engine = values.take_choice("engine", ("kvmcore", *_ENGINES), "kvmcore")
         self.fields["accel"] = name if name in _ENGINES else engine
         self.endpoint = values.take("endpoint", values.take("socket", self.endpoint))
         values.done()

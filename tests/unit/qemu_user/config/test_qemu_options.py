@@ -197,3 +197,18 @@ def test_commas_and_sizes() -> None:
     assert parse_size("-m", "1.5G") == 3 << 29
     with pytest.raises(ConfigError):
         KeyValues("-x", "a,,,")
+
+
+@pytest.mark.parametrize(
+    ("line", "accel"),
+    [
+        ("", "kvmcore"),
+        ("-accel kvm", "kvmcore"),
+        ("-accel kvmcore,endpoint=ipc:///x", "kvmcore"),
+        ("-accel kvmcore,engine=interpreter", "interpreter"),
+        ("-accel reference", "reference"),
+        ("-machine virt,accel=translator", "translator"),
+    ],
+)
+def test_how_vcpus_run(kernel: str, line: str, accel: str) -> None:
+    assert _parse(kernel, line).accel == accel
