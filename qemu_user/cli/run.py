@@ -244,8 +244,9 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     except StartError as error:
         return _fail(str(error))
     _tell_ready()
+    listener = threading.Thread(target=_listen, args=(ours, outcome), daemon=True)
     if not options.kernel:
-        threading.Thread(target=_listen, args=(ours, outcome), daemon=True).start()
+        listener.start()
     status = instance.wait()
     job = instance.machine.job
     if job is not None and job.kind == "migration" and job.status == "completed":
@@ -253,6 +254,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         return 0
     if options.kernel:
         return status
+    theirs.shutdown(socket.SHUT_WR)  # what the guest has said last is still in the socket
+    listener.join()
     if outcome.status is not None:
         return outcome.status
     if status:

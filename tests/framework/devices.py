@@ -157,10 +157,10 @@ class MemoryChardev(Chardev):
         super().__init__("memory")
         self.resumed = 0
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        count = min(len(data), self.room)
+    def write(self, data: bytes | bytearray | memoryview, last: bool = False) -> int:
+        count = len(data) if last else min(len(data), self.room)
         self.taken += data[:count]
-        self.room -= count
+        self.room = max(0, self.room - count)
         return count
 
     def resume_input(self) -> None:

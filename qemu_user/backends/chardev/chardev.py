@@ -16,6 +16,8 @@ from qemu_user.backends.io_loop import IoLoop
 
 OUTPUT_LIMIT = 64 * 1024
 """Bytes that wait for the host side before the guest is made to wait."""
+LAST_LIMIT = 1024 * 1024
+"""The same for output whose source is about to go away: a console's ring before the guest resets it."""
 GATHER_SECONDS = 0.001
 """A vCPU's bytes are gathered this long: one system call for many of a UART's single bytes."""
 
@@ -105,10 +107,10 @@ class Chardev:
 
     # -- output ------------------------------------------------------------------------------------
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Take output; returns how many bytes were taken. Any thread."""
+    def write(self, data: bytes | bytearray | memoryview, last: bool = False) -> int:
+        """Take output; returns how many bytes were taken. `last`: it cannot be offered again. Any thread."""
         with self._lock:
-            room = OUTPUT_LIMIT - len(self._output)
+            room = (LAST_LIMIT if last else OUTPUT_LIMIT) - len(self._output)
             taken = min(len(data), max(room, 0))
             self._starved |= taken < len(data)
             if taken:

@@ -29,8 +29,8 @@ class Channel(Chardev):
         super().__init__(name)
         self._hub = hub
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        return self._hub.output(self, data)
+    def write(self, data: bytes | bytearray | memoryview, last: bool = False) -> int:
+        return self._hub.output(self, data, last)
 
     def resume_input(self) -> None:
         self._hub.resume_terminals()
@@ -111,20 +111,20 @@ class Hub(Chardev):
 
     # -- devices to terminals ----------------------------------------------------------------------
 
-    def output(self, channel: Channel, data: bytes | bytearray | memoryview) -> int:
+    def output(self, channel: Channel, data: bytes | bytearray | memoryview, last: bool = False) -> int:
         """A device writes; returns how much was taken. Any thread."""
         if channel is not self._active_channel:
             self._active_channel = channel
             self.resume_terminals()
         if self.terminal is not None:
-            data = memoryview(data)[: self.terminal.write(data)]
+            data = memoryview(data)[: self.terminal.write(data, last)]
         with self._lock:
             self._scrollback += data
             if len(self._scrollback) > 2 * SCROLLBACK:
                 del self._scrollback[:-SCROLLBACK]
             attached = tuple(self._attached)
         for other in attached:
-            if other.write(data) < len(data):
+            if other.write(data, last) < len(data):
                 self._drop_soon(other)
         return len(data)
 

@@ -77,8 +77,8 @@ class Port:
 
     # -- output ------------------------------------------------------------------------------------
 
-    def transmit(self) -> None:
-        """Serve the output queue."""
+    def transmit(self, last: bool = False) -> None:
+        """Serve the output queue. `last`: what it holds would be lost otherwise."""
         queue = self.tx
         if not queue.ready:
             return
@@ -93,7 +93,7 @@ class Port:
                 done += len(view)
                 if done > self.sent:
                     part = view[len(view) - (done - self.sent) :]
-                    taken = self.chardev.write(part)
+                    taken = self.chardev.write(part, last)
                     self.sent += taken
                     if taken < len(part):
                         stuck = True
@@ -288,6 +288,10 @@ class VirtioConsole(VirtioDevice):
         self.transport.notify_used(queue)
 
     # -- life --------------------------------------------------------------------------------------
+
+    def last_call(self) -> None:
+        for port in self.ports.values():
+            port.transmit(last=True)
 
     def finish(self, seconds: float) -> None:
         """At the machine's end, vCPUs and I/O thread being gone: what the guest has written reaches the

@@ -95,6 +95,11 @@ class VirtioDevice:
     def resumed(self) -> None:
         """The machine goes on after a stop or a restore."""
 
+    def last_call(self) -> None:
+        """The driver is about to reset the live device: what it has handed over and still counts on is served now, kick or
+        not. Linux resets its devices at every shutdown and reboot, without waiting for their queues.
+        """
+
     def queue_reset(self, index: int) -> None:
         """The driver reset queue `index` alone: forget what is held of it."""
 

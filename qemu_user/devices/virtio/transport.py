@@ -295,6 +295,8 @@ class VirtioTransport:
     def reset(self) -> None:
         """By the driver's status 0 or with the machine."""
         with self.lock:
+            if self.virtio.live:
+                self._guarded(self.virtio.last_call)
             self.virtio.live = False
             self.virtio.negotiated = 0
             for queue in self.virtio.queues:

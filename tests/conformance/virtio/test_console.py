@@ -73,6 +73,17 @@ def test_5_3_6_output_is_held_back(bench: Bench) -> None:
     assert len(queue.returned()) == 2
 
 
+def test_2_4_output_that_nobody_has_served_survives_the_reset(bench: Bench) -> None:
+    ports = Ports(bench)
+    ports.other.room = 3
+    queue = ports.driver.queues[5]
+    queue.add([b"0123"], [])
+    queue.kick()
+    queue.add([b"exit 7"], [])  # no kick has arrived when the guest shuts down
+    ports.driver.write(mmio.STATUS, 0)
+    assert bytes(ports.other.taken) == b"0123exit 7"
+
+
 def test_5_3_6_2_end_of_input_and_size_are_told(bench: Bench) -> None:
     ports = Ports(bench)
     ports.other.is_open = False
