@@ -26,6 +26,7 @@ MAX_QUEUES = 64
 """Of a disk, and pairs of a network device."""
 MMIO_SLOTS, PCI_SLOTS = 8, 31
 """virtio-mmio slots 0 to 7; PCI slots 1 to 31, 0 being the bridge."""
+DISK_FORMATS = ("raw", "qcow2")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
@@ -56,10 +57,12 @@ class Slot(Part, frozen=True, kw_only=True):
 
 
 class Drive(Part, frozen=True, kw_only=True):
-    """A raw disk image as a virtio block device."""
+    """A disk image as a virtio block device."""
 
     id: str = ""
     file: str
+    format: str = ""
+    """"": qcow2 if its name says so, raw if its content does not say otherwise."""
     readonly: bool = False
     discard: bool = False
     serial: str = ""
@@ -303,6 +306,7 @@ def _check_devices(config: MachineConfig) -> None:
         _demand(bool(share.folder), f"shared folder {share.tag}: needs a path")
     for drive in config.drives:
         _demand(bool(drive.file), "drive: needs file=IMAGE")
+        _demand(drive.format in ("", *DISK_FORMATS), f"format={drive.format}: one of {', '.join(DISK_FORMATS)}")
         _demand(drive.queues is None or 0 < drive.queues <= MAX_QUEUES, f"num-queues={drive.queues}: 1 to {MAX_QUEUES}")
         for what, number, least, most in (
             ("queue-size", drive.queue_size, 4, 1024),

@@ -124,7 +124,7 @@ class Builder:
     def drive(self, text: str) -> None:
         values = KeyValues("-drive", text, "file")
         interface = values.take_choice("if", ("virtio", "none"), "virtio")
-        values.take_choice("format", ("raw",), "raw")
+        format = values.take_choice("format", ("", "raw", "qcow2"))
         values.ignore("media", "cache", "aio", "index", "detect-zeroes", "werror", "rerror", "copy-on-read")
         name = values.take("id") or f"drive{len(self.drives)}"
         if name in self.drives:
@@ -132,6 +132,7 @@ class Builder:
         self.drives[name] = Drive(
             id=name,
             file=values.take("file"),
+            format=format,
             readonly=values.take_switch("readonly", False),
             discard=values.take_choice("discard", ("unmap", "on", "ignore", "off"), "ignore")
             in ("unmap", "on"),

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from qemu_user.backends.block.logged import LoggedDisk
-from qemu_user.backends.block.raw import RawImage
+from qemu_user.backends.block.opening import open_disk
 from qemu_user.backends.chardev.chardev import Chardev
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
 from qemu_user.backends.chardev.hub import Hub
@@ -76,7 +76,7 @@ class Parts:
         for chardev in self.config.chardevs:
             self.chardevs[chardev.id] = self._open_chardev(chardev)
         for drive in self.config.drives:
-            self.disks.append(LoggedDisk(RawImage(drive.file, drive.readonly, drive.discard, lock_disks)))
+            self.disks.append(LoggedDisk(open_disk(drive.file, drive.format, drive.readonly, drive.discard, lock_disks)))
         for net in self.config.nets:
             self.nets.append(_open_net(net))
         if self.config.vsock is not None:

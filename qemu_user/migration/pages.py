@@ -1,4 +1,4 @@
-"""Sets of pages: bitmaps, byte maps, runs; and which of them hold data at all. Arithmetic on bytes, no policy.
+"""Sets of pages: bitmaps, byte maps, runs. Arithmetic on bytes, no policy.
 
 A *map* has one byte per unit (page or block), 1 for those in the set. Runs are (first unit, how many).
 """
@@ -6,7 +6,6 @@ A *map* has one byte per unit (page or block), 1 for those in the set. Runs are 
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Iterator
 
@@ -50,24 +49,6 @@ def runs(units: bytes | bytearray, most: int) -> Iterator[tuple[int, int]]:
 def count(units: bytes | bytearray) -> int:
     """How many units are in a map."""
     return len(units) - units.count(0)
-
-
-def with_data(fd: int, size: int, unit: int) -> bytearray:
-    """The units of a file of `size` bytes that are not holes: the rest reads as zeroes and takes no memory."""
-    result = bytearray(-(-size // unit))
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but holes from here on
-            break
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        if start >= size:
-            break
-        first, last = start // unit, (end - 1) // unit
-        result[first : last + 1] = b"\1" * (last + 1 - first)
-        at = end
-    return result
 
 
 def is_zero(data: bytes) -> bool:

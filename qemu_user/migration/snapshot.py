@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from qemu_user.devices.device import State, StateError, decode_state, encode_state, require
-from qemu_user.migration import machine_state, pages, sections
+from qemu_user.holes import with_data
+from qemu_user.migration import machine_state, sections
 from qemu_user.migration.job import DEVICE, Job, JobError
 from qemu_user.migration.precopy import Precopy
 from qemu_user.migration.sections import Section, SectionError
@@ -174,7 +175,7 @@ def _checksums(path: Path, size: int) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         result = (ctypes.c_uint32 * (-(-size // CLUSTER)))()
-        for index, there in enumerate(pages.with_data(fd, size, CLUSTER)):
+        for index, there in enumerate(with_data(fd, size, CLUSTER)):
             if there:
                 result[index] = zlib.crc32(os.pread(fd, min(CLUSTER, size - index * CLUSTER), index * CLUSTER)) or 1
         return bytes(result)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qemu_user.backends.block.logged import BLOCK, LoggedDisk
 from qemu_user.devices.memory import PAGE
+from qemu_user.holes import with_data
 from qemu_user.machine.machine import RAM_SLOT
 from qemu_user.migration import pages
 
@@ -38,7 +39,7 @@ class Ram:
         self._on = True
         self._log.start()
         self._machine.log_dirty_pages(True)
-        return pages.with_data(self.fd, self.size, self.unit)
+        return with_data(self.fd, self.size, self.unit)
 
     def take(self) -> bytearray:
         """The map of what was written since start() or the last take()."""
@@ -65,10 +66,7 @@ class Disk:
 
     def start(self) -> bytearray:
         self.disk.log.start()
-        fd = self.disk.descriptor
-        if fd is None:
-            return bytearray(b"\1") * -(-self.size // self.unit)
-        return pages.with_data(fd, self.size, self.unit)
+        return self.disk.with_data(self.unit)
 
     def take(self) -> bytearray:
         return self.disk.log.take()

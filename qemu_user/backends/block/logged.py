@@ -6,6 +6,7 @@ Put around every image by machine/build.py, read by migration/volumes.py.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.write_log import WriteLog
@@ -26,6 +27,18 @@ class LoggedDisk:
     def descriptor(self) -> int | None:
         """The file that holds the disk's bytes at their own offsets, if there is one: its holes need no copying."""
         return self.image.descriptor
+
+    @property
+    def report(self) -> Callable[[str, str], None]:
+        """The image's."""
+        return self.image.report
+
+    @report.setter
+    def report(self, report: Callable[[str, str], None]) -> None:
+        self.image.report = report
+
+    def with_data(self, unit: int, chain: bool = True) -> bytearray:
+        return self.image.with_data(unit, chain)
 
     def read(self, offset: int, views: list[memoryview]) -> None:
         self.image.read(offset, views)

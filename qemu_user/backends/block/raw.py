@@ -1,6 +1,6 @@
 """Raw disk images: a file or block device, byte for byte.
 
-Opened once and locked for its life (flock: one writer or many readers), so that two VMs never write one
+Opened once and locked for its life (locks.py: one writer or many readers), so that no two processes ever write one
 image. Called by devices/virtio/blk.py on the I/O thread; OSError is for the device to answer. Must never
 leave an image changed by being opened.
 """
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import stat
+from collections.abc import Callable
 from typing import Protocol
 
+from qemu_user import holes
+from qemu_user.backends.block import locks
 from qemu_user.backends.errors import BackendError
 
 SECTOR = 512
@@ -31,6 +33,9 @@ class BlockBackend(Protocol):
     discard: bool
     """Whether discarding frees space."""
 
+    report: Callable[[str, str], None]
+    """Called with (QMP event, text for the user) when something happens to the disk while it is in use."""
+
     @property
     def descriptor(self) -> int | None:
         """The open file whose byte n is the disk's byte n; None for formats that place them otherwise."""
@@ -47,6 +52,10 @@ class BlockBackend(Protocol):
 
     def zero(self, offset: int, length: int, unmap: bool) -> None:
         """The range reads as zeroes; `unmap`: it need not take space."""
+
+    def with_data(self, unit: int, chain: bool = True) -> bytearray:
+        """A byte per `unit` bytes: 1 where there may be something else than zeroes; without `chain`, where the disk may
+        differ from its backing file."""
 
     def lock(self) -> None:
         """One writer or many readers, on all machines that share the image. BackendError if others have it."""
@@ -70,6 +79,10 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
+def unheard(event: str, text: str) -> None:
+    """Nobody listens yet."""
+
+
 class RawImage:
     """A BlockBackend over a raw file or block device."""
 
@@ -77,6 +90,7 @@ class RawImage:
         """BackendError if it cannot be opened, is no disk, or is in use. Not `locked`: somebody else still has it, and
         nothing is written before lock()."""
         self.path, self.readonly, self.discard = path, readonly, discard and not readonly
+        self.report: Callable[[str, str], None] = unheard
         flags = os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR)
         try:
             self._fd = os.open(path, flags)
@@ -108,25 +122,24 @@ class RawImage:
 
     def lock(self) -> None:
         """One writer or many readers: BackendError if others have it. Idempotent."""
-        try:
-            fcntl.flock(self._fd, (fcntl.LOCK_SH if self.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            how = "is being written by" if self.readonly else "is in use by"
-            hint = "" if self.readonly else "; VMs can share an image if all have it readonly=on"
-            raise BackendError(f"disk image {self.path}: {how} another VM{hint}") from None
-        except OSError:
-            pass  # a file system without locks
+        if locks.take(self._fd, write=not self.readonly):
+            return
+        how = "is being written by" if self.readonly else "is in use by"
+        hint = "" if self.readonly else "; VMs can share an image if all have it readonly=on"
+        raise BackendError(f"disk image {self.path}: {how} another VM or process{hint}")
 
     def unlock(self) -> None:
         """Let others have it: nothing is read or written until lock()."""
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-        except OSError:
-            pass  # a file system without locks
+        locks.release(self._fd)
 
     @property
     def descriptor(self) -> int | None:
         return self._fd
+
+    @property
+    def end(self) -> int:
+        """Bytes of the file now, which need not be whole sectors."""
+        return os.lseek(self._fd, 0, os.SEEK_END)
 
     def read(self, offset: int, views: list[memoryview]) -> None:
         """Fill `views` from `offset` on."""
@@ -149,6 +162,10 @@ class RawImage:
     def flush(self) -> None:
         if not self.readonly:
             os.fdatasync(self._fd)
+
+    def with_data(self, unit: int, chain: bool = True) -> bytearray:
+        """A byte per `unit` bytes: 0 for holes."""
+        return holes.with_data(self._fd, self.size, unit)
 
     def punch(self, offset: int, length: int) -> None:
         if not length or not self.discard:

@@ -128,7 +128,7 @@ def test_characters(kernel: str) -> None:
         ("-smp many", "number"),
         ("-M microvm", "virt"),
         ("-M virt,gic=3", "gic"),
-        ("-drive format=qcow2,file=x", "raw"),
+        ("-drive format=vmdk,file=x", "raw"),
         ("-drive file=x,if=none,id=a", "uses it"),
         ("-drive readonly=on", "file"),
         ("-device virtio-blk-pci,drive=a", "if=none,id=a"),

@@ -1,0 +1,107 @@
+"""Opening disks by name: which format, which backing files; making overlays.
+
+Formats are never guessed from what a guest may have written: without format= an image is qcow2 if its name ends in
+.qcow2 and raw if it has no qcow2 header; anything else has to be said. Read by machine/build.py and the `image` verb.
+"""
+
+from __future__ import annotations
+
+import os
+
+from qemu_user.backends.block.qcow2.create import create_qcow2
+from qemu_user.backends.block.qcow2.header import MAGIC
+from qemu_user.backends.block.qcow2.image import Qcow2Image, read_header
+from qemu_user.backends.block.raw import SECTOR, BlockBackend, RawImage
+from qemu_user.backends.errors import BackendError
+
+FORMATS = ("raw", "qcow2")
+MAX_CHAIN = 200
+"""Images over each other."""
+
+
+def open_disk(
+    file: str, format: str = "", readonly: bool = False, discard: bool = True, locked: bool = True
+) -> BlockBackend:
+    """A disk from what a user calls it. Not `locked`: somebody else still has it, and nothing is written before lock().
+    BackendError.
+    """
+    return _open(file, format, readonly, discard, locked, [])
+
+
+def _open(
+    file: str, format: str, readonly: bool, discard: bool, locked: bool, chain: list[tuple[int, int]]
+) -> BlockBackend:
+    image = RawImage(file, readonly, discard, locked)
+    try:
+        format = format or probe(image)
+        if format == "raw":
+            return image
+        if format != "qcow2":
+            raise BackendError(f"disk image {file}: format {format!r}: one of {', '.join(FORMATS)}")
+        assert image.descriptor is not None
+        status = os.fstat(image.descriptor)
+        chain = [*chain, (status.st_dev, status.st_ino)]
+        backing = _open_backing(image, file, chain)
+        try:
+            return Qcow2Image(image, backing, discard, locked)
+        except BaseException:
+            if backing is not None:
+                backing.close()
+            raise
+    except BaseException:
+        image.close()
+        raise
+
+
+def _open_backing(image: RawImage, file: str, chain: list[tuple[int, int]]) -> BlockBackend | None:
+    header = read_header(image)
+    if not header.backing_file:
+        return None
+    path = backing_path(file, header.backing_file)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise BackendError(f"disk image {file}: its backing file {path}: {error.strerror}") from error
+    if (status.st_dev, status.st_ino) in chain:
+        raise BackendError(f"disk image {file}: its backing file {path} is one of those over it: a loop")
+    if len(chain) >= MAX_CHAIN:
+        raise BackendError(f"disk image {file}: more than {MAX_CHAIN} images over each other")
+    return _open(path, header.backing_format, True, False, True, chain)
+
+
+def backing_path(image: str, name: str) -> str:
+    """The path of a backing file that the header of `image` calls `name`."""
+    if name.startswith("file:"):
+        name = name[5:]
+    return os.path.join(os.path.dirname(os.path.realpath(image)), name)
+
+
+def probe(image: RawImage) -> str:
+    """The format of an image for which none was said. BackendError where guessing is not safe."""
+    head = bytearray(len(MAGIC))
+    image.read(0, [memoryview(head)])
+    named = image.path.endswith(".qcow2")
+    if (head == MAGIC) != named:
+        what = "does not begin as a qcow2 image does" if named else "begins as a qcow2 image does"
+        raise BackendError(f"disk image {image.path}: {what}: say format=qcow2 or format=raw")
+    return "qcow2" if named else "raw"
+
+
+def create_overlay(
+    base: str | os.PathLike[str], path: str | os.PathLike[str], size: int | None = None, base_format: str = ""
+) -> None:
+    """A new qcow2 image at `path` that shows `base` (raw or qcow2) until it is written to. `size`: in bytes, at least the
+    base's; None: the base's. `base` must not change as long as there are overlays over it. BackendError.
+    """
+    base = os.path.abspath(base)
+    disk = open_disk(base, base_format, readonly=True)
+    try:
+        base_format = "qcow2" if isinstance(disk, Qcow2Image) else "raw"
+        least = disk.size
+    finally:
+        disk.close()
+    if size is None:
+        size = least
+    elif size < least:
+        raise BackendError(f"disk image {os.fspath(path)}: {size} bytes are less than the {least} of {base}")
+    create_qcow2(path, -(-size // SECTOR) * SECTOR, base, base_format)
