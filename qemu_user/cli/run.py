@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from qemu_user.management.instance import Instance
 
 FAILED = 125
+_LAST_WORDS = 5.0
+"""Seconds that a guest's exit status is waited for when the VM has ended; it is there already, but may not be read yet."""
 _READY = "SOFTKVM_READY_FD"
 DEFAULT_IMAGE = "busybox"
 _BUILTIN = ("hello", "count")  # images/builtin.py has them; not imported before it is needed
@@ -248,6 +250,9 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     if not options.kernel:
         listener.start()
     status = instance.wait()
+    theirs.close()
+    if not options.kernel:
+        listener.join(_LAST_WORDS)  # what the guest said before it powered off may not have been read yet
     job = instance.machine.job
     if job is not None and job.kind == "migration" and job.status == "completed":
         sys.stderr.write(f"softkvm: {job.result}\n")
