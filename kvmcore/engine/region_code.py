@@ -515,8 +515,8 @@ class RegionEmitter(Emitter):
                     f"%{n}.wa = add i64 %{n}.e, 8",
                     f"%{n}.wp = inttoptr i64 %{n}.wa to ptr",
                     f"%{n}.wt = load i64, ptr %{n}.wp, {_TLB}",
-                    f"%{n}.w = icmp eq i64 %{n}.wt, %{n}.g",
-                    f"%{n}.wk = select i1 %{n}.w, i64 %{n}.g, i64 {_NO_PAGE}",
+                    f"%{n}.ww = icmp eq i64 %{n}.wt, %{n}.g",
+                    f"%{n}.wk = select i1 %{n}.ww, i64 %{n}.g, i64 {_NO_PAGE}",
                 )
                 page = f"%{n}.wk"
             self._out(f"store i64 {page}, ptr %cb.{key.name}", f"store i64 %{n}.d, ptr %ca.{key.name}")
