@@ -75,7 +75,7 @@ def decoded_page(h: FunctionHart) -> None:
         if load(page + machine_state.PAGE_CHECKED) >= h.get("code_epoch"):
             returns(page)
         epoch = load(h.machine("epoch"), 64, "volatile")
-        changed, _ = call("differ", page + machine_state.PAGE_COPY, host, u64(4096))
+        changed, _ = call("differ", page + machine_state.PAGE_COPY, host)  # of build.py
         if changed == 0:
             store(page + machine_state.PAGE_CHECKED, epoch)
             returns(page)
@@ -118,19 +118,6 @@ def find_page(h: FunctionHart) -> None:
     if load(page + machine_state.PAGE_GPA) == gpa and load(page + machine_state.PAGE_HOST) == host:
         returns(page)
     returns(*call("find_page", load(page + machine_state.PAGE_NEXT), gpa, host))
-
-
-def differ(h: FunctionHart) -> None:
-    """(a, b, size, a multiple of 64) -> whether the bytes differ."""
-    a, b, size = param("p0"), p1(), p2()
-    if size == 0:
-        returns(u64(0))
-    difference = u64(0)
-    for offset in range(0, 64, 8):
-        difference = difference | (load(a + offset) ^ load(b + offset, 64, "volatile"))
-    if difference != 0:
-        returns(u64(1))
-    returns(*call("differ", a + 64, b + 64, size - 64))
 
 
 def copy(h: FunctionHart) -> None:

@@ -282,7 +282,8 @@ class HandlerHart(Atomics):
         self.go(target, ic)
 
     def check_interrupts(self, target: Value | None = None) -> NoReturn:
-        self.tail("poll", target if target is not None else self.pc + self.length, ic=self.ic + 1)
+        """Not by poll: that begins a new slice, and code that often writes sstatus would be all the samples there are."""
+        self.tail("interrupts", target if target is not None else self.pc + self.length, u64(0), ic=self.ic + 1)
 
     def exit(self, kind: str) -> NoReturn:
         self.set("exit_kind", int(ExitKind[kind]))

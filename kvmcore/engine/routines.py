@@ -27,7 +27,7 @@ def poll(h: HandlerHart) -> None:
 
 
 def poll_region(h: HandlerHart) -> None:
-    """poll, from a branch inside a region: what is translated already is no sample."""
+    """poll without a sample: from a branch inside a region, which is translated already."""
     _look_around(h)
     h.tail("interrupts", param("a0"), u64(0))
 
@@ -108,7 +108,7 @@ def enter(h: HandlerHart) -> None:
     """From outside: the guest's MXCSR, then look around, then pc."""
     h._fp.enter()
     h.tlb, _ = call("choose_tlb", h.s)
-    h.tail("poll", h.get("pc"))
+    h.tail("poll_region", h.get("pc"))  # where an exit has ended is no sample either
 
 
 def leave(h: HandlerHart) -> None:
@@ -161,7 +161,6 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "code_page": (2, code_pages.code_page),
     "decoded_page": (3, code_pages.decoded_page),
     "find_page": (3, code_pages.find_page),
-    "differ": (3, code_pages.differ),
     "copy": (3, code_pages.copy),
     "zero": (2, code_pages.zero),
     "fetch_halfword": (2, code_pages.fetch_halfword),
