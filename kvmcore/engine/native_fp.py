@@ -102,21 +102,18 @@ class FloatingPoint:
             return self._least(width, args[0], args[1], operation)
         if operation in _COMPARISONS:
             return self._host(_COMPARISONS[operation], width, args, 1)
-        if operation == "fma":
-            self._invalid_product(width, *args)
         host, result = _ARITHMETIC[operation]
-        return self._canonical(self._host(host, width, args, result or width))
+        value = self._host(host, width, args, result or width)
+        if self._is_nan(value):  # 20.3: a NaN result is the canonical one; by a jump, which costs no latency
+            _effect("rare", ())
+            if operation == "fma":
+                self._invalid_product(width, *args)
+            return const(value.width, _NAN[value.width])
+        return value
 
     def _is_nan(self, a: Value) -> Value:
         """Quiet, but a signaling NaN raises NV: for results, and for operands whose operation does so anyway."""
         return self._host("uno", a.width, (a, a), 1)
-
-    def _canonical(self, result: Value) -> Value:
-        """20.3: a NaN result is the canonical one. By a jump, which costs no latency when it is not taken."""
-        if self._is_nan(result):
-            _effect("rare", ())
-            return const(result.width, _NAN[result.width])
-        return result
 
     def _host(self, operation: str, width: int, args: tuple[Value, ...], result: int, *rest: int) -> Value:
         return _effect("fp", args, result, (operation, width, *rest))
@@ -124,7 +121,6 @@ class FloatingPoint:
     def _invalid_product(self, width: int, a: Value, b: Value, c: Value) -> None:
         """20.6: infinity times zero raises NV even when a quiet NaN is added; SSE does not."""
         if self._is_nan(c):
-            _effect("rare", ())
             zero_a, zero_b = _magnitude(a) == 0, _magnitude(b) == 0
             inf_a, inf_b = _magnitude(a) == _INFINITY[width], _magnitude(b) == _INFINITY[width]
             if (inf_a & zero_b) | (zero_a & inf_b):
@@ -142,17 +138,15 @@ class FloatingPoint:
         return select(nan_a & nan_b, const(width, _NAN[width]), chosen)
 
     def _to_integer(self, width: int, a: Value, bits: int, signed: bool, truncates: bool) -> Value:
-        """20.7: out of range saturates and raises NV alone; NaN is the largest number."""
-        whole = self._host("trunc" if truncates else "nearbyint", width, (a,), width)
+        """20.7: out of range saturates and raises NV alone; NaN is the largest number.
+
+        A number in range is converted by one instruction of the host, which raises NX as RISC-V does.
+        """
+        whole = a if truncates else self._host("nearbyint", width, (a,), width)
         top = bits - 1 if signed else bits
         below = self._host("quiet_olt", width, (whole, const(width, _power(width, top))), 1)
-        low = const(width, _power(width, top) | 1 << (width - 1)) if signed else const(width, 0)
-        above = self._host("quiet_ole", width, (low, whole), 1)
-        if below & above:
-            if truncates:
-                if self._host("une", width, (whole, a), 1):
-                    self.raise_flags(NX)
-            else:
+        if below & self._above(width, whole, bits, signed, truncates):
+            if not truncates:
                 self._host("rint", width, (a,), width)
             if bits == 64 and not signed:
                 half = const(width, _power(width, 63))
@@ -160,10 +154,20 @@ class FloatingPoint:
                     rest = self._host("fsub", width, (whole, half), width)
                     return self._host("fptosi", width, (rest,), 64, 64) ^ (1 << 63)
             return self._host("fptosi", width, (whole,), 64, 64).trunc(bits)
+        _effect("rare", ())
         self.raise_flags(NV)
         negative = a.bit(width - 1) & (_magnitude(a) <= _INFINITY[width])
         least = const(bits, 1 << (bits - 1) if signed else 0)
         return select(negative, least, const(bits, (1 << top) - 1))
+
+    def _above(self, width: int, a: Value, bits: int, signed: bool, truncates: bool) -> Value:
+        """Whether a number is not too small: above the least integer minus one where that is representable."""
+        sign = 1 << (width - 1)
+        if not signed:
+            return self._host("quiet_olt", width, (const(width, _power(width, 0) | sign), a), 1)
+        if truncates and bits == 32 and width == 64:
+            return self._host("quiet_olt", width, (const(width, 0xC1E0000000200000), a), 1)  # -2**31 - 1
+        return self._host("quiet_ole", width, (const(width, _power(width, bits - 1) | sign), a), 1)
 
     def _from_integer(self, width: int, a: Value, signed: bool) -> Value:
         if signed:

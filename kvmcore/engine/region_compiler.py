@@ -17,6 +17,7 @@ from kvmcore.engine.regions import Code, Region
 
 @cache
 def _machine() -> llvm.TargetMachine:
+    llvm.set_option("", "--disable-constant-hoisting")  # it hides that addw is an addition and a sign extension
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(
