@@ -259,8 +259,6 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         return 0
     if options.kernel:
         return status
-    theirs.shutdown(socket.SHUT_WR)  # what the guest has said last is still in the socket
-    listener.join()
     if outcome.status is not None:
         return outcome.status
     if status:
