@@ -91,6 +91,15 @@ class HandleTable:
             del self._entries[number]
         entry.close()
 
+    def close_files(self) -> None:
+        """Forget every passed file; handles stay."""
+        with self._lock:
+            files = [(number, entry) for number, entry in self._entries.items() if isinstance(entry, HostFile)]
+            for number, _ in files:
+                del self._entries[number]
+        for _, entry in files:
+            entry.close()
+
     def close_all(self) -> None:
         """The session is over: close everything, VMs last, as exit(2) closes fds in order."""
         with self._lock:

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from errno import EIO, EPERM
+from errno import EBUSY, EIO, EPERM
 from typing import TYPE_CHECKING
 
 from kvmcore.server import process, runtime_dir
@@ -74,6 +74,7 @@ class VmProcess:
         self._number = self._session.install(self._vm)
         self._connection: Connection | None = None
         self._loop.add_reader(control.fileno(), self._daemon_is_gone)
+        self._owner_pidfd = owner_pidfd if owner_pidfd is not None else -1
         if owner_pidfd is not None:
             self._loop.add_reader(owner_pidfd, self._owner_is_gone)
 
@@ -109,7 +110,9 @@ class VmProcess:
     def hello(
         self, connection: Connection, message: Message
     ) -> tuple[ClientSession, dict[str, object], list[int]]:
-        """Only the process that created the VM gets in, once at a time."""
+        """Only the process that created the VM gets in, once at a time; or who takes its place when it is dead."""
+        if message.body.get("attach"):
+            return self._attach(connection, message)
         if connection.peer.pid != self._session.peer.pid or message.body.get("session") != self._order.session:
             raise Refused(EPERM, "this VM belongs to another session")
         if self._connection is not None:
@@ -120,8 +123,28 @@ class VmProcess:
         fd_passing.send(self._control, b'{"attached": true}', block=False)
         return self._session, {"handle": self._number, "router": f"ipc://{self._order.router}"}, []
 
+    def _attach(
+        self, connection: Connection, message: Message
+    ) -> tuple[ClientSession, dict[str, object], list[int]]:
+        """A process takes the place of the owner, which has died: it knows the session's id."""
+        if message.body.get("session") != self._order.session:
+            raise Refused(EPERM, "this VM belongs to another session")
+        if self._session.dead:
+            raise Refused(EIO, "this VM is dead")
+        if self._connection is not None:
+            raise Refused(EBUSY, "this VM has its device process")
+        self._connection = connection
+        self._vm.eventfds.release()
+        self._session.pass_on(connection.peer)
+        log.info("VM %s: process %d attaches", self._order.name or self._number, connection.peer.pid)
+        return self._session, {"handle": self._number, "router": f"ipc://{self._order.router}"}, []
+
     def goodbye(self, connection: Connection, session: ClientSession) -> None:
-        """The owner has hung up: what it held is closed, which ends the VM."""
+        """The owner has hung up: what it held is closed, which ends the VM, unless it shall outlive it."""
+        if session.outlives:
+            log.warning("VM %s: its device process is gone; it waits for another one", self._order.name or self._number)
+            self._connection = None
+            return
         log.info("VM %s: its session has ended", self._order.name or self._number)
         session.close()
         self._end()
@@ -141,8 +164,10 @@ class VmProcess:
             self._end()
 
     def _owner_is_gone(self) -> None:
-        log.info("VM %s: process %d has died", self._order.name or self._number, self._order.pid)
-        self._end()
+        self._loop.remove_reader(self._owner_pidfd)
+        if not self._session.outlives:
+            log.info("VM %s: process %d has died", self._order.name or self._number, self._order.pid)
+            self._end()
 
     def _end(self) -> None:
         """Leave nothing: stop the vCPUs, remove the sockets, exit. The kernel frees memory and descriptors."""

@@ -77,7 +77,19 @@ class Kvm(Handle):
             return Vm(other, other.channel(), reply.ret, int(place["pid"]))
         link = Link(place["door"], {"session": self.link.session.hex()}, "CREATE_VM")
         link.session, link.incarnation = self.link.session, self.link.incarnation
-        return Vm(link, link.channel(), reply.ret, int(place["pid"]))
+        vm = Vm(link, link.channel(), reply.ret, int(place["pid"]))
+        vm.door = str(place["door"])
+        return vm
+
+    @staticmethod
+    def attach_vm(door: str, session: bytes, incarnation: int, number: int, pid: int) -> Vm:
+        """A VM whose client has died, and which was made to outlive it (Vm.outlive): its handle, and that of a session that
+        is ours from now on. Handles of vCPUs and devices are made of the numbers that the dead one had. KvmError: EBUSY
+        while it has a client.
+        """
+        link = Link(door, {"session": session.hex(), "attach": True}, "ATTACH")
+        link.session, link.incarnation = session, incarnation
+        return Vm(link, link.channel(), number, pid, outlives=True)
 
     @property
     def alive(self) -> bool:

@@ -76,8 +76,16 @@ class Vcpu(Handle):
         self.link.check_owner("RUN")
         if not self.link.local:
             return self._run_by_message()
+        return self._finish(self.doorbell.request())
+
+    def rejoin(self) -> int:
+        """The RUN that a client before us asked for: waits for it, and answers as run() would have. Its first one if it
+        asked for none."""
+        sequence = self.doorbell.requested()
+        return self._finish(sequence) if sequence else self.run()
+
+    def _finish(self, sequence: int) -> int:
         doorbell = self.doorbell
-        sequence = doorbell.request()
         while (answer := doorbell.wait_reply(sequence)) is None:
             if not self.link.alive:
                 raise KvmError(ECONNRESET, "RUN", "the VM's kvmcore process is gone")
