@@ -121,6 +121,11 @@ class HotCode:
         self._sock.close()
         self._sock = None
 
+    def close(self) -> None:
+        """The machine is gone."""
+        if self._sock is not None:
+            self._hang_up()
+
     def _send(self, message: Message) -> bool:
         """False: not now. A translator that is gone is looked for again later."""
         if self._sock is None:

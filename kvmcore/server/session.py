@@ -51,6 +51,8 @@ class ClientSession:
         self.compat = compat
         self.accel = ""
         """What its VMs run on (kvmcore/vm/accelerator.py); the daemon says."""
+        self.together = False
+        """Whether its VMs share a process (Kvm.open(together=True))."""
         self.mm = AddressSpace()
         self.table = HandleTable(quotas.handles)
         self.in_flight = 0

@@ -43,6 +43,11 @@ class Vcpu(Handle):
         """kvm_run with the doorbell words, then the VM's coalesced ring; 8192 bytes."""
         self.doorbell = Doorbell(self.run_page, self._mapping.address, run_page.DOORBELL_BELL)
 
+    def close(self) -> None:
+        """close(2). The mapping stays as long as somebody looks at it."""
+        super().close()
+        self.link.drop(self.channel)
+
     def mmap(self, offset: int, size: int, prot: int = 3, *, private: bool = False) -> Mapping:
         """mmap(2) of the vCPU, bytes of whole pages: page 0 kvm_run, 1 the coalesced ring, from 64 on the dirty ring.
 

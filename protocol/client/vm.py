@@ -44,16 +44,19 @@ class GuestMemfd(Handle):
 
 
 class Vm(Handle):
-    """A VM; `pid` is the process behind it."""
+    """A VM; `pid` is the process behind it. `owns_link`: nothing but this VM lives there."""
 
     kind = "vm"
 
-    def __init__(self, link: Link, channel: Channel, number: int, pid: int, outlives: bool = False) -> None:
+    def __init__(
+        self, link: Link, channel: Channel, number: int, pid: int, *, outlives: bool = False, owns_link: bool = True
+    ) -> None:
         super().__init__(link, channel, number)
         self.pid = pid
         self.door = ""
         """Where a successor knocks (Kvm.attach_vm); "" over tcp."""
         self._outlives = outlives
+        self._owns_link = owns_link
 
     @property
     def alive(self) -> bool:
@@ -230,10 +233,16 @@ class Vm(Handle):
         self.link.close()
 
     def close(self) -> None:
-        """Destroy the VM: its session ends, and with it all its handles."""
-        if not self.closed:
+        """Destroy the VM, and with it all its handles; with the last one of a process its session there ends."""
+        if self._owns_link and not self.closed:
             if self._outlives:
                 with contextlib.suppress(KvmError):
                     self.outlive(False)
             super().close()
             self.link.close()
+        elif not self.closed:
+            self.closed = True
+            try:
+                self.control(control.CLOSE_VM)
+            except KvmError:
+                pass  # gone already
