@@ -22,7 +22,7 @@ from protocol.codec.qmp import QmpReader, QmpSyntaxError, encode
 from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.machine.machine import Machine
-from qemu_user.management.commands import COMMANDS
+from qemu_user.management.commands import commands
 from qemu_user.management.commands.command import CommandError
 from qemu_user.management.commands.query_version import VERSION
 
@@ -113,7 +113,7 @@ class Client:
             self.negotiated = True
             return {}
         if name == "query-commands":
-            return [{"name": known} for known in sorted({*COMMANDS, "query-commands", "qmp_capabilities"})]
+            return [{"name": known} for known in sorted({*commands(), "query-commands", "qmp_capabilities"})]
         return self._server.run_command(name, arguments)
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class QmpServer:
 
     def run_command(self, name: str, arguments: dict[str, Any]) -> Any:
         """The result of a command, as JSON's types. CommandError."""
-        command = COMMANDS.get(name)
+        command = commands().get(name)
         if command is None:
             raise CommandError(f"The command {name} has not been found", "CommandNotFound")
         if command.states and self.machine.status not in command.states:

@@ -12,7 +12,7 @@ import pytest
 
 from protocol.codec.qmp import QmpReader, QmpSyntaxError, encode
 from qemu_user.management import registry
-from qemu_user.management.commands import COMMANDS
+from qemu_user.management.commands import commands
 
 
 @pytest.fixture(autouse=True)
@@ -81,5 +81,5 @@ def test_qmp_messages_are_bounded() -> None:
 def test_every_command_file_is_listed() -> None:
     folder = Path(registry.__file__).parent / "commands"
     files = {path.stem for path in folder.glob("*.py")} - {"__init__", "command"}
-    assert len(files) == len(COMMANDS)
-    assert all(command.doc for command in COMMANDS.values())
+    assert len(files) == len(commands())
+    assert all(command.doc for command in commands().values())
