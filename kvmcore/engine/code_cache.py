@@ -110,6 +110,40 @@ class CodeCache:
             self._failed(error)
             return {}
 
+    def recent(self, limit: int) -> list[tuple[bytes, int, bytes]]:
+        """(identity, offset of the head, code) of what was used last, `limit` bytes of code at most; empty ones left out."""
+        if self._database is None:
+            return []
+        found: list[tuple[bytes, int, bytes]] = []
+        left = limit
+        try:
+            rows = self._database.execute(
+                "SELECT identity, offset, code, digest FROM regions WHERE code != x'' ORDER BY used DESC"
+            )
+            for identity, offset, code, digest in rows:
+                if isinstance(code, bytes) and self._digest(identity, offset, code) == digest:
+                    left -= len(code)
+                    if left < 0:
+                        break
+                    found.append((identity, offset, code))
+        except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+            self._failed(error)
+        return found
+
+    def used(self, identities: list[bytes]) -> None:
+        """What these pages have is in use."""
+        if self._database is None:
+            return
+        try:
+            self._database.execute("BEGIN")
+            for identity in identities:
+                self._database.execute(
+                    "UPDATE regions SET used = ? WHERE identity = ? AND used != ?", (self._clock, identity, self._clock)
+                )
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._failed(error)
+
     def store(self, identity: bytes, offset: int, code: bytes) -> None:
         """Keep a region, an empty one included: that there is nothing to translate."""
         if self._database is None:

@@ -84,6 +84,7 @@ def decoded_page(h: FunctionHart) -> None:
             call("zero", page + machine_state.PAGE_RECORDS, u64(2048 * machine_state.RECORD))
             call("copy", page + machine_state.PAGE_COPY, host, u64(4096))
             store(page + machine_state.PAGE_CHECKED, epoch)
+            h.set("fresh_page", page)
             returns(page)
         store(page + machine_state.PAGE_GPA, u64(NEVER))  # others may be in it: it is not used again
         store(h.machine("retired"), load(h.machine("retired")) + 1)
@@ -101,6 +102,7 @@ def decoded_page(h: FunctionHart) -> None:
     store(fresh + (machine_state.PAGE_RECORDS + 2048 * machine_state.RECORD), handler_offset("page_end"))
     store(bucket, fresh)
     h.set("count_page", h.get("count_page") + 1)
+    h.set("fresh_page", fresh)
     returns(fresh)
 
 
@@ -255,4 +257,7 @@ def fetch_miss(h: HandlerHart) -> None:
     store(entry + hart_state.FETCH_TLB_OFFSET, pc & PAGE_MASK)
     store(entry + (hart_state.FETCH_TLB_OFFSET + 8), ab)
     note_fill(h, "fetch", entry + hart_state.FETCH_TLB_OFFSET)
+    if load(h.machine("watch")) != 0 and h.get("fresh_page") != 0:  # there may be regions of it already
+        h.set("exit_kind", int(ExitKind.PROFILE))
+        h.tail("leave", pc)
     h.dispatch((pc << 2) + ab, ab, h.ic)

@@ -51,4 +51,4 @@ class ExitKind(IntEnum):
     STOPPED = 12
     """The machine is quiesced: not entered. Handled inside Hart.run()."""
     PROFILE = 13
-    """The samples are full. Handled inside Hart.run()."""
+    """The samples are full, or there is a new decoded page. Handled inside Hart.run()."""

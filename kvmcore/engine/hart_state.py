@@ -135,6 +135,7 @@ FIELDS: tuple[Field, ...] = (
     _f("tlb_blocks", 64, "the TLBs (see TLB_BLOCK)", TLB_BANKS * TLB_BANK // 8),
     _f("region_status", 64, "what region_load_* and region_store_* found: 0, or the interpreter does it"),
     _f("sample_count", 64, "samples taken since Python has looked; SAMPLES: none are taken"),
+    _f("fresh_page", 64, "decoded page that was made, or began anew, since Python has looked; 0: none"),
     _f("samples", 64, "where the poll went on, and no region begins", SAMPLES),
     # -- counters --------------------------------------------------------------------------------------------
     _f("count_fill", 64, "data TLB misses"),

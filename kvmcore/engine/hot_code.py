@@ -1,9 +1,11 @@
 """The VM's side of translation: what is hot is asked for, what is finished is put into records.
 
-Runs on vCPU threads, in the exit that follows every SAMPLES samples (Hart.run), so nothing here needs a thread of its
-own. Decoded pages stand still meanwhile: with one hart, that hart is here; with several, native code never changes one,
-and only who holds the machine's gate drops them. A region begins where a record says so: installing one is one aligned
-store. Never imports LLVM; without a translator the interpreter goes on alone.
+Runs on vCPU threads, in the exit that follows every SAMPLES samples and each new decoded page (Hart.run), so nothing
+here needs a thread of its own. What earlier VMs had translated is installed as soon as a page is decoded; what was seen
+but never became hot is wished for at the end, for the next VM. Decoded pages stand still meanwhile: with one hart, that
+hart is here; with several, native code never changes one, and only who holds the machine's gate drops them. A region
+begins where a record says so: installing one is one aligned store. Never imports LLVM; without a translator the
+interpreter goes on alone.
 """
 
 from __future__ import annotations
@@ -19,16 +21,23 @@ from typing import TYPE_CHECKING
 
 from kvmcore.engine import hart_state, machine_state
 from kvmcore.engine.translation import (
+    ENTRY,
+    MAX_LATER,
     MAX_PAGES,
     PAGE,
     BadMessage,
     Hello,
     Known,
+    Later,
     Message,
     Regions,
     Translate,
+    Used,
     Wanted,
+    Wishes,
+    encode_wishes,
     identity_of,
+    in_memory,
     mark_of,
     receive,
     send,
@@ -48,6 +57,9 @@ AT_ONCE = 2
 #: After this many requests without an answer for so long (seconds) they are taken for lost.
 _PATIENCE = 5.0
 _RECONNECT = 1.0
+#: Samples of one place at least before it is wished for, and seconds between two lots of wishes.
+_SEEN = 2
+_WISHES = 10.0
 _TAG = (1 << 64) - PAGE
 
 
@@ -76,30 +88,53 @@ class HotCode:
         """Place -> (a virtual address of it, the TLBs of the hart that was there)."""
         self._under_way: dict[tuple[int, int], float] = {}
         self._flushes = 0
+        self._index: dict[bytes, list[tuple[int, int]]] = {}
+        """Identity of a page -> (offset of a head, offset in the arena): what was there when the arena began."""
+        self._used: list[bytes] = []
+        self._next_wishes = time.monotonic() + _WISHES
         self.regions = 0
         """Regions installed so far."""
+        machine.state.watch = 1  # until it is known what there is: the first page leads to the translator
 
     def take(self, hart: Hart) -> None:
         """Count the hart's samples, install what has come, ask for what has become hot."""
-        count = hart.state.sample_count
-        samples = hart.state.samples[:count]
         with self._machine.gate:  # nobody drops decoded pages meanwhile
             if not self._connected():
-                hart.state.sample_count = 0
+                hart.state.sample_count = hart.state.fresh_page = 0
                 return
             self._read()
             if self._flushes != self._machine.flushes_of_pool:  # what the fetch TLBs say is void, too
                 self._forget()
-                hart.state.sample_count = 0
+                hart.state.sample_count = hart.state.fresh_page = 0
                 return
-            for pc, times in Counter(samples).items():
-                found = self._locate(hart, pc)
-                if found is not None:
-                    self._heat[found] += times
-                    self._where[found] = pc, _blocks(hart)
-                    self._page(found[0])
-            self._ask()
-        hart.state.sample_count = 0
+            if hart.state.fresh_page:
+                self._identify(hart.state.fresh_page)
+                hart.state.fresh_page = 0
+            if hart.state.sample_count == hart_state.SAMPLES:
+                self._count(hart)
+                hart.state.sample_count = 0
+
+    def close(self) -> None:
+        """No hart runs any more: the translator learns what the next VM could use."""
+        if not self._machine.gate.acquire(timeout=0.1):
+            return  # somebody is stuck; it is about to end with the process
+        try:
+            if self._sock is not None and self._flushes == self._machine.flushes_of_pool:
+                self._wish()
+        finally:
+            self._machine.gate.release()
+
+    def _count(self, hart: Hart) -> None:
+        """The hart's samples."""
+        for pc, times in Counter(hart.state.samples[: hart.state.sample_count]).items():
+            found = self._locate(hart, pc)
+            if found is not None:
+                self._heat[found] += times
+                self._where[found] = pc, _blocks(hart)
+                self._page(found[0])
+        self._ask()
+        if time.monotonic() > self._next_wishes:
+            self._wish()
 
     # -- the translator ----------------------------------------------------------------------------------------
     def _connected(self) -> bool:
@@ -120,18 +155,14 @@ class HotCode:
         assert self._sock is not None
         self._sock.close()
         self._sock = None
+        self._machine.state.watch = 0
 
-    def close(self) -> None:
-        """The machine is gone."""
-        if self._sock is not None:
-            self._hang_up()
-
-    def _send(self, message: Message) -> bool:
+    def _send(self, message: Message, fds: list[int] | None = None) -> bool:
         """False: not now. A translator that is gone is looked for again later."""
         if self._sock is None:
             return False
         try:
-            send(self._sock, message)
+            send(self._sock, message, fds)
         except BlockingIOError:
             return False
         except OSError:
@@ -149,8 +180,8 @@ class HotCode:
                 self._hang_up()
                 return
             try:
-                if isinstance(message, Hello) and len(fds) == 1:
-                    self._begin_arena(message, fds[0])
+                if isinstance(message, Hello) and len(fds) == 2:
+                    self._begin_arena(message, *fds)
                 elif isinstance(message, Regions):
                     self._install(message)
                 elif isinstance(message, Wanted):
@@ -161,7 +192,7 @@ class HotCode:
             finally:
                 fd_passing.close_all(fds)
 
-    def _begin_arena(self, hello: Hello, fd: int) -> None:
+    def _begin_arena(self, hello: Hello, fd: int, index: int) -> None:
         """Everything translated so far is void: forget the decoded pages, and the records with them."""
         if os.fstat(fd).st_size != self._image.arena_bytes:
             self._hang_up()
@@ -171,6 +202,11 @@ class HotCode:
             self._image.map_arena(fd)
             self._machine.state.regions = self._image.arena
         self._secret, self._arena = hello.secret, hello.arena
+        self._index.clear()
+        entries = os.pread(index, self._image.arena_bytes, 0)
+        for identity, offset, at in ENTRY.iter_unpack(entries[: len(entries) // ENTRY.size * ENTRY.size]):
+            self._index.setdefault(identity, []).append((offset, at))
+        self._machine.state.watch = int(bool(self._index))
 
     def _forget(self) -> None:
         self._flushes = self._machine.flushes_of_pool
@@ -202,10 +238,20 @@ class HotCode:
         mark = ctypes.c_uint64.from_address(base + machine_state.PAGE_IDENTITY)
         if page is not None and mark.value:
             return page
+        page = self._identify(base)
+        if not page.heads:
+            self._send(Known(base, page.identity))
+        return page
+
+    def _identify(self, base: int) -> HotPage:
+        """A decoded page that nobody has looked at yet: what the index has of it is installed."""
         identity = identity_of(self._secret, self._content(base))
-        mark.value = mark_of(identity)
+        ctypes.c_uint64.from_address(base + machine_state.PAGE_IDENTITY).value = mark_of(identity)
         page = self._pages[base] = HotPage(base, identity)
-        self._send(Known(base, identity))
+        found = self._index.get(identity)
+        if found:
+            self._put(page, found)
+            self._used.append(identity)
         return page
 
     @staticmethod
@@ -254,13 +300,48 @@ class HotCode:
             return  # its bytes have changed since
         if message.offset >= 0:
             page.heads.add(message.offset)
+        self._put(page, message.regions)
+
+    def _put(self, page: HotPage, regions: list[tuple[int, int]]) -> None:
         content = self._content(page.base)
-        for offset, at in message.regions:
+        for offset, at in regions:
             page.heads.add(offset)
             record = page.base + machine_state.PAGE_RECORDS + offset // 2 * machine_state.RECORD
             operands = self._image.decode(content, offset) & ~_OFFSET
             ctypes.c_uint64.from_address(record).value = operands | (self._image.arena + at)
             self.regions += 1
+
+    # -- for later -------------------------------------------------------------------------------------------------
+    def _wish(self) -> None:
+        """Tell the translator which pages' regions were of use, and what was seen a few times without being hot."""
+        self._next_wishes = time.monotonic() + _WISHES
+        if self._used:
+            self._send(Used(self._used))
+            self._used = []
+        places = [
+            place for place, times in self._heat.most_common(MAX_LATER)
+            if times >= _SEEN and place in self._where and (page := self._page(place[0])) and place[1] not in page.heads
+        ]  # fmt: skip
+        if not places:
+            return
+        spaces: dict[int, int] = {}
+        pages: dict[int, int] = {}
+        wishes = Wishes([], [])
+        for base, offset in places:
+            if base not in pages:
+                va = self._where[base, offset][0]
+                # The kernel's half is one space; a process's pages are not known to belong together.
+                space = spaces.setdefault(0 if va >> 63 else base, len(spaces))
+                pages[base] = len(wishes.pages)
+                wishes.pages.append((space, va >> 12, self._content(base)))
+            wishes.heads.append((pages[base], offset))
+        fd = in_memory("softkvm-wishes", encode_wishes(wishes))
+        try:
+            if self._send(Later(), [fd]):
+                for place in places:
+                    del self._heat[place]
+        finally:
+            os.close(fd)
 
 
 def _blocks(hart: Hart) -> int:

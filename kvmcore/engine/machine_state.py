@@ -51,6 +51,7 @@ class MachineState(ctypes.Structure):
         ("time_base", _U64),  # guest time at host tick 0
         ("harts", _U64),
         ("regions", _U64),  # what a record's handler offset is at least when a region begins there
+        ("watch", _U64),  # whether a hart leaves (PROFILE) when it enters a page that it has just decoded
         ("retired", _U64),  # decoded pages whose bytes changed
         ("imsic_start", _U64),  # guest-physical address of the first IMSIC page
         ("imsic_size", _U64),  # bytes from there to the end of the last one

@@ -7,20 +7,27 @@ of them, the key being the host's secret (code_cache.py), so that no guest can m
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
+import struct
 
 import msgspec
 
 from protocol.channel import fd_passing
 
 PAGE = 4096
+#: Of the index that comes with Hello: identity of the page, offset of the head in it, offset of the code in the arena.
+ENTRY = struct.Struct("<16sHxxI")
+#: Bytes of Wishes at most, and heads in them.
+MAX_WISHES, MAX_LATER = 16 << 20, 1024
 #: Pages that one request may hold: what fits a packet.
 MAX_PAGES = 8
 _MAX_PACKET = 128 << 10
 
 
 class Hello(msgspec.Struct, tag="hello", array_like=True):
-    """Translator to VM, with the arena's descriptor: at the connection's start, and when it begins a new arena."""
+    """Translator to VM, at the connection's start, and when it begins a new arena. With two descriptors: of the arena,
+    and of a memfd with what is in it already (ENTRY, one after the other)."""
 
     secret: bytes
     arena: int
@@ -47,6 +54,27 @@ class Translate(msgspec.Struct, tag="translate", array_like=True):
     final: bool = False
 
 
+class Used(msgspec.Struct, tag="used", array_like=True):
+    """VM to translator: it has installed regions of these pages. The cache keeps what is used."""
+
+    identities: list[bytes]
+
+
+class Later(msgspec.Struct, tag="later", array_like=True):
+    """VM to translator, with the descriptor of a memfd that holds Wishes: what was seen, but not hot enough to ask for.
+    Translated when nothing else is to do, for VMs to come. Not answered."""
+
+
+class Wishes(msgspec.Struct, array_like=True):
+    """Of a Later. Pages that may go on in one another have one space and numbers that count pages.
+
+    pages: (space, number, content); heads: (index of its page, offset), the hottest first.
+    """
+
+    pages: list[tuple[int, int, bytes]]
+    heads: list[tuple[int, int]]
+
+
 class Regions(msgspec.Struct, tag="regions", array_like=True):
     """Translator to VM: regions of a page, as (offset of the head in the page, offset of the code in the arena).
 
@@ -68,7 +96,7 @@ class Wanted(msgspec.Struct, tag="wanted", array_like=True):
     numbers: list[int]
 
 
-Message = Hello | Known | Translate | Regions | Wanted
+Message = Hello | Known | Translate | Used | Later | Regions | Wanted
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -104,3 +132,34 @@ def receive(sock: socket.socket) -> tuple[Message | None, list[int]]:
         raise BadMessage(str(error)) from error
 
 
+
+
+def in_memory(name: str, content: bytes) -> int:
+    """A memfd with this content; the caller closes it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(content)
+    return fd
+
+
+def encode_wishes(wishes: Wishes) -> bytes:
+    """What the memfd of a Later holds."""
+    return _encoder.encode(wishes)
+
+
+def decode_wishes(fd: int) -> Wishes:
+    """The other way. BadMessage."""
+    try:
+        if os.fstat(fd).st_size > MAX_WISHES:
+            raise BadMessage("too many wishes")
+        wishes = msgspec.msgpack.decode(os.pread(fd, MAX_WISHES, 0), type=Wishes)
+    except (OSError, msgspec.DecodeError) as error:
+        raise BadMessage(str(error)) from error
+    sound = (
+        len(wishes.heads) <= MAX_LATER
+        and all(len(content) == PAGE for _, _, content in wishes.pages)
+        and all(0 <= page < len(wishes.pages) and 0 <= at < PAGE and at % 2 == 0 for page, at in wishes.heads)
+    )
+    if not sound:
+        raise BadMessage("wishes that cannot be")
+    return wishes

@@ -15,25 +15,32 @@ import queue
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from kvmcore.engine import image
 from kvmcore.engine.code_cache import CodeCache, secret
+from kvmcore.engine.idle_translator import IdleWork
 from kvmcore.engine.loader import ARENA_BYTES, ensure_image
 from kvmcore.engine.regions import Code, discover
 from kvmcore.engine.translation import (
+    ENTRY,
     MAX_PAGES,
     PAGE,
     BadMessage,
     Hello,
     Known,
+    Later,
     Message,
     Regions,
     Translate,
+    Used,
     Wanted,
+    decode_wishes,
     identity_of,
+    in_memory,
     mark_of,
     receive,
     send,
@@ -44,6 +51,8 @@ log = logging.getLogger("kvmcore.translator")
 #: Requests of one VM that may wait; more are dropped, the VM asks again.
 _WAITING = 64
 _ALIGN = 64
+#: Bytes of code that the first arena begins with; the rest is for what is new.
+_FROM_BEFORE = ARENA_BYTES // 2
 
 
 class Arena:
@@ -70,6 +79,12 @@ class Arena:
         self.used = -(-(self.used + len(code)) // _ALIGN) * _ALIGN
         return True
 
+    def index(self) -> bytes:
+        """What is in it, as ENTRY after ENTRY."""
+        return b"".join(
+            ENTRY.pack(identity, offset, at) for identity, heads in self.placed.items() for offset, at in heads.items()
+        )
+
 
 @dataclass(eq=False)
 class Client:
@@ -88,11 +103,15 @@ class Translator:
         self._cache = CodeCache(self._secret)
         self._asked: dict[bytes, dict[int, bytes]] = {}
         self._arena = Arena(1)
+        for identity, offset, code in self._cache.recent(_FROM_BEFORE):
+            self._arena.place(identity, offset, code)
         self._clients: set[Client] = set()
         self._work: queue.Queue[tuple[Client, Translate, Code, dict[int, bytes]]] = queue.Queue()
         self._done: queue.Queue[tuple[Client, Translate, bytes, bytes]] = queue.Queue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
+        self._idle = IdleWork(self._selector, self._offsets, self._finished_idly)
+        self._last_hot = 0.0
         with suppress(FileNotFoundError):
             os.unlink(path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -105,7 +124,7 @@ class Translator:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._finished)
         threading.Thread(target=self._compile_for_ever, name="compiler", daemon=True).start()
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(self._idle.next(time.monotonic() - self._last_hot)):
                 key.data()
 
     # -- clients -----------------------------------------------------------------------------------------------
@@ -118,7 +137,14 @@ class Translator:
         client = Client(sock)
         self._clients.add(client)
         self._selector.register(sock, selectors.EVENT_READ, lambda: self._serve(client))
-        self._send(client, Hello(self._secret, self._arena.number), [self._arena.fd])
+        self._greet(client)
+
+    def _greet(self, client: Client) -> None:
+        index = in_memory("softkvm-index", self._arena.index())
+        try:
+            self._send(client, Hello(self._secret, self._arena.number), [self._arena.fd, index])
+        finally:
+            os.close(index)
 
     def _send(self, client: Client, message: Message, fds: list[int] | None = None) -> None:
         try:
@@ -141,10 +167,22 @@ class Translator:
         except (OSError, BadMessage):
             self._drop(client)
             return
-        for fd in fds:
-            os.close(fd)
+        try:
+            self._take(client, message, fds)
+        except BadMessage as error:
+            log.warning("a VM process is not answered any more: %s", error)
+            self._drop(client)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _take(self, client: Client, message: Message | None, fds: list[int]) -> None:
         if isinstance(message, Known):
             self._known(client, message)
+        elif isinstance(message, Used):
+            self._cache.used(message.identities)
+        elif isinstance(message, Later) and len(fds) == 1:
+            self._later(fds[0])
         elif isinstance(message, Translate) and self._sound(message):
             self._translate(client, message)
         else:
@@ -196,7 +234,39 @@ class Translator:
                 return
         if client.waiting < _WAITING:
             client.waiting += 1
+            self._last_hot = time.monotonic()
             self._work.put((client, message, code, identities))
+
+    def _later(self, fd: int) -> None:
+        """What a VM wishes for others."""
+        wishes = decode_wishes(fd)
+        spaces: dict[int, dict[int, int]] = {}
+        for index, (space, number, _) in enumerate(wishes.pages):
+            spaces.setdefault(space, {})[number] = index
+        identities = [identity_of(self._secret, content) for _, _, content in wishes.pages]
+        for index, offset in wishes.heads:
+            if offset in self._kept(identities[index]):
+                continue
+            space, number, content = wishes.pages[index]
+            code = Code({0: content}, offset)
+            discover(code)
+            others = {
+                delta: near for delta in sorted(code.wanted, key=abs)
+                if (near := spaces[space].get(number + delta)) is not None
+            }  # fmt: skip
+            chosen = {0: index, **dict(list(others.items())[: MAX_PAGES - 1])}
+            pages = {delta: wishes.pages[near][2] for delta, near in chosen.items()}
+            marks = {delta: mark_of(identities[near]) for delta, near in chosen.items()}
+            self._idle.add(identities[index], offset, pages, marks)
+
+    def _finished_idly(self, identity: bytes, offset: int, code: bytes) -> None:
+        """For VMs to come: it is placed while there is room, and kept in any case."""
+        if offset in self._kept(identity):
+            return
+        self._kept(identity)[offset] = code
+        self._cache.store(identity, offset, code)
+        if self._arena.used < _FROM_BEFORE:
+            self._arena.place(identity, offset, code)
 
     # -- compiling -----------------------------------------------------------------------------------------------
     def _compile_for_ever(self) -> None:
@@ -225,6 +295,7 @@ class Translator:
             except queue.Empty:
                 return
             client.waiting -= 1
+            self._last_hot = time.monotonic()
             self._kept(identity)[message.offset] = code
             self._cache.store(identity, message.offset, code)
             if self._place(identity, message.offset, code):
@@ -238,7 +309,7 @@ class Translator:
         os.close(old.fd)
         self._asked.clear()
         for client in list(self._clients):
-            self._send(client, Hello(self._secret, self._arena.number), [self._arena.fd])
+            self._greet(client)
         return False
 
 

@@ -74,12 +74,20 @@ class TranslatorProcess:
 
 
 def main() -> int:
-    """`python -m kvmcore.server.translator SOCKET PARENT`: be the translator of the daemon with process id PARENT."""
-    path, parent = sys.argv[1:]
+    """`python -m kvmcore.server.translator SOCKET PARENT`: be the translator of the daemon with process id PARENT.
+    `--idle FD PARENT`: be the translator's process for idle time.
+    """
+    idle = sys.argv[1:2] == ["--idle"]
+    path, parent = sys.argv[1 + idle :]
     process.die_with_parent(int(parent))
     process.ignore_terminal_signals()
-    process.set_title("kvmcore-translator")
+    process.set_title("kvmcore-translator idle" if idle else "kvmcore-translator")
     logging.basicConfig(format="%(name)s: %(message)s")
+    if idle:
+        from kvmcore.engine.idle_translator import work
+
+        work(int(path))
+        return 0
     from kvmcore.engine.translator import Translator
 
     Translator(path).serve()

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import EEXIST, EFAULT, EINVAL
 
 from protocol.abi.errors import KvmError
@@ -44,14 +44,15 @@ class Segment:
         return self.va + self.size
 
 
+@dataclass
 class InlineSegment:
     """A pointee that travelled in the request: bytes at `va`; `dirty` once written, so that it is copied out."""
 
-    __slots__ = ("data", "dirty", "va", "writable")
-
-    def __init__(self, va: int, data: bytearray, writable: bool = True) -> None:
-        self.va, self.data, self.writable = va, data, writable
-        self.dirty = False
+    va: int
+    data: bytearray
+    readable: bool = True
+    writable: bool = True
+    dirty: bool = field(default=False)
 
 
 class AddressSpace:
@@ -117,25 +118,21 @@ class AddressSpace:
 
     # -- copies ---------------------------------------------------------------------------------------------
 
-    def lay_over(self, segments: list[InlineSegment]) -> None:
-        """Let this thread see `segments` before the mapped ones; none any more when the request is done."""
-        self._local.inline = segments
-
     @contextmanager
     def overlay(self, segments: list[InlineSegment]) -> Iterator[None]:
-        """lay_over() for the time of a with block."""
-        self.lay_over(segments)
+        """Let this thread see `segments` before the mapped ones, for the time of one request."""
+        self._local.inline = segments
         try:
             yield
         finally:
-            self.lay_over([])
+            self._local.inline = []
 
     def copy_from_user(self, va: int, size: int) -> bytes:
         """`size` bytes at `va`; EFAULT if any of them is not readable."""
         if size == 0:
             return b""
         for inline in self._inline():
-            if inline.va <= va and va + size <= inline.va + len(inline.data):
+            if inline.readable and inline.va <= va and va + size <= inline.va + len(inline.data):
                 start = va - inline.va
                 return bytes(inline.data[start : start + size])
         out = bytearray()

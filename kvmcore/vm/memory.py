@@ -373,8 +373,5 @@ class Memory:
         if self._remapped in listeners:
             listeners.remove(self._remapped)
         with self.lock:
-            slots, self._slots = list(self._slots.values()), {}
+            self._slots.clear()
             self._map = ([], [])
-        for slot in slots:
-            if slot.gmem is not None:
-                slot.gmem.unbind(slot.gmem_offset, slot.size)

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from kvmcore.engine import hart_state, hot_code
 from kvmcore.engine import image as image_file
 from kvmcore.engine.code_cache import CodeCache, secret
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.loader import Image, ensure_image
+from kvmcore.engine.translation import Later, Wishes, encode_wishes, in_memory, send
+from protocol.channel import fd_passing
 from tests.framework.bare_guest import RAM, Guest
 
 ROOT = Path(__file__).parents[4]
@@ -137,6 +140,69 @@ def test_what_was_tampered_with_is_never_run(translator: Process) -> None:
             time.sleep(0.1)
 
 
+def test_a_new_vm_begins_with_what_others_have_left(translator: Process) -> None:
+    run_until_regions(fresh(translator.path))
+    translator.kill()
+    translator.start()
+    g = fresh(translator.path)
+    hot = g.machine.hot_code
+    assert hot is not None
+    hart = g.harts[0]
+    hart.state.sample_count = hart_state.SAMPLES  # none are taken: new pages alone lead there
+    end = time.monotonic() + 20
+    while not hot.regions:
+        assert time.monotonic() < end
+        assert g.run(0.01) == ExitKind.KICK
+        if not hot.regions:  # the page was entered before the translator's greeting had come
+            with g.machine.quiesce():
+                g.machine.forget_decoded()
+    before = hart.state.x[10], hart.state.icount
+    g.run(0.2)
+    assert abs((hart.state.x[10] - before[0]) / 3 - (hart.state.icount - before[1]) / 4) <= 1
+
+
+def test_what_was_seen_is_translated_in_idle_time(translator: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hot_code, "THRESHOLD", 1 << 40)  # never hot
+    g = fresh(translator.path)
+    hot = g.machine.hot_code
+    assert hot is not None
+    end = time.monotonic() + 60
+    while not hot._heat:
+        assert time.monotonic() < end
+        g.run(0.1)
+    hot.close()
+    with sqlite3.connect(translator.database) as database:
+        while not database.execute("SELECT count(*) FROM regions WHERE code != x''").fetchone()[0]:
+            assert time.monotonic() < end, "nothing was translated"
+            time.sleep(0.1)
+    other = fresh(translator.path)
+    run_until_regions(other)
+    assert not hot.regions, "the one who wished for it is not given it"
+
+
+def test_wishes_that_cannot_be(translator: Process) -> None:
+    """The translator hangs up and goes on serving others."""
+    page = bytes(4096)
+    bad = [
+        Wishes([], [(0, 0)]),
+        Wishes([(0, 0, page[1:])], [(0, 0)]),
+        Wishes([(0, 0, page)], [(0, 3)]),
+        Wishes([(0, 0, page)], [(0, 4096)]),
+        Wishes([(0, 0, page)], [(0, 0)] * 2000),
+    ]
+    for content in [*(encode_wishes(wishes) for wishes in bad), b"", b"noise"]:
+        sock = fd_passing.connect(translator.path)
+        fd = in_memory("wishes", content)
+        send(sock, Later(), [fd])
+        os.close(fd)
+        sock.setblocking(True)
+        sock.settimeout(20)
+        while data := sock.recv(1 << 17):
+            assert data
+        sock.close()
+    run_until_regions(fresh(translator.path))
+
+
 # -- the cache alone ---------------------------------------------------------------------------------------------
 
 PAGE = bytes(range(16))
@@ -170,6 +236,24 @@ def test_a_damaged_file_is_begun_anew(tmp_path: Path, damage: bytes | None) -> N
     again.store(PAGE, 4, b"code")
     third = CodeCache(key, tmp_path)
     assert third.find(PAGE) == {4: b"code"}
+
+
+def test_the_most_recent_come_first(tmp_path: Path) -> None:
+    key = secret(tmp_path)
+    old = CodeCache(key, tmp_path)
+    for number in range(4):
+        old.store(number.to_bytes(16, "little"), 2 * number, bytes([number + 1]) * 100)
+    old.store(PAGE, 4, b"")
+    old.close()
+    cache = CodeCache(key, tmp_path)
+    cache.used([(2).to_bytes(16, "little"), PAGE])
+    cache.close()
+    again = CodeCache(key, tmp_path)
+    assert again.recent(150) == [((2).to_bytes(16, "little"), 4, b"\3" * 100)]
+    assert len(again.recent(1 << 20)) == 4, "but not the one without code"
+    with sqlite3.connect(next(tmp_path.glob("*.regions"))) as database:
+        database.execute("UPDATE regions SET code = zeroblob(length(code)) WHERE offset = 4")
+    assert {offset for _, offset, _ in again.recent(1 << 20)} == {0, 2, 6}, "tampered with"
 
 
 def test_two_processes_write_at_once(tmp_path: Path) -> None:

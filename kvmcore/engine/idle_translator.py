@@ -1,0 +1,146 @@
+"""Translation of what is not hot, for VMs to come: a process that runs only when the host has nothing else to do.
+
+`IdleWork` is the translator's hold on it: a bounded list, one request under way at a time, begun when no hot region was
+asked for lately. The process (`work`) has the lowest priority there is, imports LLVM, and ends when the list is empty. It
+is one of its own because LLVM in Python compiles one thing at a time: a hot region must not wait for a slow thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from kvmcore.engine.regions import Code, discover
+
+log = logging.getLogger("kvmcore.translator")
+
+#: Regions that may wait.
+MAX_WAITING = 4096
+#: Seconds without a hot region before it begins.
+_PAUSE = 1.0
+_MAX_PACKET = 192 << 10
+Done = Callable[[bytes, int, bytes], None]
+
+
+class Request(msgspec.Struct, array_like=True):
+    """Pages by number, the head's being 0, their marks, and the head's offset."""
+
+    offset: int
+    pages: dict[int, bytes]
+    marks: dict[int, int]
+
+
+class IdleWork:
+    """`done` gets (identity, offset, code), on the selector's thread."""
+
+    def __init__(self, selector: selectors.BaseSelector, offsets: Mapping[str, int], done: Done) -> None:
+        self._selector, self._offsets, self._done = selector, offsets, done
+        self._waiting: deque[tuple[bytes, Request]] = deque()
+        self._known: set[tuple[bytes, int]] = set()
+        self._under_way: tuple[bytes, int] | None = None
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, identity: bytes, offset: int, pages: dict[int, bytes], marks: dict[int, int]) -> None:
+        """One more, at the end; forgotten when there are too many."""
+        if len(self._waiting) < MAX_WAITING and (identity, offset) not in self._known:
+            self._known.add((identity, offset))
+            self._waiting.append((identity, Request(offset, pages, marks)))
+
+    def next(self, quiet: float) -> float | None:
+        """Begin the next one if there was `quiet` enough; seconds after which to call again, None if nothing waits."""
+        if self._under_way is not None:
+            return None
+        if not self._waiting:
+            self._end()
+            return None
+        if quiet < _PAUSE:
+            return _PAUSE - quiet
+        identity, request = self._waiting.popleft()
+        self._under_way = identity, request.offset
+        try:
+            self._start()
+            assert self._socket is not None
+            self._socket.send(msgspec.msgpack.encode(request))
+        except OSError as error:
+            log.warning("nothing is translated in idle time: %s", error)
+            self._give_up()
+        return None
+
+    def _start(self) -> None:
+        if self._process is not None:
+            return
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MAX_PACKET)
+        with theirs:
+            command = [sys.executable, "-m", "kvmcore.server.translator", "--idle", str(theirs.fileno()), str(os.getpid())]
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd=Path(__file__).parents[2]
+            )
+            self._socket.send(msgspec.msgpack.encode(dict(self._offsets)))
+        self._selector.register(self._socket, selectors.EVENT_READ, self._answered)
+
+    def _answered(self) -> None:
+        assert self._socket is not None
+        try:
+            answer = self._socket.recv(1 << 20)
+        except OSError:
+            answer = b""
+        if not answer or self._under_way is None:
+            log.warning("the process for idle time has ended; what it was at is left out")
+            self._give_up(all_of_it=False)
+            return
+        (identity, offset), self._under_way = self._under_way, None
+        self._known.discard((identity, offset))
+        self._done(identity, offset, msgspec.msgpack.decode(answer, type=bytes))
+
+    def _give_up(self, all_of_it: bool = True) -> None:
+        self._under_way = None
+        if all_of_it:
+            self._waiting.clear()
+            self._known.clear()
+        self._end()
+
+    def _end(self) -> None:
+        if self._socket is not None:
+            if self._process is not None:
+                self._selector.unregister(self._socket)
+            self._socket.close()
+            self._socket = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def work(fd: int) -> None:
+    """In the process: translate what comes over the socket `fd` until that is closed."""
+    from kvmcore.engine.region_compiler import compile_region
+
+    os.nice(19)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    sock = socket.socket(fileno=fd)
+    offsets = msgspec.msgpack.decode(sock.recv(1 << 20), type=dict[str, int])
+    while data := sock.recv(2 * _MAX_PACKET):
+        request = msgspec.msgpack.decode(data, type=Request)
+        code = Code(request.pages, request.offset)
+        blob = b""
+        try:
+            region = discover(code)
+            if region is not None:
+                blob = compile_region(code, region, offsets, request.marks)
+        except Exception:
+            log.exception("a region at offset %#x of its page is not translated", request.offset)
+        sock.send(msgspec.msgpack.encode(blob))
