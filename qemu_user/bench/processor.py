@@ -38,6 +38,13 @@ class Kernel:
     first: dict[str, list[float]] = field(default_factory=dict)
     result: int | None = None
 
+    def add(self, other: Kernel) -> None:
+        """The runs of another one as well."""
+        for ours, theirs in ((self.best, other.best), (self.first, other.first)):
+            for side, values in theirs.items():
+                ours.setdefault(side, []).extend(values)
+        self.result = other.result
+
     def median(self, side: str) -> float:
         return statistics.median(self.best[side])
 
@@ -76,7 +83,7 @@ def run(group: str, rounds: int, seconds: float, only: str, tell: Callable[[str]
         for number in range(rounds):
             for side, command in sides.items():
                 tell(f"{group}: round {number + 1} of {rounds}, {side}")
-                _take(kernels, side, _output(side, command), only)
+                take(kernels, side, _output(side, command), only)
     if not kernels:
         raise BenchError(f"no kernel named {only!r} in the group {group}")
     return kernels
@@ -95,8 +102,9 @@ def _output(side: str, command: list[str]) -> str:
     return done.stdout
 
 
-def _take(kernels: dict[str, Kernel], side: str, output: str, only: str) -> None:
-    """Lines of "name best first rounds result", among what firmware says."""
+def take(kernels: dict[str, Kernel], side: str, output: str, only: str, unit: int = TICKS) -> None:
+    """Lines of "name best first rounds result", among what firmware says; times in parts of a second, `unit` of them.
+    BenchError: another result than another side's, or nothing at all."""
     found = 0
     for line in output.splitlines():
         words = line.split()
@@ -109,8 +117,8 @@ def _take(kernels: dict[str, Kernel], side: str, output: str, only: str) -> None
         kernel = kernels.setdefault(name, Kernel(result=result))
         if result != kernel.result:
             raise BenchError(f"{name}: {side} computed {result}, another one {kernel.result}")
-        kernel.best.setdefault(side, []).append(best / TICKS)
-        kernel.first.setdefault(side, []).append(first / TICKS)
+        kernel.best.setdefault(side, []).append(best / unit)
+        kernel.first.setdefault(side, []).append(first / unit)
     if not found:
         raise BenchError(f"{side} reported nothing: {output[-500:]!r}")
 
@@ -133,7 +141,9 @@ def table(kernels: dict[str, Kernel]) -> str:
     """Medians of the best rounds in ms, ratios, and the spread of our runs."""
 
     def number(value: float | None, width: int = 9) -> str:
-        return f"{value:{width}.2f}" if value is not None else " " * (width - 1) + "-"
+        if value is None:
+            return " " * (width - 1) + "-"
+        return f"{value:{width}.5f}" if value < 0.1 else f"{value:{width}.2f}"
 
     lines = [f"{'kernel':20}{'softkvm':>9}{'qemu':>9}{'native':>9}{'x qemu':>9}{'x native':>9}{'spread':>8}  (ms, best rounds)"]
     for name, kernel in kernels.items():

@@ -18,15 +18,16 @@ def main(arguments: list[str]) -> int:
     from qemu_user.images.errors import ImageError
 
     parser = argparse.ArgumentParser(prog="softkvm bench", description="Measure what softkvm promises.")
-    parser.add_argument("what", choices=(*_PROCESSOR, "migration"))
+    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "smp", "migration"))
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side, alternated (default: 5)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="cpu, fp, mmu: for each kernel in a run (default: 1)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="all but migration: for each kernel in a run (default: 1)")
     parser.add_argument("--only", default="", metavar="KERNEL", help="cpu, fp, mmu: just this one")
     parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="migration: of the guest (default: 512)")
     options = parser.parse_args(arguments)
     try:
-        figures = _processor(options) if options.what in _PROCESSOR else _migration(options)
+        measure = {"boot": _boot, "smp": _smp, "migration": _migration}.get(options.what, _processor)
+        figures = measure(options)
     except (BenchError, RuntimeError, ImageError, OSError) as error:
         sys.stderr.write(f"softkvm bench: {error}\n")
         return 1
@@ -43,6 +44,32 @@ def _processor(options: argparse.Namespace) -> dict[str, Any]:
     _progress("")
     print(processor.table(kernels))
     return {options.what: processor.figures(kernels)}
+
+
+def _boot(options: argparse.Namespace) -> dict[str, Any]:
+    """Boots, and work for the kernel in the guest."""
+    from qemu_user.bench import linux, processor
+
+    linux.the_image()
+    kernels = linux.in_linux(linux.IN_LINUX, options.rounds, options.seconds, _progress)
+    kernels |= linux.boots(options.rounds, _progress)
+    _progress("")
+    print(processor.table(kernels))
+    return {"boot": processor.figures(kernels)}
+
+
+def _smp(options: argparse.Namespace) -> dict[str, Any]:
+    from qemu_user.bench import linux, processor
+
+    linux.the_image()
+    measured = linux.smp(options.rounds, options.seconds, _progress)
+    figures = measured["figures"]
+    _progress("")
+    print(processor.table(measured["kernels"]))
+    for side, times in figures["two_vcpus_vs_one"].items():
+        print(f"two vCPUs against one, {side}: {times:.2f} times as fast")
+    print(f"an idle VM: {100 * figures['idle_core']:.1f} % of a core")
+    return {"smp": figures}
 
 
 def _progress(line: str) -> None:

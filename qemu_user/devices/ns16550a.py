@@ -239,7 +239,6 @@ class Ns16550a(Device):
             for value in data:
                 self._push(value)
             self._update()
-            self.changed()
 
     def output_ready(self) -> None:
         with self.lock:
@@ -248,7 +247,6 @@ class Ns16550a(Device):
                 if not self._transmit:
                     self._thr_interrupt = True
                 self._update()
-                self.changed()
 
     def opened(self) -> None:
         pass

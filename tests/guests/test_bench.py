@@ -34,16 +34,16 @@ def test_a_kernel_that_does_not_exist(product: Product) -> None:
 
 def test_sides_that_disagree_are_told() -> None:
     kernels: dict[str, processor.Kernel] = {}
-    processor._take(kernels, "softkvm", "noise\nsieve 100 200 3 42\n", "")
+    processor.take(kernels, "softkvm", "noise\nsieve 100 200 3 42\n", "")
     with pytest.raises(processor.BenchError, match="sieve: qemu computed 43, another one 42"):
-        processor._take(kernels, "qemu", "OpenSBI\nsieve 50 60 9 43\n", "")
+        processor.take(kernels, "qemu", "OpenSBI\nsieve 50 60 9 43\n", "")
     with pytest.raises(processor.BenchError, match="reported nothing"):
-        processor._take(kernels, "native", "", "")
+        processor.take(kernels, "native", "", "")
 
 
 def test_ratios_and_their_mean() -> None:
     kernels: dict[str, processor.Kernel] = {}
     for side, fast, slow in (("softkvm", 100, 100), ("qemu", 200, 800), ("native", 50, 50)):
-        processor._take(kernels, side, f"a {fast} 1 1 7\nb {slow} 1 1 8\n", "")
+        processor.take(kernels, side, f"a {fast} 1 1 7\nb {slow} 1 1 8\n", "")
     assert processor.geomean(kernels, "qemu") == pytest.approx(4.0)
     assert processor.geomean(kernels, "native") == pytest.approx(0.5)

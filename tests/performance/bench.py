@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
+from qemu_user.bench.linux import qemu_command
 from tests.framework.product import Product, read_until
 
-PORTS = ("stdin", "stdout", "stderr", "control")
 MIB = 1 << 20
 
 
@@ -50,29 +50,6 @@ def timed(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
-def qemu_command(folder: Path, cpus: int, script: list[str]) -> list[str]:
-    """QEMU with what `softkvm run busybox -- SCRIPT` gives the guest: initrd, console, ports, entropy."""
-    from qemu_user.images.store import Store, command_line, settings
-
-    image = Store().find("busybox")
-    assert image is not None
-    initrd = folder / "initrd"
-    with initrd.open("wb") as file:
-        data = image.initrd.read_bytes()
-        file.write(data + bytes(-len(data) % 4))
-        file.write(settings({"NAME": "qemu", "COMMAND": command_line(script)}))
-    command = ["qemu-system-riscv64", "-M", "virt", "-smp", str(cpus), "-m", "512M"]
-    command += ["-global", "virtio-mmio.force-legacy=false", "-display", "none", "-monitor", "none", "-serial", "none"]
-    command += ["-nodefaults", "-no-reboot", "-kernel", str(image.kernel), "-initrd", str(initrd)]
-    command += ["-append", image.meta.append, "-device", "virtio-rng-device", "-device", "virtio-serial-device"]
-    command += ["-chardev", "null,id=console", "-device", "virtconsole,chardev=console"]
-    for number, name in enumerate(PORTS, 1):
-        path = {"stdin": "/dev/null", "control": str(folder / "control")}.get(name, str(folder / name))
-        command += ["-chardev", f"file,id={name},path={path}"]
-        command += ["-device", f"virtserialport,nr={number},name=org.softkvm.{name},chardev={name}"]
-    return command
 
 
 def boots(product: Product, runs: int, cpus: int, script: list[str]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Port:
                         stuck = True
                         break
             if stuck:
-                queue.unpop(chain)
+                queue.unpop()
                 break
             self._console.counters.count("bytes_out", done)
             self.sent = 0
@@ -307,9 +307,6 @@ class VirtioConsole(VirtioDevice):
                     or time.monotonic() > until
                 ):
                     break
-
-    def changes_state(self, index: int) -> bool:
-        return True
 
     def save(self) -> Any:
         return ConsoleState(

@@ -57,8 +57,6 @@ class VirtioDevice:
     device_id: ClassVar[int]
     pci_class: ClassVar[int]
     """PCI class code (base class, subclass, interface), as QEMU's virtio devices have it."""
-    required: ClassVar[int] = 0
-    """Features without which no driver is taken, whatever the transport."""
     State: ClassVar[type[VirtioState]]
 
     def __init__(self, name: str, features: int, queue_sizes: list[int]) -> None:
@@ -101,10 +99,6 @@ class VirtioDevice:
         """The driver is about to reset the live device: what it has handed over and still counts on is served now, kick or
         not. Linux resets its devices at every shutdown and reboot, without waiting for their queues.
         """
-
-    def changes_state(self, index: int) -> bool:
-        """Whether serving queue `index` changes what save() gives, beyond the queue's own indices."""
-        return False
 
     def queue_reset(self, index: int) -> None:
         """The driver reset queue `index` alone: forget what is held of it."""

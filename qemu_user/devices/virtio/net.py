@@ -16,7 +16,7 @@ from typing import Any, Literal
 from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
 from qemu_user.devices.device import require
 from qemu_user.devices.virtio import net_offload
-from qemu_user.devices.virtio.device import F_VERSION_1, VirtioDevice, VirtioState
+from qemu_user.devices.virtio.device import VirtioDevice, VirtioState
 from qemu_user.devices.virtio.net_control import ERR, Control, FilterState
 from qemu_user.devices.virtio.net_offload import DATA_VALID, GSO_NONE, NEEDS_CSUM, BadHeader, Header, plain_frames
 from qemu_user.devices.virtio.queue import Chain, Queue, QueueError, split
@@ -89,7 +89,6 @@ class VirtioNet(VirtioDevice):
 
     device_id = 1
     pci_class = 0x020000
-    required = F_VERSION_1  # without it the header would be shorter (5.1.6.1)
     State = NetState
 
     def __init__(
@@ -203,7 +202,7 @@ class VirtioNet(VirtioDevice):
             if chain is None:
                 break
             if not self._send(queue, chain):
-                queue.unpop(chain)
+                queue.unpop()
                 self._blocked = True  # sent() goes on
                 self.transport.notify_used(queue)
                 return
@@ -355,8 +354,8 @@ class VirtioNet(VirtioDevice):
             if chain is None:
                 if queue.allow_kicks():
                     continue
-                for taken in reversed(chains):
-                    queue.unpop(taken)
+                for _ in chains:
+                    queue.unpop()
                 self._starved = True
                 return False
             if not chains and chain.writable_bytes < HEADER_SIZE:
@@ -364,8 +363,8 @@ class VirtioNet(VirtioDevice):
             chains.append(chain)
             room += chain.writable_bytes
             if room < wanted and (not merge or len(chains) == queue.size):
-                for taken in reversed(chains):
-                    queue.unpop(taken)
+                for _ in chains:
+                    queue.unpop()
                 self.counters.count("rx_too_long")
                 return True
         queue.suppress_kicks()
@@ -426,9 +425,6 @@ class VirtioNet(VirtioDevice):
         return self._mac
 
     # -- state -------------------------------------------------------------------------------------
-
-    def changes_state(self, index: int) -> bool:
-        return index == self._control_index
 
     def save(self) -> Any:
         return NetState(mac=self._mac, plugged=self._plugged, announce=self._announce, filter=self._control.save())

@@ -63,28 +63,17 @@ class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class VirtioTransport:
-    """One device's common registers. `lock` guards registers, queues and the device. `required`: features without which
-    no driver is taken.
-    """
+    """One device's common registers. `lock` guards registers, queues and the device."""
 
     def __init__(
-        self,
-        virtio: VirtioDevice,
-        memory: GuestMemory,
-        counters: Counters,
-        lock: threading.RLock,
-        wires: Wires,
-        required: int = F_VERSION_1,
+        self, virtio: VirtioDevice, memory: GuestMemory, counters: Counters, lock: threading.RLock, wires: Wires
     ) -> None:
         self.virtio, self.memory, self.counters, self.lock = virtio, memory, counters, lock
-        self._required = required
         self._wires = wires
         self.defer: Callable[[Callable[[], None]], None] = lambda call: call()
         """How work is put off to the I/O thread; machine/build.py sets it."""
         self.warn: Callable[[str], None] = lambda sentence: None
         """Tells the user of a driver that breaks the rules."""
-        self.worked: Callable[[], None] = lambda: None
-        """Called under the lock when queues have been served; machine/keeper.py sets it."""
         self._clear()
         virtio.transport = self
 
@@ -175,11 +164,10 @@ class VirtioTransport:
 
     def _features_good(self) -> bool:
         wanted = self.driver_features
-        missing = ((self._required | self.virtio.required) & ~wanted) | (wanted & ~self.offered)
-        good = not missing and self.virtio.features_good(wanted)
+        good = wanted & F_VERSION_1 and not wanted & ~self.offered and self.virtio.features_good(wanted)
         if not good:
             self.counters.count("features_refused")
-        return good
+        return bool(good)
 
     def _start(self) -> None:
         self.virtio.negotiated = self.driver_features
@@ -199,7 +187,6 @@ class VirtioTransport:
         with self.lock:
             if self.virtio.live and self.virtio.queues[index].ready:
                 self._guarded(lambda: self.virtio.on_queue(index))
-                self.worked()
 
     def notified(self, index: int) -> None:
         """vCPU thread: a notification that no ioeventfd took."""
@@ -219,7 +206,6 @@ class VirtioTransport:
         with self.lock:
             if self.virtio.live:
                 self._guarded(work)
-                self.worked()
 
     def serve_later(self, index: int) -> None:
         self.defer(lambda: self.kicked(index))
