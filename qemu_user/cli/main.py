@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "clone": ("clone", "make VMs like a running one"),
     "template": ("template", "golden VMs, of which others are made"),
     "migrate": ("migrate", "hand a VM over to another host, while it runs"),
+    "switch": ("switch", "a virtual switch for VMs, taps, other hosts: run, show, set, capture"),
     "host": ("host", "take VMs in that others hand over; keys for that"),
     "bench": ("bench", "measure what softkvm promises"),
     "fuzz": ("fuzz", "fuzz the ioctl protocol"),

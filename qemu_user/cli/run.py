@@ -65,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--initrd", metavar="FILE", help="initial RAM disk")
     result.add_argument("--append", default="", metavar="TEXT", help="kernel command line, or what to add to the image's")
     result.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help="disk: file=PATH[,readonly=on]")
-    result.add_argument("--netdev", action="append", default=[], metavar="OPTIONS", help="network: user|tap|stream,id=ID,...")
+    result.add_argument(
+        "--netdev", action="append", default=[], metavar="OPTIONS", help="network: user|switch|tap|stream,id=ID,..."
+    )
+    result.add_argument(
+        "-p", "--publish", action="append", default=[], metavar="[HOST:]PORT:GUESTPORT", help="forward a port of the host"
+    )
     result.add_argument("--device", action="append", default=[], metavar="NAME,...", help="as QEMU's (docs/devices.md)")
     result.add_argument("--share", action="append", default=[], metavar="DIR:TAG[:ro]", help="shared folder, in /mnt/TAG")
     result.add_argument(
@@ -207,7 +212,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     from qemu_user.management.instance import Instance
 
     words = ["-m", options.memory, "-smp", options.smp, "-name", options.name or _free_name()]
-    for name in ("drive", "netdev", "device", "share"):
+    for name in ("drive", "netdev", "publish", "device", "share"):
         for value in getattr(options, name):
             words += [f"-{name}", value]
     words += ["-vsock", options.vsock] if options.vsock else []

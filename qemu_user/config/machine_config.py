@@ -20,6 +20,8 @@ MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 1 << 40
 MAX_CPUS = 128
 """NR_CPUS of Debian's kernel, and enough for the map of the IMSIC."""
+MAX_SOCKET_PATH = 107
+"""sun_path without its NUL."""
 MAX_VSOCK_PATH = 107 - len("_4294967295")
 """Room for a port behind it in a Unix socket's address."""
 MAX_QUEUES = 64
@@ -83,17 +85,46 @@ NET_FEATURES = (
 """Features of virtio-net that can be switched off, by QEMU's names of them."""
 
 
+class Dump(Part, frozen=True, kw_only=True):
+    """A pcap file of what crosses a network, as QEMU's filter-dump."""
+
+    id: str
+    file: str
+    longest: int = 65536
+
+
 class Net(Part, frozen=True, kw_only=True):
     """A virtio network device and what it is plugged into."""
 
     id: str = "net0"
-    kind: Literal["user", "tap", "stream", "none"] = "user"
+    kind: Literal["user", "tap", "stream", "dgram", "switch", "none"] = "user"
     mac: str = ""
     forwards: tuple[str, ...] = ()
     """user: QEMU's hostfwd rules."""
+    network: str = ""
+    """user: the guest's IPv4 network, with `gateway` (which is the host) and `address` (the guest's); "": the host's own."""
+    gateway: str = ""
+    address: str = ""
+    dns: str = ""
+    """user: address at which the guest finds the host's resolver; "": those that the host uses."""
+    search: tuple[str, ...] = ()
+    restrict: bool = False
+    """user: the guest answers to forwarded ports and reaches nobody."""
+    ipv4: bool = True
+    ipv6: bool = True
     ifname: str = "tap0"
+    vhost: bool = False
+    """tap: was asked for, and is not there."""
     path: str = ""
-    """stream: the Unix socket."""
+    """stream, dgram: the Unix socket; switch: its port.sock, "" for that of the switch called `switch`."""
+    inet: str = ""
+    """stream, dgram: HOST:PORT instead; dgram: "multicast" or the interface's address when `remote` is a group."""
+    remote: str = ""
+    """dgram: where frames go, a path or HOST:PORT."""
+    switch: str = "default"
+    settings: str = ""
+    """switch: what the port is to be, in the words of qemu_user/switch/settings.py."""
+    dumps: tuple[Dump, ...] = ()
     server: bool = False
     reconnect: float = 0
     virtio_header: bool = False
@@ -295,7 +326,8 @@ def _check_devices(config: MachineConfig) -> None:
         unknown = sorted(set(net.without) - set(NET_FEATURES))
         _demand(not unknown, f"network {net.id}: no feature {unknown[:1]}")
         _demand(net.mtu == 0 or 68 <= net.mtu <= 65535, f"host_mtu={net.mtu}: 68 to 65535")
-        _demand(net.kind != "stream" or bool(net.path), f"netdev {net.id}: stream needs addr.path=SOCKET")
+        _demand(net.kind != "stream" or bool(net.path or net.inet), f"netdev {net.id}: stream needs addr.path=SOCKET")
+        _demand(len(os.fsencode(net.path)) <= MAX_SOCKET_PATH, f"netdev {net.id}: {net.path}: too long for a socket's path")
     tags = [share.tag for share in config.shares]
     _demand(len(tags) == len(set(tags)), "two shared folders of one tag")
     for share in config.shares:

@@ -21,6 +21,7 @@ from qemu_user.config.machine_config import (
     Chardev,
     ConsolePort,
     Drive,
+    Dump,
     MachineConfig,
     Net,
     Qmp,
@@ -28,6 +29,7 @@ from qemu_user.config.machine_config import (
     Slot,
     Vsock,
 )
+from qemu_user.config.net_options import parse_net, published
 
 
 class Option(NamedTuple):
@@ -56,6 +58,8 @@ class Builder:
         self.unplugged: set[str] = set()
         self.nets: dict[str, Net] = {}
         self.plugged_nets: list[str] = []
+        self.published: list[str] = []
+        self.dumps: list[tuple[str, Dump]] = []
         self.folders: dict[str, Share] = {}
         """-fsdev that no device uses yet."""
         self.shares: list[Share] = []
@@ -159,27 +163,30 @@ class Builder:
         self._plug(name, mac, Slot(bus="mmio" if model == "virtio-net-device" else "pci"))
 
     def _net(self, values: KeyValues, what: str) -> str:
-        kind = values.take_choice("type", ("user", "passt", "tap", "stream"))
         name = values.take("id") or f"{what}{len(self.nets)}"
         if name in self.nets:
             raise ConfigError(f"-{values.option.strip('-')} {values.text}: there is a netdev {name} already")
-        fields: dict[str, Any] = {"id": name, "kind": "user" if kind == "passt" else kind}
-        if kind in ("user", "passt"):
-            fields["forwards"] = tuple(values.take_all("hostfwd"))
-        elif kind == "tap":
-            fields["ifname"] = values.take("ifname", "tap0")
-            values.ignore("script", "downscript", "vhost", "vnet_hdr")
-        else:
-            if values.take("addr.type", "unix") != "unix":
-                raise ConfigError(f"-netdev {values.text}: addr.type: only unix")
-            fields["path"] = values.take("addr.path")
-            fields["server"] = values.take_switch("server", False)
-            fields["reconnect"] = values.take_number("reconnect", 0)
-            fields["virtio_header"] = values.take_switch("vnet_hdr", False)
-        fields["queues"] = values.take_number("queues", 1)
-        values.done()
-        self.nets[name] = Net(**fields)
+        self.nets[name] = parse_net(values, name)
         return name
+
+    def publish(self, text: str) -> None:
+        """docker's -p: on the first user network, made if there is none."""
+        self.published.append(published(text))
+
+    def object(self, text: str) -> None:
+        values = KeyValues("-object", text, "qom-type")
+        kind = values.take("qom-type")
+        if not kind.startswith("filter-"):
+            return  # rng-random, memory-backend-..: what they are for is there without them
+        if kind != "filter-dump":
+            raise ConfigError(f"-object {text}: of QEMU's network filters there is filter-dump")
+        netdev, name = values.take("netdev"), values.take("id")
+        values.ignore("queue", "status", "position", "insert")
+        dump = Dump(id=name, file=values.take("file"), longest=values.take_number("maxlen", 65536) or 0)
+        values.done()
+        if not dump.file or not name or not 0 < dump.longest <= 262144:
+            raise ConfigError(f"-object {text}: needs id=, netdev=, file=, and maxlen= of at most 262144")
+        self.dumps.append((netdev, dump))
 
     def _plug(self, name: str, mac: str, slot: Slot, **settings: Any) -> None:
         self.nets[name] = msgspec.structs.replace(self.nets[name], mac=mac, slot=slot, **settings)
@@ -418,6 +425,7 @@ class Builder:
             raise ConfigError(
                 f"-drive if=none,id={unused[0]}: no -device virtio-blk-pci,drive={unused[0]} uses it"
             )
+        self._finish_nets()
         nets = [self.nets[name] for name in self.plugged_nets]
         nets += [net for name, net in self.nets.items() if name not in self.plugged_nets]
         if len(self.serials) > 1:
@@ -438,6 +446,21 @@ class Builder:
             ports=tuple(self.ports),
             qmp=tuple(self.qmp),
         ).validate()
+
+
+    def _finish_nets(self) -> None:
+        if self.published:
+            user = next((name for name, net in self.nets.items() if net.kind == "user"), "")
+            if not user:
+                user = "net0" if "net0" not in self.nets else "published"
+                self.nets[user] = Net(id=user)
+            net = self.nets[user]
+            self.nets[user] = msgspec.structs.replace(net, forwards=(*net.forwards, *self.published))
+        for netdev, dump in self.dumps:
+            if netdev not in self.nets:
+                raise ConfigError(f"-object filter-dump,id={dump.id}: netdev={netdev}: no -netdev of that id")
+            net = self.nets[netdev]
+            self.nets[netdev] = msgspec.structs.replace(net, dumps=(*net.dumps, dump))
 
 
 _PCI_SETTINGS = (
@@ -511,9 +534,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         ("netdev",),
         "KIND,id=..",
-        "network: user[,hostfwd=tcp::2222-:22], tap,ifname=, stream,addr.path=",
+        "network: user[,hostfwd=tcp::2222-:22], switch[,vlan=], tap,ifname=, stream,addr.path=, socket, dgram",
         Builder.netdev,
     ),
+    Option(("p", "publish"), "[HOST:]PORT:GUESTPORT", "forward a port of the host to the guest (user)", Builder.publish),
     Option(("nic",), "KIND|none", "network with its device in one", Builder.nic),
     Option(("share",), "DIR:TAG[:ro]", "shared folder: mount -t 9p -o trans=virtio TAG /mnt", Builder.share),
     Option(("vsock",), "PATH[,cid=N]", "vsock: CONNECT PORT on PATH, the guest's calls on PATH_PORT", Builder.vsock),
@@ -547,7 +571,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(("cpu",), "host", "accepted", Builder.cpu),
     Option(("bios",), "none", "accepted", Builder.bios),
     Option(("rtc",), "base=utc", "accepted", Builder.rtc),
-    Option(("object",), "..", "accepted", _nothing),
+    Option(("object",), "filter-dump,..", "id=,netdev=,file=: records a network as pcap; others are accepted", Builder.object),
     Option(("global",), "..", "accepted", _nothing),
     Option(("rng",), "on|off", "the entropy device (default on)", _rng),
     Option(("no-reboot",), "", "a reset of the guest ends the VM", _flag("no_reboot")),

@@ -23,7 +23,7 @@ from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
 from qemu_user.backends.share.server import Server
 from qemu_user.backends.vsock.unix import UnixVsock
-from qemu_user.config.machine_config import MAX_QUEUES, Drive, MachineConfig, Net, Slot
+from qemu_user.config.machine_config import MAX_QUEUES, Drive, MachineConfig, Slot
 from qemu_user.config.machine_config import Chardev as ChardevConfig
 from qemu_user.devices.device import Device, FdtNode, Place
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
@@ -42,6 +42,7 @@ from qemu_user.machine.bus import Bus
 from qemu_user.machine.debug_console import DebugConsole
 from qemu_user.machine.irq import PHANDLE_CONTROLLER, PHANDLE_TEST, Interrupts
 from qemu_user.machine.kicks import Kicks
+from qemu_user.machine.networks import open_net
 from qemu_user.machine.pci import assign, make_host
 
 Power = Callable[[str, int], None]
@@ -78,7 +79,7 @@ class Parts:
         for drive in self.config.drives:
             self.disks.append(LoggedDisk(open_disk(drive.file, drive.format, drive.readonly, drive.discard, lock_disks)))
         for net in self.config.nets:
-            self.nets.append(_open_net(net))
+            self.nets.append(open_net(net, self.config.name))
         if self.config.vsock is not None:
             self.vsock = UnixVsock(self.config.vsock.path)
         for share in self.config.shares:
@@ -284,22 +285,6 @@ class Parts:
 
 def _stdio(name: str, escape: bool) -> Chardev:
     return StdioChardev(name, escape)
-
-
-def _open_net(config: Net) -> NetBackend:
-    if config.kind == "user":
-        from qemu_user.backends.net.passt import PasstNet
-
-        return PasstNet(config.id, config.forwards)
-    if config.kind == "tap":
-        from qemu_user.backends.net.tap import TapNet
-
-        return TapNet(config.id, config.ifname)
-    if config.kind == "stream":
-        from qemu_user.backends.net.stream import StreamNet
-
-        return StreamNet(config.id, config.path, config.server, config.reconnect, config.virtio_header)
-    return NetBackend(config.id)
 
 
 def _label(drive: Drive, number: int) -> str:

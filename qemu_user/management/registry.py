@@ -64,18 +64,23 @@ def made_runtime_directory() -> Path:
 
 
 def _vms() -> Path:
-    vms = made_runtime_directory() / "vms"
-    vms.mkdir(mode=0o700, exist_ok=True)
-    return vms
+    return made_folder("vms")
+
+
+def made_folder(kind: str) -> Path:
+    """The runtime directory's folder of running things of a kind: `vms`, `switches`."""
+    folder = made_runtime_directory() / kind
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 class Registration:
-    """Our VM's directory, ours until close() or death."""
+    """Our VM's directory (or another kind's), ours until close() or death."""
 
-    def __init__(self, name: str) -> None:
-        """NameTaken, OSError."""
+    def __init__(self, name: str, kind: str = "vms", taken: str = "") -> None:
+        """NameTaken with the text `taken`, OSError."""
         self.name = name
-        self.directory = _vms() / name
+        self.directory = made_folder(kind) / name
         self._meta: dict[str, Any] = {}
         while True:
             self.directory.mkdir(mode=0o700, exist_ok=True)
@@ -85,7 +90,7 @@ class Registration:
             except BlockingIOError:
                 os.close(self._lock)
                 raise NameTaken(
-                    f"a VM named {name} is running; choose another with -name, or see `softkvm ps`"
+                    taken or f"a VM named {name} is running; choose another with -name, or see `softkvm ps`"
                 ) from None
             if _is_same(self._lock, self.directory):
                 break
@@ -142,23 +147,33 @@ def list_vms() -> list[VmEntry]:
     return found
 
 
+def list_running(kind: str) -> list[Path]:
+    """The directories of running things of a kind that is not VMs; what dead ones left is removed on the way."""
+    return [directory for directory in sorted(made_folder(kind).iterdir()) if _is_held(directory)]
+
+
 def find(name: str) -> VmEntry | None:
     """The running VM of that name."""
     return next((entry for entry in list_vms() if entry.name == name), None)
 
 
 def _look(directory: Path) -> VmEntry | None:
+    return _read(directory) if _is_held(directory) else None
+
+
+def _is_held(directory: Path) -> bool:
+    """Whether somebody runs who has this directory; else it is removed."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return None
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _read(directory)
+        return True
     else:
         shutil.rmtree(directory, ignore_errors=True)  # nobody holds it: its VM is dead
-        return None
+        return False
     finally:
         os.close(fd)
 

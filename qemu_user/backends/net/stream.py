@@ -1,4 +1,4 @@
-"""`-netdev stream`: Ethernet frames over a Unix stream socket, as QEMU and passt frame them; server or
+"""`-netdev stream` and `socket`: Ethernet frames over a Unix or TCP stream socket, as QEMU and passt frame them; server or
 client.
 
 Two VMs can be joined by it, ours or QEMU's. Base of passt.py. A peer that goes takes the link down; a server
@@ -12,12 +12,13 @@ import os
 import socket
 
 from protocol.codec.ethernet_stream import FrameReader, StreamError, header
+from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
 
-_FRAMES_PER_TURN = 64
 _SOCKET_BUFFER = 1 << 20
+_CONNECT_SECONDS = 10.0
 
 
 class SocketNet(NetBackend):
@@ -157,52 +158,61 @@ class SocketNet(NetBackend):
 
 
 class StreamNet(SocketNet):
-    """A Unix socket at `path`: `server` binds and waits there, else it connects (again every `reconnect` s
-    if > 0). `virtio_header`: both ends put virtio-net headers before their frames.
+    """A Unix socket at `path`, or a TCP one at `inet` (host, port): `server` binds and waits there, else it connects (again
+    every `reconnect` s if > 0). `virtio_header`: both ends put virtio-net headers before their frames.
     """
 
     def __init__(
-        self, name: str, path: str, server: bool, reconnect: float = 0, virtio_header: bool = False
+        self,
+        name: str,
+        path: str,
+        server: bool,
+        reconnect: float = 0,
+        virtio_header: bool = False,
+        inet: tuple[str, int] | None = None,
     ) -> None:
         super().__init__(name)
         self.virtio_header = virtio_header
-        self._path, self._server, self._reconnect = path, server, reconnect
+        self._path, self._server, self._reconnect, self._inet = path, server, reconnect, inet
         self._listener: socket.socket | None = None
+        self._calling: socket.socket | None = None
+
+    @property
+    def where(self) -> str:
+        """For people."""
+        return f"{self._inet[0]}:{self._inet[1]}" if self._inet is not None else self._path
 
     def start(self, loop: IoLoop) -> None:
         self._loop = loop
         if self._server:
             self._bind()
-        elif not self._connect():
+            return
+        try:
+            sock = self._open()
+        except OSError as error:
             if not self._reconnect:
+                why = error.strerror or error
                 raise BackendError(
-                    f"netdev {self.name}: nobody listens on {self._path} (start the server side first)"
-                )
+                    f"netdev {self.name}: nobody listens on {self.where} (start the server side first): {why}"
+                ) from error
             self._later()
+        else:
+            self._use(sock)
 
     def _bind(self) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with contextlib.suppress(FileNotFoundError):
-                self._clear_stale()
-            listener.bind(self._path)
-            listener.listen(1)
+            if self._inet is None:
+                listener = listen_unix(self._path, f"netdev {self.name}")
+            else:
+                host, port = self._inet
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                listener = socket.create_server((host, port), family=family, backlog=1)
         except OSError as error:
-            listener.close()
-            raise BackendError(
-                f"netdev {self.name}: cannot listen on {self._path}: {error.strerror}"
-            ) from error
+            raise BackendError(f"netdev {self.name}: cannot listen on {self.where}: {error.strerror or error}") from error
         listener.setblocking(False)
         self._listener = listener
         assert self._loop is not None
         self._loop.add_reader(listener.fileno(), self._accept)
-
-    def _clear_stale(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(self._path)
-            except ConnectionRefusedError:
-                os.unlink(self._path)
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -215,36 +225,76 @@ class StreamNet(SocketNet):
         else:
             self._use(sock)
 
-    def _connect(self) -> bool:
+    def _use(self, sock: socket.socket) -> None:
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        super()._use(sock)
+
+    def _open(self) -> socket.socket:
+        """A connected socket, at the start, where waiting is allowed. OSError."""
+        if self._inet is not None:
+            return socket.create_connection(self._inet, timeout=_CONNECT_SECONDS)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(self._path)
         except OSError:
             sock.close()
-            return False
-        self._use(sock)
-        return True
+            raise
+        return sock
 
     def _later(self) -> None:
-        def again() -> None:
-            if self._reconnect and self._socket is None and not self._connect():
-                self._later()
+        if self._loop is not None and self._reconnect and not self._server:
+            self._loop.call_later(self._reconnect, self._call)
 
+    def _call(self) -> None:
+        """Connect without waiting: the loop tells when it is done."""
+        loop = self._loop
+        if loop is None or not self._reconnect or self._socket is not None:
+            return
+        address: str | tuple[str, int] = self._inet if self._inet is not None else self._path
+        family = socket.AF_UNIX if self._inet is None else socket.AF_INET6 if ":" in self._inet[0] else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            self._calling = sock
+            loop.add_writer(sock.fileno(), self._called)
+        except OSError:
+            sock.close()
+            self._later()
+        else:
+            self._use(sock)
+
+    def _called(self) -> None:
+        sock, self._calling = self._calling, None
+        assert sock is not None
         assert self._loop is not None
-        self._loop.call_later(self._reconnect, again)
+        self._loop.remove(sock.fileno())
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            sock.close()
+            self._later()
+        else:
+            self._use(sock)
 
     def _lost(self) -> None:
         super()._lost()
-        if self._reconnect and not self._server:
-            self._later()
+        self._later()
 
     def close(self) -> None:
         self._reconnect = 0
         super().close()
+        calling, self._calling = self._calling, None
+        if calling is not None:
+            if self._loop is not None:
+                self._loop.remove(calling.fileno())
+            calling.close()
         if self._listener is not None:
             if self._loop is not None:
                 self._loop.remove(self._listener.fileno())
             self._listener.close()
             self._listener = None
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            if self._inet is None:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)

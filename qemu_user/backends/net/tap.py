@@ -6,6 +6,7 @@ One ioctl and a descriptor; bridges and addresses are the administrator's. Frame
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -17,10 +18,35 @@ from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
 _TUNSETIFF = 0x400454CA
 _TUNSETOFFLOAD, _TUNSETVNETHDRSZ = 0x400454D0, 0x400454D8
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-_HEADER_SIZE = 12
+HEADER_SIZE = 12
 _OFFLOADS = {1 << 1: 0x01, 1 << 7: 0x02, 1 << 8: 0x04, 1 << 9: 0x08}
 """virtio-net's GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN as TUN_F_CSUM, TSO4, TSO6, TSO_ECN."""
 _FRAMES_PER_TURN = 64
+
+
+def open_tap(ifname: str, what: str) -> int:
+    """A descriptor of the interface, made if it is not there (and we may); frames carry virtio-net headers. BackendError."""
+    if not 0 < len(ifname.encode()) < 16 or "/" in ifname:
+        raise BackendError(f"{what}: ifname={ifname} is not an interface name")
+    fd = -1
+    try:
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", ifname.encode(), flags))
+        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", HEADER_SIZE))
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise BackendError(
+            f"{what}: tap interface {ifname}: {error.strerror} (make it with "
+            f"'ip tuntap add {ifname} mode tap user $USER' as root, or use -netdev user)"
+        ) from error
+    return fd
+
+
+def set_offloads(fd: int, features: int) -> None:
+    """Which of virtio-net's GUEST_* features frames from the interface may use."""
+    fcntl.ioctl(fd, _TUNSETOFFLOAD, sum(flag for feature, flag in _OFFLOADS.items() if features & feature))
 
 
 class TapNet(NetBackend):
@@ -28,31 +54,21 @@ class TapNet(NetBackend):
 
     virtio_header = True
 
-    def __init__(self, name: str, ifname: str) -> None:
+    def __init__(self, name: str, ifname: str, vhost: bool = False) -> None:
         super().__init__(name)
-        self._ifname = ifname
+        self._ifname, self._vhost = ifname, vhost
         self._fd = -1
         self._loop: IoLoop | None = None
-        self._buffer = memoryview(bytearray(_HEADER_SIZE + MAX_FRAME))
+        self._buffer = memoryview(bytearray(HEADER_SIZE + MAX_FRAME))
         self._held = 0
         self._reading = False
         self._refused = False
 
     def start(self, loop: IoLoop) -> None:
         self._loop = loop
-        if not 0 < len(self._ifname.encode()) < 16:
-            raise BackendError(f"netdev {self.name}: ifname={self._ifname} is not an interface name")
-        try:
-            self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-            fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH22x", self._ifname.encode(), flags))
-            fcntl.ioctl(self._fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER_SIZE))
-        except OSError as error:
-            self.close()
-            raise BackendError(
-                f"netdev {self.name}: tap interface {self._ifname}: {error.strerror} (make it with "
-                f"'ip tuntap add {self._ifname} mode tap user $USER' as root, or use -netdev user)"
-            ) from error
+        if self._vhost:
+            self.warn(f"netdev {self.name}: vhost=on is ignored: packets are moved by the device process here")
+        self._fd = open_tap(self._ifname, f"netdev {self.name}")
         self.is_up = True
         self._listen()
 
@@ -65,7 +81,9 @@ class TapNet(NetBackend):
         for _ in range(_FRAMES_PER_TURN):
             try:
                 count = os.readv(self._fd, [self._buffer])
-            except OSError:  # nothing there, or the interface is down: epoll tells when that changes
+            except OSError as error:  # nothing there, or the interface is down: epoll tells when that changes
+                if error.errno == errno.EBADFD:
+                    self._deleted()
                 return
             if not self.frontend.receive(self._buffer[:count]):
                 self._held = count
@@ -74,10 +92,14 @@ class TapNet(NetBackend):
                     self._loop.remove_reader(self._fd)
                 return
 
+    def _deleted(self) -> None:
+        self.close()
+        self.warn(f"netdev {self.name}: tap interface {self._ifname} was deleted, the guest has no network any more")
+        self.frontend.link(False)
+
     def set_offloads(self, features: int) -> None:
         if self._fd >= 0:
-            bits = sum(flag for feature, flag in _OFFLOADS.items() if features & feature)
-            fcntl.ioctl(self._fd, _TUNSETOFFLOAD, bits)
+            set_offloads(self._fd, features)
 
     def resume(self) -> None:
         if self._fd < 0 or self._reading:

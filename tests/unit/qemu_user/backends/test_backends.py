@@ -25,7 +25,7 @@ from qemu_user.backends.chardev.pty import PtyChardev
 from qemu_user.backends.chardev.unix_socket import SocketChardev
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
-from qemu_user.backends.net.passt import PasstNet, forward_option
+from qemu_user.backends.net.passt import Forward, PasstNet
 from qemu_user.backends.net.stream import StreamNet
 
 
@@ -348,11 +348,12 @@ def test_two_streams_joined(loop: Loop, tmp_path: Path) -> None:
 
 
 def test_forwarding_rules() -> None:
-    assert forward_option("tcp::2222-:22") == ["-t", "2222:22"]
-    assert forward_option("udp:127.0.0.1:53-10.0.2.15:53") == ["-u", "127.0.0.1/53:53"]
+    assert Forward.parse("tcp::2222-:22").option() == ["-t", "2222:22"]
+    assert Forward.parse("udp:127.0.0.1:53-10.0.2.15:53").option() == ["-u", "127.0.0.1/53:53"]
+    assert Forward.parse(":[::1]:80-:80").option() == ["-t", "::1/80:80"]
     for bad in ("2222:22", "tcp::0-:22", "tcp::1-:99999", "sctp::1-:1"):
         with pytest.raises(BackendError):
-            forward_option(bad)
+            Forward.parse(bad)
 
 
 def test_missing_passt_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
