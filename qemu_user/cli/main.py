@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "host": ("host", "take VMs in that others hand over; keys for that"),
     "bench": ("bench", "measure what softkvm promises"),
     "fuzz": ("fuzz", "fuzz the ioctl protocol"),
+    "image": ("image", "make, look at, check, convert disk images"),
     "images": ("images", "list images in the cache"),
     "pull": ("pull", "fetch and build an image"),
 }

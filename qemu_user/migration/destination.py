@@ -18,14 +18,15 @@ import msgspec
 import psutil
 
 from protocol.abi.errors import KvmError
+from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.errors import BackendError
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
 from qemu_user.machine.machine import PAUSED, Machine, StartError
 from qemu_user.management.instance import Instance
+from qemu_user.migration import identity, machine_state, messages, pages, places, sections, steps
 from qemu_user.migration import journal as journals
-from qemu_user.migration import machine_state, messages, pages, places, sections, steps
 from qemu_user.migration.announce import announce
 from qemu_user.migration.background import for_background
 from qemu_user.migration.channel import Channel, ChannelError, Frame
@@ -234,12 +235,16 @@ class Incoming:
             free = os.statvfs(folder)
             if not 0 < size <= free.f_bavail * free.f_frsize:
                 raise Refused(f"no room in {self._disks_folder} for a disk of {size >> 20} MiB")
-            path = folder / f"disk{number - 1}.{hello.generation}.raw"
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._made.append(path)
-            os.ftruncate(fd, size)
-            os.close(fd)
-            drives[number - 1] = msgspec.structs.replace(drives[number - 1], file=str(path))
+            drive = identity.placed(drives[number - 1], str(folder / f"disk{number - 1}.{hello.generation}"))
+            if drive.format == "qcow2":
+                create_qcow2(drive.file, size)
+                self._made.append(Path(drive.file))
+            else:
+                fd = os.open(drive.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                self._made.append(Path(drive.file))
+                os.ftruncate(fd, size)
+                os.close(fd)
+            drives[number - 1] = drive
         return msgspec.structs.replace(config, drives=tuple(drives))
 
     # -- memory and disks --------------------------------------------------------------------------
@@ -249,6 +254,8 @@ class Incoming:
         channel = self._channel
         ram = machine.memory.regions[0][1]
         disks = {number: Disk(number, machine.parts.disks[number - 1]) for number in hello.disks}
+        for disk in disks.values():
+            disk.disk.lock()  # nobody else knows them yet
         first = True
         while True:
             frame = channel.receive(None)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from qemu_user.config.machine_config import MachineConfig
+from qemu_user.backends.block.opening import format_by_name
+from qemu_user.config.machine_config import Drive, MachineConfig
 from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.machine.build import default_mac
 from qemu_user.migration import places
@@ -22,11 +23,16 @@ def renewed(config: MachineConfig) -> MachineConfig:
     """
     folder = places.disks() / config.name
     drives = tuple(
-        drive if drive.readonly else msgspec.structs.replace(drive, file=str(folder / f"disk{index}.raw"))
-        for index, drive in enumerate(config.drives)
+        drive if drive.readonly else placed(drive, str(folder / f"disk{index}")) for index, drive in enumerate(config.drives)
     )
     nets = tuple(msgspec.structs.replace(net, mac="") for net in config.nets)
     return msgspec.structs.replace(config, uuid=str(uuid.uuid4()), drives=drives, nets=nets)
+
+
+def placed(drive: Drive, path: str) -> Drive:
+    """The same drive with another file, whose name tells its format."""
+    format = format_by_name(drive.file, drive.format)
+    return msgspec.structs.replace(drive, file=f"{path}.{format}", format=format)
 
 
 def tell(machine: Machine) -> None:

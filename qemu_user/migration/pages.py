@@ -51,9 +51,9 @@ def count(units: bytes | bytearray) -> int:
     return len(units) - units.count(0)
 
 
-def is_zero(data: bytes) -> bool:
+def is_zero(data: bytes | memoryview) -> bool:
     """Whether these are all zeroes."""
-    return not data.strip(b"\0")
+    return not bytes(data[:64]).strip(b"\0") and not bytes(data).strip(b"\0")
 
 
 def split_zeroes(address: int, first: int, length: int, unit: int) -> Iterator[tuple[bool, int, int]]:

@@ -1,8 +1,8 @@
 """Snapshots: a VM's memory, state and disks at one instant, as a folder; made while the VM runs on.
 
-The folder: `state` (sections.py, with a section "contents" of checksums), `memory` (RAM byte for byte, sparse),
-`disk0`... (writable disks, raw and sparse), `meta.json` (what lists show). It is built under another name and renamed
-when everything is on the disk, so a snapshot is there whole or not at all.
+The folder: `state` (sections.py, with a section "contents" of checksums), `memory` (RAM byte for byte, sparse), `disk0`...
+(writable disks: raw and sparse, or qcow2 over the same backing file if they are qcow2), `meta.json` (what lists show). It is
+built under another name and renamed when everything is on the disk, so a snapshot is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from qemu_user.backends.block.opening import backing_path, open_disk, qcow2_of
+from qemu_user.backends.block.qcow2.create import create_qcow2
+from qemu_user.backends.block.qcow2.image import Qcow2Image
 from qemu_user.devices.device import State, StateError, decode_state, encode_state, require
 from qemu_user.holes import with_data
-from qemu_user.migration import machine_state, sections
+from qemu_user.migration import machine_state, pages, sections
 from qemu_user.migration.job import DEVICE, Job, JobError
 from qemu_user.migration.precopy import Precopy
 from qemu_user.migration.sections import Section, SectionError
@@ -70,13 +73,23 @@ class _Files:
 
     def __init__(self, folder: Path, volumes: list[Ram | Disk]) -> None:
         self.fds: dict[int, int] = {}
+        self.images: dict[int, Qcow2Image] = {}
         for volume in volumes:
+            if isinstance(volume, Disk) and (image := qcow2_of(volume.disk)) is not None:
+                self.images[volume.number] = _same_kind(image, folder / volume.name)
+                volume.chain = False
+                continue
             self.fds[volume.number] = os.open(folder / volume.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.ftruncate(self.fds[volume.number], volume.size)
 
     def data(self, volume: Ram | Disk, first: int, count: int, content: memoryview) -> int:
         offset, left = first * volume.unit, content
-        while left:
+        image = self.images.get(volume.number)
+        if image is not None and pages.is_zero(content):
+            image.zero(offset, len(content), unmap=True)
+        elif image is not None:
+            image.write(offset, [content])
+        while left and image is None:
             done = os.pwrite(self.fds[volume.number], left, offset)
             offset, left = offset + done, left[done:]
         return len(content)
@@ -87,10 +100,31 @@ class _Files:
     def end_of_round(self) -> None:
         pass
 
+    def complete(self) -> None:
+        """Everything has been given: it reaches the disk."""
+        for image in self.images.values():
+            image.flush()
+            image.close()
+        for fd in self.fds.values():
+            os.fdatasync(fd)
+
     def close(self) -> None:
         for fd in self.fds.values():
             os.close(fd)
-        self.fds = {}
+        for image in self.images.values():
+            image.close()
+        self.fds, self.images = {}, {}
+
+
+def _same_kind(image: Qcow2Image, path: Path) -> Qcow2Image:
+    """A new image with the same backing file as another."""
+    header = image.header
+    backing = backing_path(image.path, header.backing_file) if header.backing_file else ""
+    backing_format = header.backing_format or ("qcow2" if isinstance(image.backing, Qcow2Image) else "raw" if backing else "")
+    create_qcow2(path, image.size, backing, backing_format, header.cluster_bits)
+    made = open_disk(str(path), "qcow2")
+    assert isinstance(made, Qcow2Image)
+    return made
 
 
 def save(machine: Machine, root: Path, tag: str, job: Job) -> None:
@@ -128,7 +162,8 @@ def _save_into(machine: Machine, folder: Path, tag: str, job: Job) -> None:
             parts = machine_state.capture(machine)
         job.downtime = time.monotonic() - stopped
         copy.close()
-        files = {disk.name: disk.size for disk in disks} | {"memory": machine.config.memory}
+        sink.complete()
+        files = {name: os.stat(folder / name).st_size for name in ["memory", *(disk.name for disk in disks)]}
         contents = Contents(files={name: (size, _checksums(folder / name, size)) for name, size in files.items()})
         parts.append(Section("contents", contents.version, encode_state(contents)))
         _write(folder / "state", sections.encode(parts))
@@ -138,8 +173,6 @@ def _save_into(machine: Machine, folder: Path, tag: str, job: Job) -> None:
             cpus=machine.config.cpus, stored=stored, downtime=job.downtime,
         )  # fmt: skip
         _write(folder / "meta.json", msgspec.json.encode(meta))
-        for fd in sink.fds.values():
-            os.fdatasync(fd)
         _sync_directory(folder)
     finally:
         copy.close()
@@ -150,7 +183,7 @@ def _can_clone(disk: Disk, folder: Path) -> bool:
     """Whether the file system makes copies of the disk's file in no time (btrfs, XFS)."""
     source = disk.disk.descriptor
     if source is None:
-        return False
+        return False  # a qcow2 image: what is above its backing file is copied
     target = os.open(folder / disk.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.ioctl(target, _FICLONE, source)

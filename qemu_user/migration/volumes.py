@@ -63,10 +63,12 @@ class Disk:
     def __init__(self, number: int, disk: LoggedDisk) -> None:
         self.number, self.name = number, f"disk{number - 1}"
         self.disk, self.size = disk, disk.size
+        self.chain = True
+        """Whether what is in backing files is to be copied too."""
 
     def start(self) -> bytearray:
         self.disk.log.start()
-        return self.disk.with_data(self.unit)
+        return self.disk.with_data(self.unit, self.chain)
 
     def take(self) -> bytearray:
         return self.disk.log.take()

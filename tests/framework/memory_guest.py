@@ -7,9 +7,12 @@ shuts down after either. `pages` says how much it dirties, `pause` how many idle
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from protocol.abi.errors import KvmError
+from qemu_user.backends.block.opening import create_overlay, open_disk
+from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.config.machine_config import Boot, Chardev, Drive, MachineConfig
 from qemu_user.machine.machine import Machine
 from tests.framework.asm import assemble
@@ -95,10 +98,29 @@ def config(folder: Path, name: str, pages: int = 256, pause: int = 0, memory: in
     ).validate()
 
 
-def drive(path: Path, size: int = 4 * MIB) -> Drive:
-    """A disk with a pattern in it."""
-    path.write_bytes(bytes(range(256)) * (size // 256))
+def drive(path: Path, size: int = 4 * MIB, kind: str = "raw") -> Drive:
+    """A disk with a pattern in it: raw, qcow2, or a qcow2 overlay over a raw file that has the pattern."""
+    pattern = bytes(range(256)) * (size // 256)
+    if kind == "raw":
+        path.write_bytes(pattern)
+        return Drive(file=str(path))
+    path = path.with_suffix(".qcow2")
+    if kind == "overlay":
+        path.with_suffix(".base").write_bytes(pattern)
+        create_overlay(path.with_suffix(".base"), path)
+    else:
+        create_qcow2(path, size)
+        with closing(open_disk(str(path))) as disk:
+            disk.write(0, [memoryview(pattern)])
     return Drive(file=str(path))
+
+
+def content(path: str | Path) -> bytes:
+    """What a guest sees on a disk that nobody uses."""
+    with closing(open_disk(str(path), readonly=True)) as disk:
+        buffer = bytearray(disk.size)
+        disk.read(0, [memoryview(buffer)])
+        return bytes(buffer)
 
 
 def rounds(folder: Path, name: str) -> int:

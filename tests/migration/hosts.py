@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from qemu_user.backends.block.opening import format_by_name
 from qemu_user.management.qmp_client import QmpClient
 from tests.framework import memory_guest
 from tests.framework.product import ROOT
@@ -68,7 +69,7 @@ class HostUnderTest:
                  "-display", "none",
                  "-chardev", f"file,id=out,path={self.shared / name}.out,append=on", "-serial", "chardev:out"]  # fmt: skip
         for drive in config.drives:
-            words += ["-drive", f"file={drive.file},format=raw,if=virtio"]
+            words += ["-drive", f"file={drive.file},format={format_by_name(drive.file, drive.format)},if=virtio"]
         daemon = "from qemu_user.cli.daemon import ensure; print(ensure())"
         subprocess.run([sys.executable, "-P", "-c", daemon], env=self.environment, check=True, stdout=subprocess.DEVNULL)
         environment = {**self.environment, "SOFTKVM_MIGRATION_FAULT": fault}

@@ -36,7 +36,8 @@ def test_back_and_forth(
 ) -> None:
     one, two = hosts
     there, back = two.serve(), one.serve()
-    child = one.boot("vm", pages=1000, drives=(memory_guest.drive(tmp_path / "disk"),))
+    disk = memory_guest.drive(tmp_path / "disk", kind="overlay" if words else "raw")
+    child = one.boot("vm", pages=1000, drives=(disk,))
     goes_on("vm")
     for source, target, uri in ((one, two, there), (two, one, back), (one, two, there)):
         moved(source, uri, *words)
@@ -71,16 +72,21 @@ def test_over_tcp_with_keys(hosts: tuple[HostUnderTest, HostUnderTest], goes_on:
         stranger.close()
 
 
-def test_disks_travel_along(hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["raw", "overlay"])
+def test_disks_travel_along(
+    hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path, kind: str
+) -> None:
     one, two = hosts
     uri = two.serve()
-    disk = memory_guest.drive(tmp_path / "disk", size=9 << 20)
+    disk = memory_guest.drive(tmp_path / "disk", size=9 << 20, kind=kind)
     one.boot("vm", drives=(disk,))
     goes_on("vm")
     moved(one, uri, "--with-disks", "--copy")
     goes_on("vm")
-    (copy,) = (two.runtime / "data" / "softkvm" / "disks").rglob("*.raw")
-    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (copy, Path(disk.file))}
+    (copy,) = (two.runtime / "data" / "softkvm" / "disks").rglob("disk0.*")
+    assert copy.suffix == (".raw" if kind == "raw" else ".qcow2")
+    two.softkvm("kill", "vm")
+    digests = {hashlib.sha256(memory_guest.content(path)).hexdigest() for path in (copy, Path(disk.file))}
     assert len(digests) == 1
 
 

@@ -31,8 +31,9 @@ def save(machine: Machine, root: Path, tag: str) -> jobs.Job:
     return job
 
 
-def test_snapshot_of_a_busy_guest_and_back(endpoint: str, goes_on: Callable[..., int], tmp_path: Path) -> None:
-    disk = memory_guest.drive(tmp_path / "disk")
+@pytest.mark.parametrize("kind", ["raw", "qcow2", "overlay"])
+def test_snapshot_of_a_busy_guest_and_back(endpoint: str, goes_on: Callable[..., int], tmp_path: Path, kind: str) -> None:
+    disk = memory_guest.drive(tmp_path / "disk", kind=kind)
     machine = Machine(memory_guest.config(tmp_path, "vm", pages=2000, drives=(disk,)), endpoint)
     machine.start()
     goes_on("vm")
@@ -44,7 +45,9 @@ def test_snapshot_of_a_busy_guest_and_back(endpoint: str, goes_on: Callable[...,
     assert save(machine, tmp_path / "kept", "second").status == "completed"
     machine.close()
     assert [meta.tag for meta in snapshot.listed(tmp_path / "kept")] == ["first", "second"]
-    before = Path(disk.file).read_bytes()
+    before = memory_guest.content(disk.file)
+    if kind == "overlay":
+        assert (tmp_path / "kept" / "first" / "disk0").stat().st_size < 1 << 20, "what is in the backing file was not copied"
     Path(disk.file).write_bytes(b"spoilt")
 
     instance = restored(Restore(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "first"), names=("vm",)), "vm")
@@ -53,7 +56,7 @@ def test_snapshot_of_a_busy_guest_and_back(endpoint: str, goes_on: Callable[...,
     finally:
         instance.machine.close()
         instance._close()
-    assert Path(disk.file).read_bytes() == before
+    assert memory_guest.content(disk.file) == before
     snapshot.delete(tmp_path / "kept" / "first")
     with pytest.raises(SnapshotError):
         snapshot.delete(tmp_path / "kept" / "first")

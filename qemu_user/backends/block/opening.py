@@ -6,12 +6,16 @@ Formats are never guessed from what a guest may have written: without format= an
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import closing
+from typing import Any
 
+from qemu_user.backends.block.logged import LoggedDisk
 from qemu_user.backends.block.qcow2.create import create_qcow2
-from qemu_user.backends.block.qcow2.header import MAGIC
+from qemu_user.backends.block.qcow2.header import CORRUPT, DIRTY, MAGIC
 from qemu_user.backends.block.qcow2.image import Qcow2Image, read_header
-from qemu_user.backends.block.raw import SECTOR, BlockBackend, RawImage
+from qemu_user.backends.block.raw import SECTOR, BlockBackend, RawImage, unheard
 from qemu_user.backends.errors import BackendError
 
 FORMATS = ("raw", "qcow2")
@@ -87,11 +91,26 @@ def probe(image: RawImage) -> str:
     return "qcow2" if named else "raw"
 
 
+def qcow2_of(disk: LoggedDisk) -> Qcow2Image | None:
+    """The image of a VM's disk, if it is a qcow2 one."""
+    return disk.image if isinstance(disk.image, Qcow2Image) else None
+
+
+def format_by_name(file: str, format: str) -> str:
+    """The format of an image that was opened without one being said."""
+    return format or ("qcow2" if file.endswith(".qcow2") else "raw")
+
+
 def create_overlay(
-    base: str | os.PathLike[str], path: str | os.PathLike[str], size: int | None = None, base_format: str = ""
+    base: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    size: int | None = None,
+    base_format: str = "",
+    stored: str = "",
 ) -> None:
     """A new qcow2 image at `path` that shows `base` (raw or qcow2) until it is written to. `size`: in bytes, at least the
-    base's; None: the base's. `base` must not change as long as there are overlays over it. BackendError.
+    base's; None: the base's. `base` must not change as long as there are overlays over it. `stored`: what the overlay calls
+    it, if not by its absolute path. BackendError.
     """
     base = os.path.abspath(base)
     disk = open_disk(base, base_format, readonly=True)
@@ -104,4 +123,63 @@ def create_overlay(
         size = least
     elif size < least:
         raise BackendError(f"disk image {os.fspath(path)}: {size} bytes are less than the {least} of {base}")
-    create_qcow2(path, -(-size // SECTOR) * SECTOR, base, base_format)
+    create_qcow2(path, -(-size // SECTOR) * SECTOR, stored or base, base_format)
+
+
+def describe(file: str, format: str = "") -> list[dict[str, Any]]:
+    """What is known of an image and those beneath it, the top one first. BackendError."""
+    layers: list[dict[str, Any]] = []
+    top = open_disk(file, format, readonly=True)
+    with closing(top):
+        disk: BlockBackend | None = top
+        while isinstance(disk, Qcow2Image):
+            header = disk.header
+            layer = {"file": disk.path, "format": "qcow2", "size": disk.size, "stored": _stored(disk.path)}
+            layer |= {"version": header.version, "cluster_size": header.cluster_size}
+            layer |= {"backing_file": header.backing_file, "backing_format": header.backing_format}
+            layer |= {"snapshots": header.nb_snapshots, "dirty": bool(header.incompatible & DIRTY)}
+            layer |= {"damaged": bool(header.incompatible & CORRUPT)}
+            layers.append({name: value for name, value in layer.items() if value not in ("", 0, False)})
+            disk = disk.backing
+        if isinstance(disk, RawImage):
+            layers.append({"file": disk.path, "format": "raw", "size": disk.size, "stored": _stored(disk.path)})
+    return layers
+
+
+def _stored(path: str) -> int:
+    """Bytes that a file takes."""
+    return 512 * os.stat(path).st_blocks
+
+
+class Beneath:
+    """Stands for a backing file that is not opened: an image over it can be asked only for what is its own."""
+
+    size = 1 << 62
+    readonly, discard, descriptor = True, False, None
+
+    def __init__(self) -> None:
+        self.report = unheard
+
+    def _refuse(self, *arguments: object) -> None:
+        raise OSError(errno.EINVAL, "the backing file is not open")
+
+    read = write = punch = zero = resize = _refuse
+
+    def with_data(self, unit: int, chain: bool = True) -> bytearray:
+        return bytearray()
+
+    def _nothing(self) -> None:
+        pass
+
+    flush = lock = unlock = close = _nothing
+
+
+def opened_alone(file: str, readonly: bool = True) -> Qcow2Image:
+    """A qcow2 image without its backing files, for those who want what is its own. BackendError."""
+    image = RawImage(file, readonly)
+    try:
+        beneath: Any = Beneath() if read_header(image).backing_file else None
+        return Qcow2Image(image, beneath, discard=False)
+    except BaseException:
+        image.close()
+        raise

@@ -25,6 +25,7 @@ from qemu_user.backends.block.views import Cutter, fill_zero
 from qemu_user.backends.errors import BackendError
 
 _ZEROES, _DATA, _BACKING, _PACKED = range(4)
+_HEADER_PAGE = 4096
 _ZERO_BYTES = bytes(headers.SECTOR << 12)
 
 
@@ -604,6 +605,24 @@ class Qcow2Image:
             if length:
                 self._pending.append((old >> self._bits, -(-8 * length >> self._bits)))
             return True
+
+    def set_backing(self, name: str, format: str) -> None:
+        """The header names another backing file, which is not opened. OSError."""
+        header = replace(
+            self._header, l1_size=len(self._mapping.l1), l1_table_offset=self._mapping.offset,
+            refcount_table_offset=self._refcounts.offset,
+            refcount_table_clusters=8 * len(self._refcounts.table) >> self._bits,
+        ).with_backing(name, format)  # fmt: skip
+        try:
+            data = header.encode()
+        except ValueError as error:
+            raise OSError(errno.ENAMETOOLONG, str(error)) from error
+        self.flush()
+        with self._lock:
+            self._demand_writable()
+            self._store.write(0, data.ljust(min(self._cluster, _HEADER_PAGE), b"\0"))
+            self._header = self._store.header = header
+        self.file.flush()
 
     # -- for copies --------------------------------------------------------------------------------
 
