@@ -10,6 +10,7 @@ import errno
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.abi.errors import KvmError
@@ -91,8 +92,10 @@ class Gate:
 class VcpuThread(threading.Thread):
     """Runs one vCPU until the gate says QUIT or the VM fails."""
 
-    def __init__(self, vm: Vm, vcpu: Vcpu, context: ExitContext, gate: Gate) -> None:
+    def __init__(self, vm: Vm, vcpu: Vcpu, context: ExitContext, gate: Gate, was_done: Callable[[int], bool] | None) -> None:
+        """`was_done`: another process has run the vCPU, and may have dealt with its latest exit (machine/keeper.py)."""
         super().__init__(name=f"vcpu-{context.cpu}", daemon=True)
+        self._was_done = was_done
         self._vm, self._vcpu, self._context, self._gate = vm, vcpu, context, gate
         self.thread_id = 0
 
@@ -119,7 +122,13 @@ class VcpuThread(threading.Thread):
                     return
             entered = True
             try:
-                reason = run()
+                if self._was_done is None:
+                    reason = run()
+                else:
+                    done, self._was_done = self._was_done(context.cpu), None
+                    reason = self._vcpu.rejoin()
+                    if done:
+                        continue
             except KvmError as error:
                 if error.errno in _AGAIN or (error.errno == errno.EFAULT and self._page_has_come()):
                     continue
@@ -131,6 +140,8 @@ class VcpuThread(threading.Thread):
                 unknown_exit(context, reason)
                 return
             handler()
+            if context.done is not None and reason != Exit.MMIO:
+                context.done(context.cpu, None)
 
     def _page_has_come(self) -> bool:
         """KVM_EXIT_MEMORY_FAULT: the vCPU has touched a page that was not there. Whether it is now."""

@@ -119,8 +119,10 @@ class HotCode:
         if not self._machine.gate.acquire(timeout=0.1):
             return  # somebody is stuck; it is about to end with the process
         try:
-            if self._sock is not None and self._flushes == self._machine.flushes_of_pool:
-                self._wish()
+            if self._sock is not None:
+                if self._flushes == self._machine.flushes_of_pool:
+                    self._wish()
+                self._hang_up()
         finally:
             self._machine.gate.release()
 

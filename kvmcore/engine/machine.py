@@ -94,8 +94,15 @@ class Machine:
         return ctypes.addressof(self.state)
 
     def close(self) -> None:
-        """Free everything; no hart runs any more. The object must not be used afterwards."""
+        """Free everything now; no hart runs any more. The object must not be used afterwards, nor its harts."""
+        for hart in self.harts:
+            hart.close()
         self.harts.clear()
+        if self.hot_code is not None:
+            self.hot_code.close()
+        self._pool.close()
+        del self.state  # a view of the block, which cannot be unmapped while there is one
+        self._block.close()
 
     # -- memory ----------------------------------------------------------------------------------------------
     def set_slots(self, views: Sequence[SlotView]) -> None:
@@ -234,6 +241,11 @@ class Hart:
     def address(self) -> int:
         """Host address of the hart's block."""
         return self._address
+
+    def close(self) -> None:
+        """Free the block; the hart must not be used afterwards."""
+        del self.state
+        self._block.close()
 
     # -- running ---------------------------------------------------------------------------------------------
     def run(self) -> int:

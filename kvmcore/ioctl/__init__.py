@@ -31,8 +31,7 @@ def call(handle: Handle, request: int, arg: int) -> int | Deferred:
     kind = handle.kind
     if getattr(getattr(handle, "vm", handle), "dead", False):
         raise KvmError(errno.EIO, reason="the VM is dead")
-    row = find(kind, request)
-    handler = _handler(kind, row.function) if row is not None else None
+    row, handler = _found.get((kind, request)) or _find(kind, request)
     if row is None or handler is None or (row.extension and not handle.session.compat.extended):
         raise KvmError(_UNKNOWN.get(kind, errno.ENOTTY), name_of(kind, request), "unknown request")
     try:
@@ -61,6 +60,18 @@ def _perform(row: Ioctl, handler: Handler, handle: Handle, arg: int) -> int | De
     return int(result or 0)
 
 
+_found: dict[tuple[str, int], tuple[Ioctl, Handler]] = {}
+"""What _find() has found. Requests that are unknown are not kept: there are too many of them."""
+
+
+def _find(kind: str, request: int) -> tuple[Ioctl | None, Handler | None]:
+    row = find(kind, request)
+    handler = _handler(kind, row.function) if row is not None else None
+    if row is not None and handler is not None:
+        _found[kind, request] = row, handler
+    return row, handler
+
+
 @cache
 def _handler(kind: str, function: str) -> Handler | None:
     """The function of a row; None when this kind of handle has none (the row then answers as an unknown request)."""
@@ -81,6 +92,6 @@ def preload() -> None:
 
     for row in IOCTLS:
         for kind in row.on:
-            _handler(kind, row.function)
+            _find(kind, row.number)
         if row.argument is not None:
             row.argument.parse(bytes(row.argument.size))

@@ -29,7 +29,7 @@ from kvmcore.server.runtime_dir import PrivateDirectory
 from kvmcore.server.session import ClientSession, Peer
 from kvmcore.server.translator import TranslatorProcess
 from kvmcore.server.zygote import VmOrder, Zygote
-from kvmcore.vm.accelerator import ACCELERATORS, TRANSLATOR
+from kvmcore.vm.accelerator import ACCELERATORS, INTERPRETER, TRANSLATOR
 from kvmcore.vm.objects import Deferred, System
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
@@ -190,8 +190,12 @@ class Daemon:
             raise Refused(EINVAL, f"{accel!r} is no accelerator; there are {', '.join(ACCELERATORS)}")
         if not isinstance(name, str) or len(name) > MAX_NAME:
             raise Refused(EINVAL, f"a name has at most {MAX_NAME} characters")
+        together = wishes.get("together", False)
+        if not isinstance(together, bool) or (together and peer.key):
+            raise Refused(EINVAL, "together is true or false, and over tcp false")
         session = ClientSession(ClientSession.new_id(), peer, self._quotas, name=name, compat=compat)
         session.accel = str(accel)
+        session.together = together
         self._sessions[session.id] = session
         return session
 
@@ -226,6 +230,8 @@ class Daemon:
         if len(self._vms) >= self._quotas.vms or mine >= self._quotas.vms_per_session:
             raise KvmError(EMFILE, "CREATE_VM", "too many VMs")
         accel = session.accel
+        if session.together and accel == TRANSLATOR:
+            accel = INTERPRETER  # a new translator's arena takes the old one's place, which another VM may be running
         order = VmOrder(
             session=session.id.hex(),
             pid=session.peer.pid,
@@ -237,6 +243,7 @@ class Daemon:
             translator=self._translator.path if accel == TRANSLATOR else "",
             **self._remote_order(session),
             incarnation=self._incarnation,
+            together=session.together,
             door=self._private.name("d"),
             router=self._private.name("v"),
         )
@@ -286,6 +293,8 @@ class Daemon:
             vm.pid, vm.pidfd = int(news["pid"]), fds[0]
             vm.attached = bool(vm.order.remote)  # then it looks after its owner's lease itself
             extra = {"door": vm.order.door, "router": news.get("router") or f"ipc://{vm.order.router}", "pid": vm.pid}
+            if "system" in news:
+                extra["system"] = int(news["system"])
             ticket, vm.ticket = vm.ticket, None
             log.info("VM process %d %s for %s", vm.pid, vm.order.name, vm.session.peer)
             ticket.answer(int(news["handle"]), json.dumps(extra).encode())

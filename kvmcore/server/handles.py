@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import secrets
 import threading
-from errno import EBADF, EMFILE
+from errno import EBADF, EINVAL, EMFILE
 
-from kvmcore.vm.objects import Handle, HostFile, not_found
+from kvmcore.vm.objects import Handle, HostFile, VmChild, not_found
 from protocol.abi.errors import KvmError
 
 #: Client descriptors are below this number, handles are not.
@@ -70,6 +70,18 @@ class HandleTable:
                 self._retired.pop()
         entry.closed()
 
+    def close_vm(self, number: int) -> int:
+        """Close everything of the VM behind `number`, the VM itself last; how many handles. EBADF, EINVAL: no VM's number."""
+        vm = self.handle(number)
+        if vm.kind != "vm":
+            raise KvmError(EINVAL, reason="not a VM")
+        entries = list(self._entries.items())
+        children = [n for n, entry in entries if isinstance(entry, VmChild) and entry.vm is vm]
+        own = [n for n, entry in entries if entry is vm]
+        for each in (*children, *own):
+            self.close(each)
+        return len(children) + len(own)
+
     def pass_file(self, number: int, fd: int) -> None:
         """Take `fd` (owned from now on) as the client's descriptor `number`, in place of an earlier one."""
         if not 0 <= number < FIRST_HANDLE:
@@ -90,6 +102,15 @@ class HandleTable:
                 raise not_found(number)
             del self._entries[number]
         entry.close()
+
+    def close_files(self) -> None:
+        """Forget every passed file; handles stay."""
+        with self._lock:
+            files = [(number, entry) for number, entry in self._entries.items() if isinstance(entry, HostFile)]
+            for number, _ in files:
+                del self._entries[number]
+        for _, entry in files:
+            entry.close()
 
     def close_all(self) -> None:
         """The session is over: close everything, VMs last, as exit(2) closes fds in order."""

@@ -45,6 +45,8 @@ Finish = Callable[["Ticket", bytes], None]
 class Ticket:
     """A request that is being served, and the means to answer it, once, from any thread."""
 
+    __slots__ = ("_finish", "identity", "request", "session")
+
     def __init__(self, finish: Finish, identity: bytes, session: ClientSession, request: Request) -> None:
         self.identity = identity
         self.session = session
@@ -102,20 +104,22 @@ def _perform(ticket: Ticket, handle: Handle) -> None:
     ]
     errno, reason = 0, ""
     result: int | Deferred = 0
+    mm = ticket.session.mm
     if handle.kind == "system":
         current.append(ticket)
     try:
-        with ticket.session.mm.overlay(inline):
-            result = ioctl.call(handle, request.request, request.arg)
+        mm.lay_over(inline)
+        result = ioctl.call(handle, request.request, request.arg)
     except KvmError as error:
         errno, reason = error.errno or EIO, error.reason
     except Exception:
         log.exception("internal error in %s", ioctl.name_of(handle.kind, request.request))
         errno, reason = EIO, "internal error, see kvmcore's log"
     finally:
+        mm.lay_over([])
         if handle.kind == "system":
             current.pop()
-    copies = tuple((segment.va, bytes(segment.data)) for segment in inline if segment.dirty)
+    copies = tuple([(segment.va, bytes(segment.data)) for segment in inline if segment.dirty])
     if errno:
         ticket.fail(errno, reason.encode()[:512], copies)
     elif not isinstance(result, Deferred):
@@ -161,6 +165,8 @@ def _control(ticket: Ticket) -> None:
         case control.CLOSE:
             session.table.close(request.handle)
             ticket.answer(0)
+        case control.CLOSE_VM:
+            ticket.answer(session.table.close_vm(request.handle))
         case control.DUP:
             ticket.answer(session.install(session.table.handle(request.handle)))
         case control.PING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from errno import EAGAIN, EBADMSG, EIO, ESTALE
+from errno import EAGAIN, EBADMSG, EINVAL, EIO, ESTALE
 
 import zmq
 
@@ -27,6 +27,8 @@ log = logging.getLogger("kvmcore.router")
 
 #: Requests that are served before the loop looks at its other descriptors again.
 _MESSAGES_PER_TURN = 256
+#: Bytes of answers that go into one message: a frame, less its header.
+_ROOM = envelope.MAX_FRAME - 64
 
 
 class Router:
@@ -48,6 +50,8 @@ class Router:
         self._sessions = sessions
         self._quotas = quotas
         self._peers: dict[bytes, int] = {}
+        self._together: list[bytes] | None = None
+        """Answers to the batch that is being served."""
         self._thread = threading.get_ident()
         loop.add_reader(int(sock.getsockopt(zmq.FD)), lambda: None)
         loop.add_every_turn(self._turn)
@@ -69,14 +73,19 @@ class Router:
         return True
 
     def _serve(self, identity_frame: zmq.Frame, frame: zmq.Frame) -> None:
-        identity = identity_frame.bytes
+        self._serve_frame(identity_frame.bytes, frame, frame.bytes)
+
+    def _serve_frame(self, identity: bytes, frame: zmq.Frame, data: bytes) -> None:
+        """One request: the bytes of `frame`, or some of them, if it is a batch."""
         try:
-            request = envelope.decode_request(frame.bytes)
+            request = envelope.decode_request(data)
         except FrameError as error:
             log.info("bad frame: %s", error)
             if error.seq is not None:
-                refusal = Reply(error.seq, -1, EBADMSG, extra=str(error).encode())
-                zmq_socket.send_to(self._sock, identity, envelope.encode_reply(refusal))
+                self._send_frame(identity, Reply(error.seq, -1, EBADMSG, extra=str(error).encode()))
+            return
+        if request.request == control.BATCH:
+            self._serve_batch(identity, frame, request)
             return
         if request.request == control.HELLO and self.on_hello is not None:
             self._hello(identity, frame, request)
@@ -91,6 +100,35 @@ class Router:
         else:
             session.in_flight += 1
             dispatch(Ticket(self.finish, identity, session, request))
+
+    def _serve_batch(self, identity: bytes, frame: zmq.Frame, batch: Request) -> None:
+        """Requests in one message; each is checked as if it had come by itself."""
+        if self._together is not None:
+            self._refuse(identity, batch, EINVAL, "a batch in a batch")
+            return
+        try:
+            frames = envelope.decode_batch(batch.payload, control.MAX_BATCH)
+        except FrameError as error:
+            self._refuse(identity, batch, EBADMSG, str(error))
+            return
+        self._together = []
+        try:
+            for data in frames:
+                self._serve_frame(identity, frame, data)
+        finally:
+            answers, self._together = self._together, None
+        extra: list[bytes] = []
+        room = _ROOM
+        for answer in answers:
+            if len(answer) + 4 > room and extra:
+                self._send_frame(identity, Reply(batch.seq, 0, 0, extra=envelope.encode_batch(extra)))
+                extra, room = [], _ROOM
+            if len(answer) + 4 > room:
+                zmq_socket.send_to(self._sock, identity, answer)  # so long that it goes by itself
+                continue
+            extra.append(answer)
+            room -= len(answer) + 4
+        self._send_frame(identity, Reply(batch.seq, 0, 0, extra=envelope.encode_batch(extra)))
 
     def _is_owner(self, identity: bytes, frame: zmq.Frame, session: ClientSession) -> bool:
         """Whether the process that sent `frame` is the session's: another one, a forked child too, gets EIO."""
@@ -109,8 +147,15 @@ class Router:
         return pid == session.peer.pid
 
     def _refuse(self, identity: bytes, request: Request, errno: int, reason: str) -> None:
-        reply = Reply(request.seq, -1, errno, extra=reason.encode())
-        zmq_socket.send_to(self._sock, identity, envelope.encode_reply(reply))
+        self._send_frame(identity, Reply(request.seq, -1, errno, extra=reason.encode()))
+
+    def _send_frame(self, identity: bytes, reply: Reply) -> None:
+        """An answer that no ticket waits for."""
+        frame = envelope.encode_reply(reply)
+        if self._together is not None:
+            self._together.append(frame)
+        else:
+            zmq_socket.send_to(self._sock, identity, frame)
 
     def _hello(self, identity: bytes, frame: zmq.Frame, request: Request) -> None:
         assert self.on_hello is not None
@@ -119,15 +164,18 @@ class Router:
         except KvmError as error:
             self._refuse(identity, request, error.errno or EIO, error.reason)
             return
-        reply = Reply(request.seq, 0, 0, extra=extra)
-        zmq_socket.send_to(self._sock, identity, envelope.encode_reply(reply))
+        self._send_frame(identity, Reply(request.seq, 0, 0, extra=extra))
 
     # -- out --------------------------------------------------------------------------------------------------
 
     def finish(self, ticket: Ticket, frame: bytes) -> None:
         """Send the one reply of `ticket`. Any thread; the socket itself belongs to the I/O thread."""
         if threading.get_ident() == self._thread:
-            self._send(ticket, frame)
+            if self._together is not None:  # its request has come in the batch that is being served
+                ticket.session.in_flight -= 1
+                self._together.append(frame)
+            else:
+                self._send(ticket, frame)
         else:
             self._loop.call_soon_threadsafe(lambda: self._send(ticket, frame))
 

@@ -7,6 +7,7 @@ one session reach what another one holds.
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -18,8 +19,12 @@ from kvmcore.vm.address_space import AddressSpace
 from kvmcore.vm.objects import Handle, HostFile
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
+from protocol.channel import fd_passing
 from protocol.channel.shared_memory import is_sealed
 from protocol.codec.session import Message, Op
+
+MAX_KEPT = 64
+"""Descriptors that a client may leave for its successor."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,16 @@ class ClientSession:
         self.compat = compat
         self.accel = ""
         """What its VMs run on (kvmcore/vm/accelerator.py); the daemon says."""
+        self.together = False
+        """Whether its VMs share a process (Kvm.open(together=True))."""
         self.mm = AddressSpace()
         self.table = HandleTable(quotas.handles)
         self.in_flight = 0
         self.dead = False
+        self.outlives = False
+        """Whether the VM goes on when the client dies."""
+        self._kept: dict[int, int] = {}
+        """What the client has left for who attaches after it: key -> descriptor."""
         self.last_seen = time.monotonic()
         self._segments_left = quotas.segments
 
@@ -104,6 +115,12 @@ class ClientSession:
                 self.table.close_file(message.a)
             case Op.SHARE:
                 return self.table.handle(message.a).shared_fds()
+            case Op.OUTLIVE:
+                self.outlives = bool(message.a)
+            case Op.KEEP:
+                self._keep(message.a, fds)
+            case Op.KEPT:
+                return [self._kept[message.a]] if message.a in self._kept else []
             case _:
                 raise KvmError(EOPNOTSUPP, reason=f"unknown message {message.op}")
         return []
@@ -117,11 +134,30 @@ class ClientSession:
         self.mm.map(message.a, message.b, fds[0], message.c, message.d)
         self._segments_left -= 1
 
+    def _keep(self, key: int, fds: list[int]) -> None:
+        if len(fds) > 1:
+            raise KvmError(EINVAL, reason="this message carries at most one descriptor")
+        if fds and key not in self._kept and len(self._kept) >= MAX_KEPT:
+            raise KvmError(EMFILE, reason=f"at most {MAX_KEPT} descriptors are kept")
+        old = self._kept.pop(key, -1)
+        if old >= 0:
+            os.close(old)
+        if fds:
+            self._kept[key] = fds.pop()
+
+    def pass_on(self, peer: Peer) -> None:
+        """The client has died and `peer` takes its place: handles and segments stay, the descriptors that the dead one
+        has passed go."""
+        self.peer = peer
+        self.table.close_files()
+
     def close(self) -> None:
         """The client is gone: everything it held goes. Idempotent."""
         if not self.dead:
             self.dead = True
             self.table.close_all()
+            fd_passing.close_all(list(self._kept.values()))
+            self._kept = {}
 
 
 def _exactly_one(fds: list[int]) -> None:

@@ -1,7 +1,9 @@
 """The main loop of a VM process: its door, its ROUTER, its one session, its Vm.
 
 Forked from the zygote. The main thread is the I/O loop; each vCPU has a thread of its own (kvmcore/vm/vcpu.py). It ends,
-and everything with it, when the VM is destroyed, its owner dies, or the daemon is gone. Must never import llvmlite.
+and everything with it, when the VM is destroyed, its owner dies, or the daemon is gone. A session that has asked for it
+("together") has all its VMs in one such process: it has a /dev/kvm handle of its own there, and the process stays until
+the session ends. Never do VMs of two sessions meet in a process. Must never import llvmlite.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from errno import EIO, EPERM
+from errno import EBUSY, EIO, EMFILE, EPERM
 from typing import TYPE_CHECKING
 
 from kvmcore.server import process, runtime_dir
@@ -21,8 +23,10 @@ from kvmcore.server.loop import EventLoop
 from kvmcore.server.quotas import Quotas
 from kvmcore.server.session import ClientSession, Peer
 from kvmcore.server.zygote import VmOrder
+from kvmcore.vm.objects import System
 from kvmcore.vm.vm import Vm
 from protocol.abi.compat import Compat
+from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing
 from protocol.codec.session import Message
 
@@ -42,6 +46,18 @@ def preload() -> None:
     from kvmcore.vm.accelerator import preload_image
 
     preload_image()
+
+
+class VmSystem(System):
+    """/dev/kvm in a process that its session's VMs share."""
+
+    def __init__(self, session: ClientSession, process: VmProcess) -> None:
+        super().__init__(session)
+        self._process = process
+
+    def create_vm(self, machine_type: int) -> Vm:
+        """Another VM in this process."""
+        return self._process.create_vm()
 
 
 class VmProcess:
@@ -69,11 +85,13 @@ class VmProcess:
         self._socket = self._door.socket if self._door else zmq_socket.router(self._context, f"ipc://{order.router}")
         sessions = {self._session.id: self._session}
         self._router = Router(self._loop, self._socket, order.incarnation, sessions, quotas)
-        self._vm = Vm(self._session, self._loop, name=order.name, accel=order.accel, translator=order.translator)
-        self._vm.on_destroyed = lambda: self._loop.call_soon_threadsafe(self._end)
-        self._number = self._session.install(self._vm)
+        self._most_vms = quotas.vms_per_session if order.together else 1
+        self._vms: set[Vm] = set()
+        self._system = self._session.install(VmSystem(self._session, self)) if order.together else 0
+        self._number = self._session.install(self.create_vm())
         self._connection: Connection | None = None
         self._loop.add_reader(control.fileno(), self._daemon_is_gone)
+        self._owner_pidfd = owner_pidfd if owner_pidfd is not None else -1
         if owner_pidfd is not None:
             self._loop.add_reader(owner_pidfd, self._owner_is_gone)
 
@@ -83,12 +101,32 @@ class VmProcess:
         ready: dict[str, object] = {"handle": self._number, "pid": os.getpid()}
         if self._door is not None:
             ready["router"] = self._door.endpoint
+        if self._system:
+            ready["system"] = self._system
         try:
             fd_passing.send(self._control, json.dumps(ready).encode(), [pidfd])
         except OSError:  # the daemon, or the client that asked for us, has gone meanwhile
             self._end()
         os.close(pidfd)
         self._loop.run()
+
+    def create_vm(self) -> Vm:
+        """A VM in this process. EMFILE: as many as the session may have, those included that are not quite gone."""
+        if len(self._vms) >= self._most_vms:
+            raise KvmError(EMFILE, "CREATE_VM", "too many VMs")
+        order = self._order
+        vm = Vm(self._session, self._loop, name=order.name, accel=order.accel, translator=order.translator)
+        self._vms.add(vm)
+        if order.together:
+            vm.on_idle = lambda: self._gone(vm)
+        else:
+            vm.on_destroyed = lambda: self._loop.call_soon_threadsafe(self._end)
+        return vm
+
+    def _gone(self, vm: Vm) -> None:
+        """A VM of several has been destroyed: nothing of it may stay."""
+        vm.release()
+        self._vms.discard(vm)
 
     def _open_door(self) -> RemoteDoor:
         """The owner is on another machine: nobody but its key gets in, and it is there as long as it says so."""
@@ -109,7 +147,9 @@ class VmProcess:
     def hello(
         self, connection: Connection, message: Message
     ) -> tuple[ClientSession, dict[str, object], list[int]]:
-        """Only the process that created the VM gets in, once at a time."""
+        """Only the process that created the VM gets in, once at a time; or who takes its place when it is dead."""
+        if message.body.get("attach"):
+            return self._attach(connection, message)
         if connection.peer.pid != self._session.peer.pid or message.body.get("session") != self._order.session:
             raise Refused(EPERM, "this VM belongs to another session")
         if self._connection is not None:
@@ -120,8 +160,29 @@ class VmProcess:
         fd_passing.send(self._control, b'{"attached": true}', block=False)
         return self._session, {"handle": self._number, "router": f"ipc://{self._order.router}"}, []
 
+    def _attach(
+        self, connection: Connection, message: Message
+    ) -> tuple[ClientSession, dict[str, object], list[int]]:
+        """A process takes the place of the owner, which has died: it knows the session's id."""
+        if message.body.get("session") != self._order.session:
+            raise Refused(EPERM, "this VM belongs to another session")
+        if self._session.dead:
+            raise Refused(EIO, "this VM is dead")
+        if self._connection is not None:
+            raise Refused(EBUSY, "this VM has its device process")
+        self._connection = connection
+        for vm in self._vms:
+            vm.eventfds.release()
+        self._session.pass_on(connection.peer)
+        log.info("VM %s: process %d attaches", self._order.name or self._number, connection.peer.pid)
+        return self._session, {"handle": self._number, "router": f"ipc://{self._order.router}"}, []
+
     def goodbye(self, connection: Connection, session: ClientSession) -> None:
-        """The owner has hung up: what it held is closed, which ends the VM."""
+        """The owner has hung up: what it held is closed, which ends the VM, unless it shall outlive it."""
+        if session.outlives:
+            log.warning("VM %s: its device process is gone; it waits for another one", self._order.name or self._number)
+            self._connection = None
+            return
         log.info("VM %s: its session has ended", self._order.name or self._number)
         session.close()
         self._end()
@@ -141,15 +202,20 @@ class VmProcess:
             self._end()
 
     def _owner_is_gone(self) -> None:
-        log.info("VM %s: process %d has died", self._order.name or self._number, self._order.pid)
-        self._end()
+        self._loop.remove_reader(self._owner_pidfd)
+        if not self._session.outlives:
+            log.info("VM %s: process %d has died", self._order.name or self._number, self._order.pid)
+            self._end()
 
     def _end(self) -> None:
         """Leave nothing: stop the vCPUs, remove the sockets, exit. The kernel frees memory and descriptors."""
-        self._vm.destroy()
-        for vcpu in self._vm.vcpus:
+        vms = list(self._vms)
+        for vm in vms:
+            vm.destroy()
+        for vcpu in [vcpu for vm in vms for vcpu in vm.vcpus]:
             vcpu.join(_JOIN_SECONDS)
-        self._vm.farewell()
+        for vm in vms:
+            vm.farewell()
         self._socket.close(linger=100)  # the reply to the CLOSE that ended the VM may be on its way
         if self._door is not None:
             self._door.close()

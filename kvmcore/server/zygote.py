@@ -45,6 +45,8 @@ class VmOrder:
     server_key: tuple[str, str] = ("", "")
     """Then: the server's CURVE pair, public and secret."""
     translator: str = ""
+    together: bool = False
+    """Whether the session's later VMs shall live in this process too."""
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

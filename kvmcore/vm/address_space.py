@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from errno import EEXIST, EFAULT, EINVAL
 
 from protocol.abi.errors import KvmError
@@ -44,15 +44,14 @@ class Segment:
         return self.va + self.size
 
 
-@dataclass
 class InlineSegment:
     """A pointee that travelled in the request: bytes at `va`; `dirty` once written, so that it is copied out."""
 
-    va: int
-    data: bytearray
-    readable: bool = True
-    writable: bool = True
-    dirty: bool = field(default=False)
+    __slots__ = ("data", "dirty", "va", "writable")
+
+    def __init__(self, va: int, data: bytearray, writable: bool = True) -> None:
+        self.va, self.data, self.writable = va, data, writable
+        self.dirty = False
 
 
 class AddressSpace:
@@ -118,21 +117,25 @@ class AddressSpace:
 
     # -- copies ---------------------------------------------------------------------------------------------
 
+    def lay_over(self, segments: list[InlineSegment]) -> None:
+        """Let this thread see `segments` before the mapped ones; none any more when the request is done."""
+        self._local.inline = segments
+
     @contextmanager
     def overlay(self, segments: list[InlineSegment]) -> Iterator[None]:
-        """Let this thread see `segments` before the mapped ones, for the time of one request."""
-        self._local.inline = segments
+        """lay_over() for the time of a with block."""
+        self.lay_over(segments)
         try:
             yield
         finally:
-            self._local.inline = []
+            self.lay_over([])
 
     def copy_from_user(self, va: int, size: int) -> bytes:
         """`size` bytes at `va`; EFAULT if any of them is not readable."""
         if size == 0:
             return b""
         for inline in self._inline():
-            if inline.readable and inline.va <= va and va + size <= inline.va + len(inline.data):
+            if inline.va <= va and va + size <= inline.va + len(inline.data):
                 start = va - inline.va
                 return bytes(inline.data[start : start + size])
         out = bytearray()

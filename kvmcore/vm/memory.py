@@ -373,5 +373,8 @@ class Memory:
         if self._remapped in listeners:
             listeners.remove(self._remapped)
         with self.lock:
-            self._slots.clear()
+            slots, self._slots = list(self._slots.values()), {}
             self._map = ([], [])
+        for slot in slots:
+            if slot.gmem is not None:
+                slot.gmem.unbind(slot.gmem_offset, slot.size)

@@ -8,6 +8,7 @@ an exit down: no locks, no names looked up.
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmcore.vm.objects import StatsBase
@@ -135,6 +136,7 @@ class StatsFile(StatsBase):
         return self._head + struct.pack(f"<{len(values)}Q", *values)
 
 
+@cache
 def _head(label: str, statistics: tuple[Statistic, ...]) -> bytes:
     """Header, id string and descriptors."""
     id_offset = structs.STATS_HEADER.size

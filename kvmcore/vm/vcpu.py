@@ -9,11 +9,12 @@ is hostile: nothing read from it decides more than "run again" or "leave with EI
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from errno import EINTR, EIO
+from errno import EINTR, EIO, ENOMEM
 from typing import TYPE_CHECKING
 
 from kvmcore.engine.exits import ExitKind
@@ -65,30 +66,59 @@ class Vcpu(VmChild):
         """Set by exits.py when an SBI call suspends the hart until an interrupt, as WFI would."""
         self.sleeping = False
         """Whether the thread is blocked in WFI: HSM's state SUSPENDED."""
-        self.run_memfd = create_memfd(f"kvm-vcpu:{vcpu_id}", run_page.PAGE)
-        self.mapping = Mapping([(self.run_memfd, 0, run_page.PAGE), (vm.ring_memfd, 0, run_page.PAGE)])
-        self.page = self.mapping.view
-        """The 8192 bytes that the client maps: kvm_run and the doorbell words, then the VM's coalesced ring."""
-        self.doorbell = Doorbell(self.page, self.mapping.address, run_page.DOORBELL_BELL)
+        self._shared: _Shared | None = None
+        self._shared_lock = threading.Lock()
         self._reset: tuple[int, int] | None = None
         self._wake = WakeWord()
         self._jobs: deque[Job] = deque()
-        self._thread = threading.Thread(target=self._serve, name=f"vcpu-{vcpu_id}", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    # -- shared memory: made when it is first needed, for a vCPU that never runs needs none ----------------------
+
+    @property
+    def shared(self) -> _Shared:
+        """kvm_run's page and what leads to it."""
+        if self._shared is None:
+            with self._shared_lock:
+                if self._shared is None:
+                    self._shared = _Shared(self)
+        return self._shared
+
+    @property
+    def page(self) -> memoryview:
+        """The 8192 bytes that the client maps: kvm_run and the doorbell words, then the VM's coalesced ring."""
+        return self.shared.mapping.view
+
+    @property
+    def doorbell(self) -> Doorbell:
+        """By which a client that maps the page hands over KVM_RUN, and anybody kicks."""
+        return self.shared.doorbell
 
     def shared_fds(self) -> list[int]:
         """Memfds of kvm_run's page, of the coalesced ring's page (map them one behind the other), of the dirty ring."""
         ring = [self.dirty_ring.fd] if self.dirty_ring is not None else []
-        return [self.run_memfd, self.vm.ring_memfd, *ring]
+        self._start_thread()  # whoever maps the page may ring the doorbell
+        return [self.shared.memfd, self.vm.ring_memfd, *ring]
 
     # -- the thread -------------------------------------------------------------------------------------------
 
-    def start_thread(self) -> None:
-        self._thread.start()
+    def _start_thread(self) -> None:
+        """On the I/O thread. A dead VM's does not start."""
+        if self._thread is None and self.vm.thread_begins():
+            self._thread = threading.Thread(target=self._live, args=(self.doorbell,), name=f"vcpu-{self.id}", daemon=True)
+            self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Run `job` on the vCPU's thread, with the mutex held, after everything that was there before it."""
+        """Run `job` on the vCPU's thread, with the mutex held, after everything that was there before it.
+
+        On the I/O thread, or on the vCPU's own.
+        """
         self._jobs.append(job)
-        self.doorbell.ring()
+        self._start_thread()
+        if self._thread is None:
+            self._drain()
+        else:
+            self.doorbell.ring()
 
     def try_now(self, job: Job) -> bool:
         """Run `job` here and now if the vCPU is idle and nothing waits; False if it must be submitted."""
@@ -100,9 +130,21 @@ class Vcpu(VmChild):
             self.mutex.release()
         return True
 
-    def _serve(self) -> None:
-        bell = self.doorbell
-        served = bell.requested()
+    def _live(self, bell: Doorbell) -> None:
+        try:
+            self._serve(bell)
+            self._drain()
+        finally:
+            self.vm.thread_ends()
+
+    def _drain(self) -> None:
+        """The VM is dead: what still waits is told so."""
+        while self._jobs:
+            with self.mutex:
+                self._jobs.popleft()()
+
+    def _serve(self, bell: Doorbell) -> None:
+        served = 0  # the page was new when the thread was started: a RUN that is asked for already is to be served
         while not self.vm.dead:
             sample = bell.sample()
             if self._jobs:
@@ -227,8 +269,41 @@ class Vcpu(VmChild):
         """The VM is dead: leave the guest, answer EIO, end the thread."""
         self.hart.kick()
         self._wake.wake()
-        self.doorbell.ring()
+        if self._thread is not None:
+            self.doorbell.ring()
 
     def join(self, seconds: float) -> None:
         """Wait for the thread to end, but no longer than that."""
-        self._thread.join(seconds)
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def release(self) -> None:
+        """The VM is gone and the thread has ended: give memory and descriptors back."""
+        self._jobs.clear()
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+        if self.dirty_ring is not None:
+            self.dirty_ring.close()
+            self.dirty_ring = None
+
+
+class _Shared:
+    """What a vCPU and its client both map."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        """KvmError(ENOMEM): no descriptor or no memory for it."""
+        try:
+            self.memfd = create_memfd(f"kvm-vcpu:{vcpu.id}", run_page.PAGE)
+            try:
+                self.mapping = Mapping([(self.memfd, 0, run_page.PAGE), (vcpu.vm.ring_memfd, 0, run_page.PAGE)])
+            except BaseException:
+                os.close(self.memfd)
+                raise
+        except OSError as error:
+            raise KvmError(ENOMEM, reason=f"the vCPU's shared page: {error}") from error
+        self.doorbell = Doorbell(self.mapping.view, self.mapping.address, run_page.DOORBELL_BELL)
+
+    def close(self) -> None:
+        self.mapping.close()
+        os.close(self.memfd)

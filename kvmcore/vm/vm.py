@@ -57,24 +57,26 @@ class Vm(Handle):
         self.memory = Memory(self)
         self.eventfds = Eventfds(self)
         self.irqchip: Aia | None = None
-        self.ring_memfd = create_memfd("kvm-coalesced-ring", PAGE)
-        self.ring = Mapping([(self.ring_memfd, 0, PAGE)])
-        """The coalesced-MMIO ring: one page, seen as page 1 of every vCPU's mapping (KVM_ABI 1.3)."""
         self.on_destroyed: Callable[[], None] = lambda: None
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called on the I/O thread once the VM is destroyed and its vCPUs' threads have ended: release() may be called."""
         self._machine: Machine | None = None
+        self._ring: tuple[int, Mapping] | None = None
         self._references = 0
-        self._references_lock = threading.Lock()
+        self._threads = 0
+        self._counts_lock = threading.Lock()
+        """For _references, _threads and _ring."""
 
     # -- lifetime ---------------------------------------------------------------------------------------------
 
     def get(self) -> None:
         """Take a reference: the VM stays until it is put back."""
-        with self._references_lock:
+        with self._counts_lock:
             self._references += 1
 
     def put(self) -> None:
         """Give a reference back; the last one destroys the VM."""
-        with self._references_lock:
+        with self._counts_lock:
             self._references -= 1
             last = self._references == 0
         if last:
@@ -92,10 +94,45 @@ class Vm(Handle):
         """Stop everything: vCPUs leave the guest within moments and answer EIO from now on. Idempotent."""
         if self.dead:
             return
-        self.dead = True
+        with self._counts_lock:
+            self.dead = True
+            idle = not self._threads
         for vcpu in self.vcpus:
             vcpu.shut_down()
         self.on_destroyed()
+        if idle:
+            self.on_idle()
+
+    def thread_begins(self) -> bool:
+        """A vCPU's thread is about to be started; False: not any more."""
+        with self._counts_lock:
+            self._threads += not self.dead
+            return not self.dead
+
+    def thread_ends(self) -> None:
+        """A vCPU's thread ends; after the last one nobody uses what is the VM's."""
+        with self._counts_lock:
+            self._threads -= 1
+            last = self.dead and not self._threads
+        if last:
+            self.loop.call_soon_threadsafe(self.on_idle)
+
+    def release(self) -> None:
+        """Give everything back, as a process that goes on with other VMs must. Nobody may use the VM afterwards."""
+        self.memory.release()
+        self.eventfds.release()
+        for vcpu in self.vcpus:
+            vcpu.release()
+        self.vcpus.clear()
+        self.vcpus_by_id.clear()
+        self.irqchip = None
+        machine, self._machine = self._machine, None
+        if machine is not None:
+            machine.close()
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring[1].close()
+            os.close(ring[0])
 
     def farewell(self) -> None:
         """Just before the process ends, with the vCPUs stopped."""
@@ -121,8 +158,28 @@ class Vm(Handle):
             vcpu = Vcpu(self, vcpu_id, index=len(self.vcpus))
             self.vcpus.append(vcpu)
             self.vcpus_by_id[vcpu_id] = vcpu
-            vcpu.start_thread()
             return vcpu
+
+    @property
+    def ring_memfd(self) -> int:
+        """The memfd of the coalesced-MMIO ring: one page, seen as page 1 of every vCPU's mapping (KVM_ABI 1.3)."""
+        return self._the_ring()[0]
+
+    @property
+    def ring(self) -> Mapping:
+        """The same, mapped."""
+        return self._the_ring()[1]
+
+    def _the_ring(self) -> tuple[int, Mapping]:
+        with self._counts_lock:
+            if self._ring is None:
+                memfd = create_memfd("kvm-coalesced-ring", PAGE)
+                try:
+                    self._ring = memfd, Mapping([(memfd, 0, PAGE)])
+                except BaseException:
+                    os.close(memfd)
+                    raise
+            return self._ring
 
     @property
     def ran_once(self) -> bool:

@@ -1,21 +1,20 @@
 """The KVM structs that cross the protocol, in <linux/kvm.h> order (KVM_ABI section 1.3).
 
-One line per struct says it all; construct does the work. construct is imported on
-first use, so that importing this module costs nothing. Used by the client, by kvmcore's dispatcher and
-handlers, and by the tests that compare every size with the C header. The exit path must not use it: see
+One line per struct says it all. Used by the client, by kvmcore's dispatcher and handlers (each ioctl parses one, so
+it costs a microsecond), and by the tests that compare every size with the C header. The exit path must not use it: see
 run_page.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import construct
+from itertools import chain
+from typing import Any, NamedTuple
 
 _WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}
+_CODES = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q"}
 _FIELD = re.compile(r"(\w+):(u8|u16|u32|s32|u64|bytes)(?:\[(\d+)\])?\Z")
 
 
@@ -28,12 +27,27 @@ class Field:
         self.name, self.type, self.count, self.offset = name, kind, count, offset
         self.size = (count or 0) if kind == "bytes" else _WIDTHS[kind] * (1 if count is None else count)
 
+    @property
+    def code(self) -> str:
+        """What the struct module calls it."""
+        return f"{self.count}s" if self.type == "bytes" else _CODES[self.type] * (1 if self.count is None else self.count)
+
+    @property
+    def array(self) -> bool:
+        """Whether it has several numbers."""
+        return self.count is not None and self.type != "bytes"
+
+    @property
+    def zero(self) -> Any:
+        """Its value when nobody gives one."""
+        return [0] * (self.count or 0) if self.array else b"" if self.type == "bytes" else 0
+
 
 class Layout:
     """A little-endian C struct without implicit padding, written as `name:type` or `name:type[count]` words.
 
-    parse() gives a construct Container (attributes by name); build() takes the members by name, absent ones
-    are zero. `name` is the C struct's name, `size` its sizeof.
+    parse() gives the members as a named tuple (arrays as tuples); build() takes them by name, absent ones are zero.
+    `name` is the C struct's name, `size` its sizeof.
     """
 
     def __init__(self, name: str, definition: str) -> None:
@@ -49,34 +63,45 @@ class Layout:
             offset += field.size
         self.fields = tuple(fields)
         self.size = offset
+        self._arrays = any(field.array for field in fields)
 
     @cached_property
-    def construct(self) -> construct.Struct:
-        """The construct definition (parse or build: 6 us)."""
-        import construct as c
+    def _struct(self) -> struct.Struct:
+        return struct.Struct("<" + "".join([field.code for field in self.fields]))
 
-        scalars = {"u8": c.Int8ul, "u16": c.Int16ul, "u32": c.Int32ul, "s32": c.Int32sl, "u64": c.Int64ul}
-        members = []
-        for field in self.fields:
-            if field.type == "bytes":
-                member = c.Default(c.Bytes(field.size), bytes(field.size))
-            elif field.count is not None:
-                member = c.Default(c.Array(field.count, scalars[field.type]), [0] * field.count)
-            else:
-                member = c.Default(scalars[field.type], 0)
-            members.append(field.name / member)
-        return c.Struct(*members)
+    @cached_property
+    def _record(self) -> Any:
+        return NamedTuple(self.name, [(field.name, Any) for field in self.fields])
+
+    @cached_property
+    def _zeros(self) -> dict[str, Any]:
+        return {field.name: field.zero for field in self.fields}
 
     def parse(self, data: bytes | bytearray | memoryview) -> Any:
-        """The members of the first `size` bytes of data, as a construct Container."""
-        return self.construct.parse(bytes(data[: self.size]))
+        """The members of the first `size` bytes of data, as a named tuple. struct.error: there are fewer."""
+        values: Any = self._struct.unpack_from(data)
+        if self._arrays:
+            left = iter(values)
+            values = [
+                tuple(next(left) for _ in range(field.count or 0)) if field.array else next(left) for field in self.fields
+            ]
+        return self._record._make(values)
 
     def build(self, **members: Any) -> bytes:
-        """`size` bytes; members not given are zero. An unknown member or a value out of range raises."""
-        unknown = members.keys() - {field.name for field in self.fields}
-        if unknown:
-            raise TypeError(f"struct {self.name} has no member {', '.join(sorted(unknown))}")
-        return bytes(self.construct.build(members))
+        """`size` bytes; members not given are zero.
+
+        TypeError: an unknown member. struct.error, ValueError: a value out of range, an array or bytes of another length.
+        """
+        values = self._zeros | members
+        if len(values) != len(self.fields):
+            raise TypeError(f"struct {self.name} has no member {', '.join(sorted(members.keys() - self._zeros.keys()))}")
+        for field in self.fields:
+            if field.count is not None and members.get(field.name) is not None and len(members[field.name]) != field.count:
+                raise ValueError(f"struct {self.name}: {field.name} has {field.count} elements")
+        if self._arrays:
+            flat = [values[field.name] if field.array else (values[field.name],) for field in self.fields]
+            return self._struct.pack(*chain.from_iterable(flat))
+        return self._struct.pack(*values.values())
 
     def offset(self, member: str) -> int:
         """Byte offset of a member."""

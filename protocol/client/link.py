@@ -163,6 +163,12 @@ class Link:
         self._channels.append(made)
         return made
 
+    def drop(self, channel: Channel) -> None:
+        """The channel is no longer needed: its connection goes. Idempotent."""
+        channel.close()
+        if channel in self._channels:
+            self._channels.remove(channel)
+
     def say(
         self, op: Op, name: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0, fds: list[int] | None = None
     ) -> list[int]:

@@ -43,6 +43,11 @@ class Vcpu(Handle):
         """kvm_run with the doorbell words, then the VM's coalesced ring; 8192 bytes."""
         self.doorbell = Doorbell(self.run_page, self._mapping.address, run_page.DOORBELL_BELL)
 
+    def close(self) -> None:
+        """close(2). The mapping stays as long as somebody looks at it."""
+        super().close()
+        self.link.drop(self.channel)
+
     def mmap(self, offset: int, size: int, prot: int = 3, *, private: bool = False) -> Mapping:
         """mmap(2) of the vCPU, bytes of whole pages: page 0 kvm_run, 1 the coalesced ring, from 64 on the dirty ring.
 
@@ -76,8 +81,16 @@ class Vcpu(Handle):
         self.link.check_owner("RUN")
         if not self.link.local:
             return self._run_by_message()
+        return self._finish(self.doorbell.request())
+
+    def rejoin(self) -> int:
+        """The RUN that a client before us asked for: waits for it, and answers as run() would have. Its first one if it
+        asked for none."""
+        sequence = self.doorbell.requested()
+        return self._finish(sequence) if sequence else self.run()
+
+    def _finish(self, sequence: int) -> int:
         doorbell = self.doorbell
-        sequence = doorbell.request()
         while (answer := doorbell.wait_reply(sequence)) is None:
             if not self.link.alive:
                 raise KvmError(ECONNRESET, "RUN", "the VM's kvmcore process is gone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterable
@@ -43,13 +44,19 @@ class GuestMemfd(Handle):
 
 
 class Vm(Handle):
-    """A VM; `pid` is the process behind it."""
+    """A VM; `pid` is the process behind it. `owns_link`: nothing but this VM lives there."""
 
     kind = "vm"
 
-    def __init__(self, link: Link, channel: Channel, number: int, pid: int) -> None:
+    def __init__(
+        self, link: Link, channel: Channel, number: int, pid: int, *, outlives: bool = False, owns_link: bool = True
+    ) -> None:
         super().__init__(link, channel, number)
         self.pid = pid
+        self.door = ""
+        """Where a successor knocks (Kvm.attach_vm); "" over tcp."""
+        self._outlives = outlives
+        self._owns_link = owns_link
 
     @property
     def alive(self) -> bool:
@@ -138,6 +145,24 @@ class Vm(Handle):
         """Take it out again."""
         self.link.say(Op.UNMAP, "munmap", va, size)
 
+    # -- a VM that outlives its client --------------------------------------------------------------
+
+    def outlive(self, on: bool) -> None:
+        """Whether the VM goes on if this process dies without close(): vCPUs stop at their next exit, until another
+        process attaches (Kvm.attach_vm).
+        """
+        self.link.say(Op.OUTLIVE, "outlive", int(on))
+        self._outlives = on
+
+    def keep(self, key: int, fd: int) -> None:
+        """Leave a descriptor for the process that attaches; -1: take it back."""
+        self.link.say(Op.KEEP, "keep", key, fds=[fd] if fd >= 0 else None)
+
+    def kept(self, key: int) -> int:
+        """What was left under a key, ours to close; -1: nothing."""
+        fds = self.link.say(Op.KEPT, "kept", key)
+        return fds[0] if fds else -1
+
     # -- vCPUs and devices -------------------------------------------------------------------------
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
@@ -202,8 +227,22 @@ class Vm(Handle):
         """Stores into the zone go to the coalesced ring instead of exiting."""
         self.call("REGISTER_COALESCED_MMIO", addr=addr, size=size)
 
+    def leave(self) -> None:
+        """Hang up without destroying anything: a VM that outlives its client waits for another one."""
+        self.closed = True
+        self.link.close()
+
     def close(self) -> None:
-        """Destroy the VM: its session ends, and with it all its handles."""
-        if not self.closed:
+        """Destroy the VM, and with it all its handles; with the last one of a process its session there ends."""
+        if self._owns_link and not self.closed:
+            if self._outlives:
+                with contextlib.suppress(KvmError):
+                    self.outlive(False)
             super().close()
             self.link.close()
+        elif not self.closed:
+            self.closed = True
+            try:
+                self.control(control.CLOSE_VM)
+            except KvmError:
+                pass  # gone already

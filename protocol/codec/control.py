@@ -39,16 +39,28 @@ SET_STATE = _BASE | 10
 """The same for KVM_SET_ONE_REG and KVM_SET_DEVICE_ATTR. Payload: (u64 key, u64 value) each. Done in order, up to the first
 that fails; the reason names it."""
 
+BATCH = _BASE | 11
+"""Many requests in one message, for whoever sends so many that messages cost more than what is in them. Payload: at most
+MAX_BATCH request frames, each behind its u32 length. They are served in order, as if each had come by itself; those that
+are answered at once are answered together: the extra holds reply frames in the same form. Replies that come later (KVM_RUN,
+what waits behind it) come by themselves. Whoever has no room left for that many answers gets EAGAIN for those."""
+
+CLOSE_VM = _BASE | 12
+"""close() of all that keeps the VM `handle`: its vCPUs, devices, files and guest_memfds, and its own number, last. What
+exit(2) does to a process's descriptors, for sessions that go on with another VM. Returns how many there were."""
+
 LEASE_SECONDS = 15.0
 """A tcp session that has not said PING for so long is over."""
 
 LENGTH = struct.Struct("<I")
 MAX_STATE = 8192
 """Keys in one message."""
+MAX_BATCH = 256
+"""Requests in one message."""
 
 NAMES = {HELLO: "HELLO", PING: "PING", CLOSE: "CLOSE", READ: "READ", KICK: "KICK", READ_GPA: "READ_GPA",
          WRITE_GPA: "WRITE_GPA", GOODBYE: "GOODBYE", DUP: "DUP",
-         GET_STATE: "GET_STATE", SET_STATE: "SET_STATE"}  # fmt: skip
+         GET_STATE: "GET_STATE", SET_STATE: "SET_STATE", BATCH: "BATCH", CLOSE_VM: "CLOSE_VM"}  # fmt: skip
 
 
 def is_control(request: int) -> bool:

@@ -35,6 +35,7 @@ FLAG_INLINE_PAGE = 1
 _REQUEST = struct.Struct("<IHHQ16sQIIQHHI")
 _REPLY = struct.Struct("<IHHQiIHHI")
 _COPY = struct.Struct("<QII")
+_LENGTH = struct.Struct("<I")
 
 
 class FrameError(ValueError):
@@ -182,6 +183,27 @@ def decode_reply(frame: bytes | memoryview) -> Reply:
     if at + nextra != len(frame):
         raise FrameError("reply length does not match its header", seq)
     return Reply(seq, ret, errno, tuple(copies), bytes(frame[at:]))
+
+
+def encode_batch(frames: list[bytes]) -> bytes:
+    """Frames one behind the other, each behind its length: the payload of BATCH, the extra of its reply."""
+    return b"".join([part for frame in frames for part in (_LENGTH.pack(len(frame)), frame)])
+
+
+def decode_batch(data: bytes, most: int) -> list[bytes]:
+    """The frames, which are not looked at yet. FrameError: lengths that do not add up, or more than `most`."""
+    frames: list[bytes] = []
+    at = 0
+    while at < len(data):
+        if len(frames) == most or len(data) - at < _LENGTH.size:
+            raise FrameError(f"not a batch of at most {most} frames")
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        if length > len(data) - at:
+            raise FrameError("a frame of the batch is cut off")
+        frames.append(data[at : at + length])
+        at += length
+    return frames
 
 
 def _checked(frame: bytes) -> bytes:

@@ -24,7 +24,8 @@ class Op(IntEnum):
     """What a message asks for. Answers carry the same op."""
 
     HELLO = 1
-    """body {name, compat, session?}: open a session, or attach to a VM's. Answer: body, descriptor = pidfd of the server."""
+    """body {name, compat, session?}: open a session, or attach to a VM's. With attach: true, take over a VM that has outlived
+    its client. Answer: body, descriptor = pidfd of the server."""
     MAP = 2
     """a = va, b = size, c = offset, d = prot, one descriptor: put a segment into the session's address space."""
     UNMAP = 3
@@ -35,6 +36,12 @@ class Op(IntEnum):
     """a = number."""
     SHARE = 6
     """a = handle. The answer carries the descriptors that the client may map (mmap of the Linux fd)."""
+    OUTLIVE = 7
+    """a = 1: the VM goes on when its client dies, until another one of the same user attaches; 0: it ends then, as always."""
+    KEEP = 8
+    """a = key, one descriptor: hold it for who attaches, in place of an earlier one; without a descriptor: let go of it."""
+    KEPT = 9
+    """a = key. The answer carries the descriptor that KEEP left, if there is one."""
 
 
 class Message(NamedTuple):

@@ -13,6 +13,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "run": ("run", "boot an image, a kernel or U-Boot; with -- COMMAND run just that command"),
     "ps": ("ps", "list running VMs"),
     "console": ("console", "attach the terminal to a VM's console"),
+    "attach": ("attach", "give a VM a new device process when its own was killed"),
     "stop": ("stop", "ask a VM to shut down, then end it"),
     "kill": ("kill", "end a VM at once"),
     "pause": ("pause", "stop a VM where it is"),

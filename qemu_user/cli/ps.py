@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> int:
             {
                 "name": entry.name, "pid": entry.pid, "vm_pid": entry.vm_pid, "created": entry.created,
                 "memory": entry.memory, "cpus": entry.cpus, "directory": str(entry.directory),
+                "waits": entry.waits,
             }
             for entry in entries
         ]  # fmt: skip
@@ -30,5 +31,6 @@ def main(arguments: list[str]) -> int:
         seconds = max(0, int(time.time() - entry.created))
         up = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         memory = f"{entry.memory >> 20} MiB"
-        sys.stdout.write(f"{entry.name:20} {entry.pid:>8} {entry.vm_pid:>8} {entry.cpus:>4} {memory:>9} {up:>10}\n")
+        pid = "waits" if entry.waits else str(entry.pid)
+        sys.stdout.write(f"{entry.name:20} {pid:>8} {entry.vm_pid:>8} {entry.cpus:>4} {memory:>9} {up:>10}\n")
     return 0

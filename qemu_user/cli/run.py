@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--accel", choices=("translator", "interpreter", "reference"), help="how vCPUs run (default: as the daemon was told)"
     )
     result.add_argument("-d", "--detach", action="store_true", help="run in the background and print the VM's name")
+    result.add_argument("--keep", action="store_true", help="the VM survives a kill -9 of this process (softkvm attach)")
     result.add_argument("--balloon", action="store_true", help="memory balloon: free memory of the guest goes back to the host")
     result.add_argument("--vsock", metavar="PATH[,cid=N]", help="stream sockets to the guest (docs/devices.md)")
     result.add_argument("-v", "--verbose", action="store_true", help="show the kernel's messages (on stderr)")
@@ -217,6 +218,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             words += [f"-{name}", value]
     words += ["-vsock", options.vsock] if options.vsock else []
     words += ["-balloon"] if options.balloon else []
+    words += ["-keep"] if options.keep else []
     words += ["-accel", f"kvmcore,engine={options.accel}"] if options.accel else []
     ours, theirs = socket.socketpair()
     try:

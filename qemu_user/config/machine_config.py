@@ -227,6 +227,8 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     rng: bool = True
     rng_slot: Slot = Slot()
     no_reboot: bool = False
+    keep: bool = False
+    """The VM outlives its device process: when that is killed it waits for another one (softkvm attach)."""
     no_shutdown: bool = False
     paused: bool = False
     """-S: do not start the vCPUs before `cont`."""

@@ -575,6 +575,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(("global",), "..", "accepted", _nothing),
     Option(("rng",), "on|off", "the entropy device (default on)", _rng),
     Option(("no-reboot",), "", "a reset of the guest ends the VM", _flag("no_reboot")),
+    Option(("keep",), "", "the VM outlives this process: softkvm attach NAME goes on after a kill -9", _flag("keep")),
     Option(("no-shutdown",), "", "a shutdown of the guest stops it only", _flag("no_shutdown")),
     Option(("S",), "", "wait for `cont` before the first instruction", _flag("paused")),
 )

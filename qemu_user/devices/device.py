@@ -141,6 +141,8 @@ class Device:
         self.name = name
         self.counters = Counters()
         self.lock = threading.RLock()
+        self.changed: Callable[[], None] = lambda: None
+        """To be called when what save() gives has changed for another reason than an access; machine/keeper.py sets it."""
 
     def read(self, offset: int, size: int) -> int:
         """Value of a load of `size` (1, 2, 4, 8) bytes at `offset` < region_size."""
@@ -149,6 +151,10 @@ class Device:
     def write(self, offset: int, size: int, value: int) -> None:
         """A store of the low `size` bytes of `value`."""
         raise NotImplementedError
+
+    def behind(self, offset: int, size: int) -> Device | None:
+        """Whose state an access to `offset` may change: this device's, or that of one which is reached through it."""
+        return self
 
     def fdt_node(self, place: Place) -> FdtNode:
         """The node that tells the guest about this device."""

@@ -239,6 +239,7 @@ class Ns16550a(Device):
             for value in data:
                 self._push(value)
             self._update()
+            self.changed()
 
     def output_ready(self) -> None:
         with self.lock:
@@ -247,6 +248,7 @@ class Ns16550a(Device):
                 if not self._transmit:
                     self._thr_interrupt = True
                 self._update()
+                self.changed()
 
     def opened(self) -> None:
         pass

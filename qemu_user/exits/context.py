@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from qemu_user.devices.device import Counters
+from qemu_user.devices.device import Counters, Device
 from qemu_user.devices.memory import GuestMemory
 
 
@@ -18,6 +18,8 @@ class Bus(Protocol):
     def read(self, gpa: int, size: int) -> int: ...
 
     def write(self, gpa: int, size: int, value: int) -> None: ...
+
+    def device(self, gpa: int, size: int) -> Device | None: ...
 
 
 class DebugConsole(Protocol):
@@ -41,6 +43,8 @@ class ExitContext(NamedTuple):
     fail: Callable[[str], None]
     """The VM cannot go on; the sentence says why."""
     counters: Counters
+    done: Callable[[int, Device | None], None] | None = None
+    """An exit of this CPU is dealt with, and what device it went to: for VMs that outlive this process."""
 
 
 Handlers = Mapping[int, Callable[[], None]]

@@ -72,8 +72,8 @@ def perform(
     step = -1
     finding: Finding | None = None
     try:
-        for step, op in enumerate(ops):
-            outcome = run.perform(op)
+        step = 0
+        for op, outcome in zip(ops, run.perform_all(ops), strict=True):
             if figures is not None:
                 figures.operations += 1
                 figures.refused += bool(outcome.errno)
@@ -84,6 +84,7 @@ def perform(
                     "model", f"{op}: {outcome.errno or 0}, the rules say {expected or 0} ({outcome.reason})", step
                 )
             model.learn(op, outcome)
+            step = min(step + 1, len(ops) - 1)
     except Hang as error:
         finding = Finding("hang", f"{ops[step]}: {error}", step)
     except Gone as error:

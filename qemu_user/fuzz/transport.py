@@ -214,7 +214,7 @@ def _race(kvm: Kvm, endpoint: str, rng: Random) -> None:
     trouble: list[Exception] = []
 
     def work(index: int) -> None:
-        twin = Sequence(executor, first.vm)
+        twin = Sequence(executor, first.made["vm"][0], first.place, Wire(first.place.vm.link))
         twin.made = first.made
         try:
             for op in grammar.sequence(index):

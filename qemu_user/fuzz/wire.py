@@ -7,14 +7,18 @@ their way at once, and frames need not be well formed.
 from __future__ import annotations
 
 import itertools
+import select
 import time
 
 import zmq
 
 from protocol.channel import zmq_socket
 from protocol.client.link import Link, shared_context
-from protocol.codec import envelope
+from protocol.codec import control, envelope
 from protocol.codec.envelope import Copy, FrameError, Reply, Request
+
+_BATCH = 1 << 63
+"""What tells the sequence numbers of batches from those of requests."""
 
 
 class Hang(Exception):
@@ -32,10 +36,13 @@ class Wire:
         self.link, self.deadline = link, deadline
         self._sequence = itertools.count(1)
         self._replies: dict[int, Reply] = {}
+        self.failed = False
+        """Whether the server has ended, or has not answered in time."""
         self._socket = zmq_socket.dealer(shared_context(), str(link.welcome["router"]))
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(link.fileno(), zmq.POLLIN)
+        self._fds = (int(self._socket.getsockopt(zmq.FD)), link.fileno())
+        self.round_trip = 0.001
+        """About how long an answer takes now, in seconds."""
+        self._sent = 0.0
 
     def frame(
         self, handle: int, number: int, arg: int = 0, copies: tuple[Copy, ...] = (), payload: bytes = b"", flags: int = 0
@@ -47,10 +54,22 @@ class Wire:
 
     def send(self, frame: bytes) -> None:
         """Gone: nobody takes it."""
+        self._sent = time.monotonic()
         try:
             self._socket.send(frame)
         except zmq.ZMQError as error:
+            self.failed = True
             raise Gone(str(error)) from error
+
+    def batch(self, frames: list[bytes]) -> None:
+        """Several frames in one message; wait() gives their replies as if each had been sent by itself. Gone."""
+        if len(frames) == 1:
+            self.send(frames[0])
+            return
+        payload = envelope.encode_batch(frames)
+        sequence = _BATCH | next(self._sequence)
+        batch = Request(self.link.incarnation, self.link.session, sequence, 0, control.BATCH, 0, payload=payload)
+        self.send(envelope.encode_request(batch))
 
     def wait(self, sequence: int, seconds: float | None = None) -> Reply | None:
         """The reply to `sequence`; None if it has not come in `seconds`. Hang after the deadline, Gone."""
@@ -60,26 +79,39 @@ class Wire:
             if left <= 0:
                 if seconds is not None:
                     return None
+                self.failed = True
                 raise Hang(f"no reply in {self.deadline:g} s")
-            ready = dict(self._poller.poll(int(left * 1000) + 1))
-            if self._socket in ready:
-                self._take()
-            elif ready and not self.link.alive:
+            self._take()
+            if sequence in self._replies:
+                continue
+            ready = select.select(self._fds, (), (), left)[0]  # to the microsecond, which ZeroMQ's own poll is not
+            if self._fds[1] in ready and not self.link.alive:
                 self._take()  # what it said last
                 if sequence not in self._replies:
+                    self.failed = True
                     raise Gone("the process has ended")
+        if seconds is None:
+            self.round_trip += (time.monotonic() - self._sent - self.round_trip) / 8
         return reply
 
     def _take(self) -> None:
         while True:
             try:
                 reply = envelope.decode_reply(self._socket.recv(zmq.NOBLOCK))
+                if reply.seq & _BATCH and not reply.errno:
+                    for frame in envelope.decode_batch(reply.extra, control.MAX_BATCH):
+                        answer = envelope.decode_reply(frame)
+                        self._replies[answer.seq] = answer
+                    continue
             except zmq.Again:
                 return
             except FrameError as error:
                 raise Gone(f"a reply that is no reply: {error}") from error
             self._replies[reply.seq] = reply
 
+    def forget(self) -> None:
+        """Replies that nobody has waited for."""
+        self._replies.clear()
+
     def close(self) -> None:
-        self._poller.unregister(self._socket)
         self._socket.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import NamedTuple, Protocol
 
-from qemu_user.devices.device import Counters
+from qemu_user.devices.device import Counters, Device
 
 
 class Answers(Protocol):
@@ -20,6 +20,8 @@ class Answers(Protocol):
     def read(self, offset: int, size: int) -> int: ...
 
     def write(self, offset: int, size: int, value: int) -> None: ...
+
+    def behind(self, offset: int, size: int) -> Device | None: ...
 
 
 class Window(NamedTuple):
@@ -55,6 +57,11 @@ class Bus:
             if gpa + size <= window.end:
                 return window
         return None
+
+    def device(self, gpa: int, size: int) -> Device | None:
+        """Whose state an access there may change."""
+        window = self.find(gpa, size)
+        return window.device.behind(gpa - window.start, size) if window is not None else None
 
     def read(self, gpa: int, size: int) -> int:
         """A load's value."""

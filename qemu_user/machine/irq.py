@@ -86,8 +86,14 @@ class LevelLine:
 
     def __init__(self, drive: Callable[[bool], None]) -> None:
         self._drive = drive
-        self._level = False
+        self._level: bool | None = None
+        """None: as somebody else has left it."""
         self._lock = threading.Lock()
+
+    def settle(self) -> None:
+        """Nobody has said anything of it: it is low."""
+        if self._level is None:
+            self.release_line()
 
     def assert_line(self) -> None:
         self._set(True)
@@ -156,6 +162,13 @@ class Interrupts(Protocol):
     def check(self, state: AiaState) -> None:
         """StateError unless restore() can take `state`."""
 
+    def settle(self) -> None:
+        """The devices have taken a dead process's place: wires that none of them has driven are low."""
+
+    @property
+    def handle(self) -> int:
+        """The number of the in-kernel controller's handle, -1 if there is none."""
+
     def restore(self, state: AiaState, before: AiaState | None = None) -> None:
         """Become what the checked `state` says. To be called when the devices have set their lines.
         `before`: what it has become already. StateError.
@@ -171,9 +184,14 @@ class AiaInterrupts:
     in_tree = False
     plic: Plic
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, handle: int = -1) -> None:
+        """`handle`: of one that is there already, configured."""
+        from protocol.client.device import Device as KvmDevice
+
         self._vm = vm
-        self._device = vm.create_device(DEV_TYPE_RISCV_AIA)
+        self._there = handle >= 0
+        self._device = KvmDevice(vm.link, vm.channel, handle) if self._there else vm.create_device(DEV_TYPE_RISCV_AIA)
+        self._levels: list[LevelLine] = []
         self._fds: list[int] = []
         self._cpus = 0
         self._routes = MsiRoutes(vm, virt.INTERRUPT_SOURCES + 1)
@@ -183,6 +201,8 @@ class AiaInterrupts:
         """Configure and initialise (KVM_ABI 1.10)."""
         self.plic = _plic(vcpus)
         self._cpus = cpus = len(vcpus)
+        if self._there:
+            return
         config, address = riscv.AiaGroup.CONFIG, riscv.AiaGroup.ADDR
         for attribute, value in (
             (riscv.AiaConfig.SRCS, virt.INTERRUPT_SOURCES),
@@ -204,7 +224,17 @@ class AiaInterrupts:
         return BothLines(EdgeLine(fd), self.plic.line(irq))
 
     def level(self, irq: int) -> InterruptLine:
-        return BothLines(LevelLine(lambda level: self._vm.irq_line(irq, int(level))), self.plic.line(irq))
+        line = LevelLine(lambda level: self._vm.irq_line(irq, int(level)))
+        self._levels.append(line)
+        return BothLines(line, self.plic.line(irq))
+
+    def settle(self) -> None:
+        for line in self._levels:
+            line.settle()
+
+    @property
+    def handle(self) -> int:
+        return self._device.number
 
     def cells(self, irq: int, edge: bool) -> list[int]:
         return [irq, EDGE_RISING if edge else LEVEL_HIGH]
@@ -328,6 +358,13 @@ class PlicInterrupts:
 
     def nodes(self) -> list[FdtNode]:
         return []  # the PLIC describes itself, being a device
+
+    def settle(self) -> None:
+        pass  # the PLIC has been restored as a device, and drives its vCPUs
+
+    @property
+    def handle(self) -> int:
+        return -1
 
     def reset(self) -> None:
         pass  # the PLIC is reset with the other devices

@@ -12,22 +12,24 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import msgspec
 
 from protocol.abi.errors import KvmError
+from protocol.abi.run_page import IMMEDIATE_EXIT
 from protocol.abi.structs import MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_USERFAULT
 from protocol.abi.structs_riscv import SBI_EXT, SbiExt, one_reg
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
-from qemu_user.devices.device import Counters
+from qemu_user.devices.device import Counters, Device, StateError
 from qemu_user.devices.memory import GuestMemory
 from qemu_user.devices.virtio.balloon import PAGE as BALLOON_PAGE
 from qemu_user.exits.context import ExitContext
@@ -36,6 +38,7 @@ from qemu_user.machine.build import Parts
 from qemu_user.machine.cpu import Isa, read_isa, reset_state, set_boot_state
 from qemu_user.machine.fdt import flatten
 from qemu_user.machine.irq import AiaInterrupts, PlicInterrupts
+from qemu_user.machine.keeper import Keeper, Predecessor
 from qemu_user.machine.kicks import Kicks
 from qemu_user.machine.tree import machine_tree
 from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
@@ -75,6 +78,11 @@ class Machine:
         if not config.uuid:
             config = msgspec.structs.replace(config, uuid=str(uuid.uuid4()))
         self.config = config
+        self.created = time.time()
+        self.introduce: Callable[[], None] | None = None
+        """Called when the VM has become one that outlives us."""
+        self.keeper: Keeper | None = None
+        self._predecessor: Predecessor | None = None
         self.generation = 0
         """How often the VM has moved to another process."""
         self.status = PRELAUNCH
@@ -108,15 +116,21 @@ class Machine:
 
     # -- start -------------------------------------------------------------------------------------
 
-    def start(self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1) -> None:
+    def start(
+        self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1, predecessor: Predecessor | None = None
+    ) -> None:
         """Build the machine and let it run (unless `paused`). `arriving`: its memory and state come from elsewhere,
         so nothing is booted; it stands (INMIGRATE) until resume(). Not `lock_disks`: whoever still has them hands them
-        over before that. `ram_fd`: the sealed memfd that is its memory, ours from now on. StartError, with nothing left behind.
+        over before that. `ram_fd`: the sealed memfd that is its memory, ours from now on. `predecessor`: the device process
+        that ran it, and died. StartError, with nothing left behind.
         """
+        self._predecessor = predecessor
         try:
-            self.parts.open_backends(lock_disks)
+            self.parts.open_backends(lock_disks and predecessor is None)
             self._create(ram_fd)
-            if arriving:
+            if predecessor is not None:
+                self._take_over(predecessor)
+            elif arriving:
                 self.status = INMIGRATE
             else:
                 self._load()
@@ -127,6 +141,9 @@ class Machine:
         except (KvmError, OSError) as error:
             self.close()
             raise StartError(f"kvmcore at {self._endpoint}: {error}") from error
+        except StateError as error:
+            self.close()
+            raise StartError(str(error)) from error
         except BaseException:
             self.close()
             raise
@@ -134,28 +151,61 @@ class Machine:
         self._io_thread.start()
         for thread in self.threads:
             thread.start()
-        if not self.config.paused and not arriving:
+        if predecessor is not None:
+            self._go_on(predecessor)
+        elif not arriving:
+            if not self.config.paused:
+                self.resume()
+            else:
+                self._begin_keeping()
+
+    def _take_over(self, predecessor: Predecessor) -> None:
+        """Devices and wires as a dead process has left them. StateError."""
+        predecessor.restore(self)
+        self.interrupts.settle()
+        self.generation, self.created = predecessor.machine.generation, predecessor.handles.created
+        self.status = INMIGRATE
+        take = predecessor.locks()
+        for disk in self.parts.disks:
+            disk.adopt_locks(take)
+            disk.lock()
+        self.keeper = Keeper(self, predecessor)
+
+    def _go_on(self, predecessor: Predecessor) -> None:
+        assert self.keeper is not None
+        self._predecessor = None  # from here on the VM is ours, and ends with us if we end
+        was = predecessor.machine.status
+        if was == RUNNING:
             self.resume()
+        else:
+            self.status = was
+            self.keeper.machine_changed()
+        for what, status in self.keeper.power:
+            self._power_asked += 1
+            self._happenings.put(Happening(what, status))
+
+    def _begin_keeping(self) -> None:
+        """From now on the VM outlives us, if it is to and all of its memory is here."""
+        if self.config.keep and self.keeper is None and self.memory.absent is None:
+            with self.standing() if self.status == RUNNING else nullcontext():
+                self.keeper = Keeper(self)
+            if self.introduce is not None:
+                self.introduce()
+
+    def _exit_done(self, cpu: int, device: Device | None) -> None:
+        if self.keeper is not None:
+            self.keeper.exit_done(cpu, device)
 
     def _create(self, ram_fd: int) -> None:
         """Everything that kvmcore keeps: memory, vCPUs, interrupt controller, eventfds."""
-        from protocol.client import Kvm
-
         config = self.config
-        self._kvm = Kvm.open(self._endpoint, name=config.name, accel="" if config.accel == "kvmcore" else config.accel)
-        vm = self.vm = self._kvm.create_vm()
-        aia = AiaInterrupts(vm) if config.aia == "aplic-imsic" else None
-        if ram_fd < 0:
-            self._memfd = vm.create_guest_memfd(config.memory)
-            self.ram_fd = self._memfd.fd
-        else:
-            vm.map_segment(_RAM_SEGMENT, config.memory, ram_fd)
-            self.ram_fd = ram_fd
-        self._set_ram_slot()
+        aia = self._find(self._predecessor) if self._predecessor is not None else self._make(ram_fd)
+        vm = self.vm
+        if self._predecessor is not None:  # it may have died with the dirty log on; what changes nothing is EINVAL
+            with suppress(KvmError):
+                self.log_dirty_pages(True)
+        self.log_dirty_pages(False)
         self.memory = GuestMemory([(virt.RAM_BASE, memoryview(mmap.mmap(self.ram_fd, config.memory)))])
-        self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
-        for vcpu in self.vcpus:
-            vcpu.set_one_reg(one_reg(SBI_EXT, SbiExt.DBCN), 1)
         if aia is not None:
             aia.finish(self.vcpus)
             self.interrupts = aia
@@ -176,8 +226,55 @@ class Machine:
                 self._power,
                 self.fail,
                 self.counters,
+                self._exit_done if config.keep else None,
             )
-            self.threads.append(VcpuThread(vm, vcpu, context, self._gate))
+            was_done = self._was_done if self._predecessor is not None else None
+            self.threads.append(VcpuThread(vm, vcpu, context, self._gate, was_done))
+
+    def _was_done(self, cpu: int) -> bool:
+        return self.keeper is not None and self.keeper.was_done(cpu)
+
+    def _make(self, ram_fd: int) -> AiaInterrupts | None:
+        """A new VM with its memory and vCPUs, and the interrupt controller that kvmcore has."""
+        from protocol.client import Kvm
+
+        config = self.config
+        self._kvm = Kvm.open(self._endpoint, name=config.name, accel="" if config.accel == "kvmcore" else config.accel)
+        vm = self.vm = self._kvm.create_vm()
+        aia = AiaInterrupts(vm) if config.aia == "aplic-imsic" else None
+        if ram_fd < 0:
+            self._memfd = vm.create_guest_memfd(config.memory)
+            self.ram_fd = self._memfd.fd
+        else:
+            vm.map_segment(_RAM_SEGMENT, config.memory, ram_fd)
+            self.ram_fd = ram_fd
+        self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
+        for vcpu in self.vcpus:
+            vcpu.set_one_reg(one_reg(SBI_EXT, SbiExt.DBCN), 1)
+        return aia
+
+    def _find(self, predecessor: Predecessor) -> AiaInterrupts | None:
+        """The same of a VM that is there. Its vCPUs leave the guest: KVM_GET_ONE_REG would wait behind their KVM_RUN."""
+        from protocol.client.vcpu import Vcpu
+        from protocol.client.vm import GuestMemfd
+
+        vm, handles = predecessor.vm, predecessor.handles
+        self.vm = vm
+        self.vcpus = [Vcpu(vm.link, vm.channel, number, index) for index, number in enumerate(handles.vcpus)]
+        for vcpu in self.vcpus:
+            vcpu.run_page[IMMEDIATE_EXIT] = 0
+            vm.kick(vcpu)
+        if handles.memory >= 0:
+            self._memfd = GuestMemfd(vm.link, vm.channel, handles.memory, self.config.memory)
+            self.ram_fd = self._memfd.fd
+        else:
+            self.ram_fd = predecessor.ram
+        return AiaInterrupts(vm, handles.aia) if handles.aia >= 0 else None
+
+    @property
+    def memory_handle(self) -> int:
+        """The number of RAM's guest_memfd; -1 if it is a memfd that came from elsewhere."""
+        return self._memfd.number if self._memfd is not None else -1
 
     def _load(self) -> None:
         """Kernel, initrd and tree into memory, the boot hart at the entry. BootError."""
@@ -235,6 +332,7 @@ class Machine:
                 self.memory.absent = None
                 self._set_ram_slot()
                 absent.close()
+        self._begin_keeping()
         return True
 
     def disown(self) -> None:
@@ -267,6 +365,8 @@ class Machine:
         with self._life:
             if self.status in (PRELAUNCH, PAUSED, INMIGRATE):
                 was, self.status = self.status, RUNNING
+                self._begin_keeping()
+                self._changed()
                 self._gate.open()
                 if was != PRELAUNCH:
                     for transport in self.parts.transports:
@@ -279,7 +379,12 @@ class Machine:
             if self.status == RUNNING:
                 self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS)
                 self.status = PAUSED
+                self._changed()
                 self._tell("STOP")
+
+    def _changed(self) -> None:
+        if self.keeper is not None:
+            self.keeper.machine_changed()
 
     @contextmanager
     def standing(self) -> Iterator[None]:
@@ -345,6 +450,8 @@ class Machine:
     def _power(self, what: str, status: int) -> None:
         with self._power_lock:
             self._power_asked += 1
+        if self.keeper is not None:
+            self.keeper.power_asked(what, status)
         self._happenings.put(Happening(what, status))
 
     def _look_at_kvmcore(self) -> None:
@@ -382,6 +489,8 @@ class Machine:
     def _power_done(self) -> None:
         with self._power_lock:
             self._power_asked -= 1
+        if self.keeper is not None:
+            self.keeper.power_done()
 
     def _reset(self) -> None:
         with self._life:
@@ -439,6 +548,8 @@ class Machine:
         self.parts.close()
         if self.interrupts is not None:
             self.interrupts.close()
+        if self._predecessor is not None:
+            self._predecessor.leave()
         for handle in (self.vm, self._kvm):
             if handle is not None:
                 try:

@@ -6,32 +6,42 @@ wait() has returned, and after a kill -9 the registry clears the rest.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
+from protocol.abi.errors import KvmError
 from qemu_user.backends.errors import BackendError
+from qemu_user.config.background import for_background
 from qemu_user.config.machine_config import MachineConfig
+from qemu_user.devices.device import StateError
+from qemu_user.machine.keeper import Predecessor, introduce
 from qemu_user.machine.machine import Machine, StartError
 from qemu_user.management.qmp_server import QmpServer
-from qemu_user.management.registry import NameTaken, Registration
+from qemu_user.management.registry import ATTACH_FILE, NameTaken, Registration
 
 
 class Instance:
     """start(), wait(); the rest may be called from any thread and from signal handlers."""
 
-    def __init__(self, config: MachineConfig, endpoint: str, provisional: bool = False) -> None:
-        """StartError if the name is taken. `provisional`: under another name, until take_name()."""
+    def __init__(
+        self, config: MachineConfig, endpoint: str, provisional: bool = False, registration: Registration | None = None
+    ) -> None:
+        """StartError if the name is taken. `provisional`: under another name, until take_name(). `registration`: it is there
+        already."""
         name = f"{config.name[:40]}.incoming-{os.getpid()}" if provisional else config.name
         try:
-            self._registration = Registration(name)
+            self._registration = Registration(name) if registration is None else registration
         except (NameTaken, OSError) as error:
             raise StartError(str(error)) from error
         directory = self._registration.directory
         self.config = config
         self.machine = Machine(config, endpoint, str(directory / "console.sock"))
         self._control = str(directory / "control.sock")
+        self.machine.introduce = self._introduce
         self._qmp: QmpServer | None = None
 
     @property
@@ -39,12 +49,14 @@ class Instance:
         """Where control.sock and console.sock are."""
         return str(self._registration.directory)
 
-    def start(self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1) -> None:
+    def start(
+        self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1, predecessor: Predecessor | None = None
+    ) -> None:
         """StartError, with nothing left behind. The arguments are Machine.start()'s."""
         try:
             paths = [self._control, *(qmp.path for qmp in self.config.qmp)]
             self._qmp = QmpServer(self.machine, paths)
-            self.machine.start(arriving, lock_disks, ram_fd)
+            self.machine.start(arriving, lock_disks, ram_fd, predecessor)
             self._qmp.start()
             self._registration.describe(
                 vm_pid=self.machine.vm.pid,
@@ -79,9 +91,29 @@ class Instance:
 
         threading.Thread(target=take, name="take-name", daemon=True).start()
 
+    def _introduce(self) -> None:
+        introduce(self.machine, self._registration.directory / ATTACH_FILE, self._registration.descriptor)
+
     def abandon(self) -> None:
         """It was built in vain: give everything back."""
         self._close()
+
+    @classmethod
+    def attached(cls, directory: Path) -> Instance:
+        """The VM of that directory, whose device process has died, with this one in its place; it goes on. StartError: there is
+        nothing to attach to, or it has a device process; KvmError, StateError."""
+        try:
+            predecessor = Predecessor(directory / ATTACH_FILE)
+        except FileNotFoundError as error:
+            raise StartError(f"VM {directory.name}: was not started with --keep: there is nothing to attach to") from error
+        except (KvmError, StateError, OSError) as error:
+            reason = "has its device process" if getattr(error, "errno", 0) == errno.EBUSY else str(error)
+            raise StartError(f"VM {directory.name}: {reason}") from error
+        registration = Registration.adopted(directory, predecessor.registration)
+        config = for_background(predecessor.config(), directory.name)
+        instance = cls(config, "", registration=registration)
+        instance.start(predecessor=predecessor)
+        return instance
 
     def request_powerdown(self) -> bool:
         """Ask the guest to shut down; False if it has nobody who listens."""

@@ -12,10 +12,14 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import stat
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+ATTACH_FILE = "attach.json"
+"""In the directory of a VM that outlives its device process: how to reach it (machine/keeper.py)."""
 
 
 class NameTaken(Exception):
@@ -43,6 +47,20 @@ class VmEntry(NamedTuple):
     def console(self) -> Path:
         """Where terminals attach."""
         return self.directory / "console.sock"
+
+    @property
+    def waits(self) -> bool:
+        """Whether its device process is dead: the VM waits for `softkvm attach`."""
+        if not (self.directory / ATTACH_FILE).exists():
+            return False
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.connect(str(self.control))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return True
+        except OSError:
+            pass  # it is there, and busy
+        return False
 
 
 def runtime_directory() -> Path:
@@ -97,6 +115,22 @@ class Registration:
             os.close(self._lock)  # somebody cleared it away between our two calls
         for left in self.directory.iterdir():
             left.unlink()
+
+    @classmethod
+    def adopted(cls, directory: Path, lock: int) -> Registration:
+        """Of a VM whose process died while somebody else held `lock`, the locked directory's descriptor, ours from now on."""
+        made = cls.__new__(cls)
+        made.name, made.directory, made._lock = directory.name, directory, lock
+        made._meta = {}
+        for left in directory.iterdir():
+            if left.suffix == ".sock":
+                left.unlink()
+        return made
+
+    @property
+    def descriptor(self) -> int:
+        """Of the directory; whoever has it keeps the name taken."""
+        return self._lock
 
     def describe(self, **meta: Any) -> None:
         """Write meta.json: from now on others see the VM."""

@@ -21,12 +21,12 @@ import msgspec
 from protocol.channel import zmq_socket
 from protocol.channel.zmq_socket import Curve
 from qemu_user.cli.daemon import DaemonError, ensure
+from qemu_user.config.background import for_background
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
 from qemu_user.machine.machine import PAUSED, Machine, StartError
 from qemu_user.management.instance import Instance
 from qemu_user.migration import identity, machine_state
-from qemu_user.migration.background import for_background
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
 from qemu_user.migration.destination import Discarded, Incoming
 from qemu_user.migration.host import authenticated
@@ -50,6 +50,13 @@ class Restore(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """These are other VMs than the one that was saved: with a uuid, addresses and disks of their own."""
     fill: bool = True
     """Bring all memory in the background, not only what is touched."""
+
+
+class Attach(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=True):
+    """Take the place of a VM's device process that has died."""
+
+    directory: str
+    """The VM's, in the registry."""
 
 
 class TakeIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=True):
@@ -171,13 +178,16 @@ def main() -> int:
         data, fds = _hear_order()
         if not data:
             return 0
-        order = msgspec.json.decode(data, type=Restore | TakeIn)
+        order = msgspec.json.decode(data, type=Restore | TakeIn | Attach)
         if isinstance(order, Restore):
             name = order.names[0] if len(order.names) == 1 else several(order)
             if not name:
                 return 0
             instance = restored(order, name)
             _say(tell, {"name": name, "pid": os.getpid()})
+        elif isinstance(order, Attach):
+            instance = Instance.attached(Path(order.directory))
+            _say(tell, {"name": instance.config.name, "pid": os.getpid()})
         else:
             instance = taken_in(order, fds, tell)
     except (StartError, msgspec.MsgspecError) as error:

@@ -20,6 +20,7 @@ import psutil
 from protocol.abi.errors import KvmError
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.errors import BackendError
+from qemu_user.config.background import for_background
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
@@ -28,7 +29,6 @@ from qemu_user.management.instance import Instance
 from qemu_user.migration import identity, machine_state, messages, pages, places, sections, steps
 from qemu_user.migration import journal as journals
 from qemu_user.migration.announce import announce
-from qemu_user.migration.background import for_background
 from qemu_user.migration.channel import Channel, ChannelError, Frame
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello

@@ -212,6 +212,8 @@ class Outgoing:
             try:
                 if not machine.settled:
                     raise JobError("the guest resets or shuts down at this moment")
+                if machine.keeper is not None:
+                    machine.keeper.stop()  # whoever settles our death from now on must not find two
                 left = copy.finish()
                 if self._postcopy:
                     channel.send(messages.ABSENT, payload=_pieces(left, machine.config.memory))
@@ -230,7 +232,7 @@ class Outgoing:
             except BaseException:
                 self._journal.write(journals.ABORTED, machine.generation)
                 self._say_abort()
-                self._take_disks_back()
+                self._keep_again()
                 raise
             self._journal.write(journals.COMMITTED, generation)
             machine.status = POSTMIGRATE
@@ -241,8 +243,8 @@ class Outgoing:
                 machine.disown()
             else:
                 machine.generation = generation + 1
-                self._take_disks_back()
                 machine.status = was
+                self._keep_again()
                 raise JobError("the destination has died before it ran the VM")
         steps.reached("source:done", channel.cut)
 
@@ -286,6 +288,12 @@ class Outgoing:
             if frame.kind != messages.FETCH:
                 raise ChannelError(f"message {frame.kind} during post-copy")
             self._send_piece(frame.a)
+
+    def _keep_again(self) -> None:
+        """The VM goes on here."""
+        self._take_disks_back()
+        if self._machine.keeper is not None:
+            self._machine.keeper.go_on()
 
     def _take_disks_back(self) -> None:
         """Before the guest goes on: the destination lets go of the disks when it reads our journal."""

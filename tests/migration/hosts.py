@@ -62,12 +62,15 @@ class HostUnderTest:
         peers.mkdir(parents=True, exist_ok=True)
         shutil.copy(other.runtime / "config" / "softkvm" / "keys" / "host.key", peers / "127.0.0.1.key")
 
-    def boot(self, name: str, fault: str = "", pages: int = 256, pause: int = 20000, **more: Any) -> subprocess.Popen[bytes]:
+    def boot(
+        self, name: str, fault: str = "", pages: int = 256, pause: int = 20000, options: tuple[str, ...] = (), **more: Any
+    ) -> subprocess.Popen[bytes]:
         """A VM with the memory guest, in a process of its own."""
         config = memory_guest.config(self.shared, name, pages=pages, pause=pause, **more)
         words = ["-kernel", config.boot.kernel, "-m", str(config.memory >> 20), "-name", name, "-smp", str(config.cpus),
                  "-display", "none",
-                 "-chardev", f"file,id=out,path={self.shared / name}.out,append=on", "-serial", "chardev:out"]  # fmt: skip
+                 "-chardev", f"file,id=out,path={self.shared / name}.out,append=on", "-serial", "chardev:out",
+                 *options]  # fmt: skip
         for drive in config.drives:
             words += ["-drive", f"file={drive.file},format={format_by_name(drive.file, drive.format)},if=virtio"]
         daemon = "from qemu_user.cli.daemon import ensure; print(ensure())"

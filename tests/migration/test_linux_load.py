@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,11 +31,11 @@ done"""
 class Load:
     """The VM "vm" on a host, under load."""
 
-    def __init__(self, host: HostUnderTest, folder: Path) -> None:
+    def __init__(self, host: HostUnderTest, folder: Path, *options: str) -> None:
         self.disk = folder / "disk"
         self.disk.write_bytes(bytes(64 << 20))
-        words = ["run", "--name", "vm", "--memory", "256M", "--smp", "2", "--drive", f"file={self.disk},format=raw", "busybox"]
-        command = [sys.executable, "-P", "-m", "qemu_user.cli.main", *words, "--", "sh", "-c", SCRIPT]
+        words = ["run", "--name", "vm", "--memory", "256M", "--smp", "2", "--drive", f"file={self.disk},format=raw"]
+        command = [sys.executable, "-P", "-m", "qemu_user.cli.main", *words, *options, "busybox", "--", "sh", "-c", SCRIPT]
         nothing = subprocess.DEVNULL
         self.process = subprocess.Popen(command, env=host.environment, stdin=nothing, stdout=nothing, stderr=nothing)
 
@@ -76,3 +79,25 @@ def test_moves_under_load(
         load.goes_on()
         source, target, uri, other = target, source, other, uri
     load.process.wait(20)
+
+
+KILLS = 40
+
+
+def test_device_process_is_killed_under_load(hosts: tuple[HostUnderTest, HostUnderTest], tmp_path: Path, busybox: None) -> None:
+    host, _ = hosts
+    load = Load(host, tmp_path, "--keep")
+    load.goes_on()
+    pid = load.process.pid
+    for number in range(KILLS):
+        time.sleep(0.05 + 0.037 * (number % 11))  # in the middle of whatever it does
+        os.kill(pid, signal.SIGKILL)
+        if pid == load.process.pid:
+            load.process.wait(10)
+        done = host.softkvm("attach", "vm")
+        assert done.returncode == 0, done.stderr.decode()
+        (row,) = json.loads(host.softkvm("ps", "--format", "json").stdout)
+        pid = row["pid"]
+        if number % 4 == 3:
+            load.goes_on()
+    load.goes_on()

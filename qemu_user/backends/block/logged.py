@@ -22,6 +22,8 @@ class LoggedDisk:
         self.image = image
         self.size, self.readonly, self.discard = image.size, image.readonly, image.discard
         self.log = WriteLog(image.size, BLOCK)
+        self.outlives = False
+        """Whether the VM may lose this process and go on: then nothing that was written is held back here."""
 
     @property
     def descriptor(self) -> int | None:
@@ -46,24 +48,38 @@ class LoggedDisk:
     def write(self, offset: int, views: list[memoryview]) -> None:
         length = sum(map(len, views))
         self.image.write(offset, views)
+        self._wrote(offset, length)
+
+    def _wrote(self, offset: int, length: int) -> None:
         self.log.wrote(offset, length)
+        if self.outlives:
+            self.image.hand_out()
 
     def flush(self) -> None:
         self.image.flush()
 
     def punch(self, offset: int, length: int) -> None:
         self.image.punch(offset, length)
-        self.log.wrote(offset, length)
+        self._wrote(offset, length)
 
     def zero(self, offset: int, length: int, unmap: bool) -> None:
         self.image.zero(offset, length, unmap)
-        self.log.wrote(offset, length)
+        self._wrote(offset, length)
 
     def lock(self) -> None:
         self.image.lock()
 
     def unlock(self) -> None:
         self.image.unlock()
+
+    def hand_out(self) -> None:
+        self.image.hand_out()
+
+    def locks(self) -> list[int]:
+        return self.image.locks()
+
+    def adopt_locks(self, take: Callable[[], int]) -> None:
+        self.image.adopt_locks(take)
 
     def resize(self, size: int) -> None:
         if self.log.on:

@@ -63,6 +63,16 @@ class BlockBackend(Protocol):
     def unlock(self) -> None:
         """Let others have it; what was written is on the disk (flush) before."""
 
+    def hand_out(self) -> None:
+        """Nothing of what was written before is in this process alone when this returns: it may be killed."""
+
+    def locks(self) -> list[int]:
+        """The descriptors of the open files that hold the lock."""
+
+    def adopt_locks(self, take: Callable[[], int]) -> None:
+        """The lock is held by open files of a process that died: `take` gives their descriptors, in the order of locks(), ours
+        from now on."""
+
     def resize(self, size: int) -> None:
         """The disk has `size` bytes, a multiple of 512, from now on; new ones read as zeroes. OSError."""
 
@@ -101,6 +111,8 @@ class RawImage:
                 else ""
             )
             raise BackendError(f"disk image {path}: {error.strerror}{'' if readonly else hint}") from error
+        self._lock_fd = self._fd
+        """Whose open file has the lock: locks go by open files (locks.py)."""
         try:
             self._check(locked)
         except BaseException:
@@ -122,7 +134,7 @@ class RawImage:
 
     def lock(self) -> None:
         """One writer or many readers: BackendError if others have it. Idempotent."""
-        if locks.take(self._fd, write=not self.readonly):
+        if locks.take(self._lock_fd, write=not self.readonly):
             return
         how = "is being written by" if self.readonly else "is in use by"
         hint = "" if self.readonly else "; VMs can share an image if all have it readonly=on"
@@ -130,7 +142,18 @@ class RawImage:
 
     def unlock(self) -> None:
         """Let others have it: nothing is read or written until lock()."""
-        locks.release(self._fd)
+        locks.release(self._lock_fd)
+
+    def hand_out(self) -> None:
+        pass  # all of it is the kernel's
+
+    def locks(self) -> list[int]:
+        return [self._lock_fd]
+
+    def adopt_locks(self, take: Callable[[], int]) -> None:
+        fd = take()
+        if fd >= 0:
+            self._lock_fd = fd
 
     @property
     def descriptor(self) -> int | None:
@@ -207,8 +230,10 @@ class RawImage:
     def close(self) -> None:
         """Let go of the image and its lock. Idempotent."""
         if self._fd >= 0:
+            if self._lock_fd != self._fd:
+                os.close(self._lock_fd)
             os.close(self._fd)
-            self._fd = -1
+            self._fd = self._lock_fd = -1
 
 
 def _after(views: list[memoryview], done: int) -> list[memoryview]:

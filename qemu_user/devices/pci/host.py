@@ -65,6 +65,11 @@ class Window:
                 return mapping
         return None
 
+    def behind(self, offset: int, size: int) -> Device | None:
+        """The device that answers there."""
+        mapping = self._find(offset, size)
+        return mapping.function if mapping is not None else None
+
     def read(self, offset: int, size: int) -> int:
         """An address that no BAR answers reads as ones (master abort)."""
         mapping = self._find(offset, size)
@@ -135,6 +140,9 @@ class PciHost(Device):
         if offset >> _ECAM_BUS_SHIFT or offset >> _ECAM_FUNCTION_SHIFT & 7:
             return None
         return self.functions.get(offset >> _ECAM_SLOT_SHIFT & 31)
+
+    def behind(self, offset: int, size: int) -> Device | None:
+        return self._function(offset)
 
     def read(self, offset: int, size: int) -> int:
         function = self._function(offset)

@@ -99,7 +99,7 @@ class Port:
                         stuck = True
                         break
             if stuck:
-                queue.unpop()
+                queue.unpop(chain)
                 break
             self._console.counters.count("bytes_out", done)
             self.sent = 0
@@ -307,6 +307,9 @@ class VirtioConsole(VirtioDevice):
                     or time.monotonic() > until
                 ):
                     break
+
+    def changes_state(self, index: int) -> bool:
+        return True
 
     def save(self) -> Any:
         return ConsoleState(

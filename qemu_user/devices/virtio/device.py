@@ -100,6 +100,10 @@ class VirtioDevice:
         not. Linux resets its devices at every shutdown and reboot, without waiting for their queues.
         """
 
+    def changes_state(self, index: int) -> bool:
+        """Whether serving queue `index` changes what save() gives, beyond the queue's own indices."""
+        return False
+
     def queue_reset(self, index: int) -> None:
         """The driver reset queue `index` alone: forget what is held of it."""
 

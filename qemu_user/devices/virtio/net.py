@@ -202,7 +202,7 @@ class VirtioNet(VirtioDevice):
             if chain is None:
                 break
             if not self._send(queue, chain):
-                queue.unpop()
+                queue.unpop(chain)
                 self._blocked = True  # sent() goes on
                 self.transport.notify_used(queue)
                 return
@@ -354,8 +354,8 @@ class VirtioNet(VirtioDevice):
             if chain is None:
                 if queue.allow_kicks():
                     continue
-                for _ in chains:
-                    queue.unpop()
+                for taken in reversed(chains):
+                    queue.unpop(taken)
                 self._starved = True
                 return False
             if not chains and chain.writable_bytes < HEADER_SIZE:
@@ -363,8 +363,8 @@ class VirtioNet(VirtioDevice):
             chains.append(chain)
             room += chain.writable_bytes
             if room < wanted and (not merge or len(chains) == queue.size):
-                for _ in chains:
-                    queue.unpop()
+                for taken in reversed(chains):
+                    queue.unpop(taken)
                 self.counters.count("rx_too_long")
                 return True
         queue.suppress_kicks()
@@ -425,6 +425,9 @@ class VirtioNet(VirtioDevice):
         return self._mac
 
     # -- state -------------------------------------------------------------------------------------
+
+    def changes_state(self, index: int) -> bool:
+        return index == self._control_index
 
     def save(self) -> Any:
         return NetState(mac=self._mac, plugged=self._plugged, announce=self._announce, filter=self._control.save())

@@ -63,6 +63,9 @@ class VirtioP9(VirtioDevice):
             self.transport.serve_later(0)
         self.transport.notify_used(queue)
 
+    def changes_state(self, index: int) -> bool:
+        return True
+
     def save(self) -> Any:
         return P9State(tag=self._tag, msize=self._server.msize, fids=self._server.save())
 

@@ -9,12 +9,13 @@ breaks the rules raises QueueError, which the transport answers with DEVICE_NEED
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from qemu_user.devices.device import StateError, require
 from qemu_user.devices.memory import GuestMemory, OutOfRange
+from qemu_user.devices.virtio.flight import Flight
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 """Descriptor flags (2.7.5)."""
@@ -34,7 +35,7 @@ class QueueError(Exception):
     """The driver broke a rule of the specification; the message names it."""
 
 
-class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One queue: addresses as the driver set them, indices modulo 2^16."""
 
     size: int
@@ -44,12 +45,14 @@ class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     used: int
     next_available: int
     next_used: int
+    again: list[int] = []
+    """Heads of requests that a device process which died had taken and not answered: they come before the others."""
 
 
 class Chain:
     """One request: buffers that the device may read, then buffers that it may write, without empty ones."""
 
-    __slots__ = ("head", "readable", "targets", "writable")
+    __slots__ = ("again", "head", "readable", "targets", "writable")
 
     def __init__(
         self,
@@ -61,6 +64,8 @@ class Chain:
         self.head, self.readable, self.writable = head, readable, writable
         self.targets = targets
         """(guest address, length) of the writable buffers, for the log of what devices write."""
+        self.again = False
+        """Whether a device process that died had taken it before."""
 
     @property
     def readable_bytes(self) -> int:
@@ -120,6 +125,10 @@ class Queue:
         """VIRTIO_F_EVENT_IDX was negotiated."""
         self.indirect = False
         """VIRTIO_F_INDIRECT_DESC was negotiated."""
+        self.flight: Flight | None = None
+        """Where requests in flight are noted, if the VM is to outlive this process."""
+        self.before_push: Callable[[Queue, int, int], None] | None = None
+        """Called with head and length before an answer is published: for devices that have to note more than that."""
         self.reset()
 
     def reset(self) -> None:
@@ -129,7 +138,10 @@ class Queue:
         self.descriptors = self.available = self.used = 0
         self._next_available = self._next_used = self._signalled_used = 0
         self._event_valid = False
+        self._again: list[int] = []
         self._memory: GuestMemory | None = None
+        if self.flight is not None:
+            self.flight.start(0, 0)
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -138,6 +150,8 @@ class Queue:
         self._open(memory)
         self._next_available = self._next_used = self._signalled_used = 0
         self._event_valid = False
+        if self.flight is not None:
+            self.flight.start(0, 0)
 
     def _open(self, memory: GuestMemory) -> None:
         if not (0 < self.size <= self.max_size and self.size & (self.size - 1) == 0):
@@ -163,6 +177,10 @@ class Queue:
         """The next request, None if there is none. QueueError."""
         if not self.ready:
             return None
+        if self._again:
+            chain = self._chain(self._again.pop(0))
+            chain.again = True
+            return chain
         waiting = (self._available_ring[1] - self._next_available) & 0xFFFF
         if not waiting:
             return None
@@ -171,6 +189,9 @@ class Queue:
         head = self._available_ring[2 + self._next_available % self.size]
         chain = self._chain(head)
         self._next_available = (self._next_available + 1) & 0xFFFF
+        if self.flight is not None:
+            self.flight.heads[head] = 1
+            self.flight.next_available = self._next_available
         return chain
 
     def _chain(self, head: int) -> Chain:
@@ -213,20 +234,31 @@ class Queue:
                 return Chain(head, readable, writable, targets)
             index = following
 
-    def unpop(self) -> None:
-        """The last request that pop() gave has not been looked at: it will be given again."""
+    def unpop(self, chain: Chain) -> None:
+        """`chain`, the last one that pop() gave, has not been looked at: it will be given again. Of several the last first."""
+        if chain.again:
+            self._again.insert(0, chain.head)
+            return
         self._next_available = (self._next_available - 1) & 0xFFFF
+        if self.flight is not None:
+            self.flight.next_available = self._next_available
+            self.flight.heads[chain.head] = 0
 
     # -- the device's answers ----------------------------------------------------------------------
 
     def push(self, chain: Chain, written: int) -> None:
         """Give a request back, with `written` bytes in its writable buffers."""
+        if self.before_push is not None:
+            self.before_push(self, chain.head, written)
         at = 1 + 2 * (self._next_used % self.size)
         self._used_ring[at] = chain.head
         self._used_ring[at + 1] = written & 0xFFFFFFFF
         # The element is in place before the index moves: x86 keeps stores in order, and so does CPython.
         self._next_used = (self._next_used + 1) & 0xFFFF
         self._used_head[1] = self._next_used
+        if self.flight is not None:
+            self.flight.heads[chain.head] = 0
+            self.flight.next_used = self._next_used
         memory = self._memory
         if memory is not None and memory.logging:
             for gpa, length in chain.targets:
@@ -264,12 +296,12 @@ class Queue:
             self._used_head[0] = 0
         if self._memory is not None and self._memory.logging:
             self._wrote_ring(self._memory)
-        return self._available_ring[1] != self._next_available
+        return bool(self._again) or self._available_ring[1] != self._next_available
 
     @property
     def has_requests(self) -> bool:
         """Whether pop() would find something."""
-        return self.ready and self._available_ring[1] != self._next_available
+        return self.ready and (bool(self._again) or self._available_ring[1] != self._next_available)
 
     @property
     def answered(self) -> bool:
@@ -287,6 +319,7 @@ class Queue:
             used=self.used,
             next_available=self._next_available,
             next_used=self._next_used,
+            again=list(self._again),
         )
 
     def check(self, state: QueueState, memory: GuestMemory) -> None:
@@ -297,6 +330,8 @@ class Queue:
             require(0 <= address < _HIGHEST_ADDRESS, f"{what}: address out of range")
         require(0 <= state.next_available <= 0xFFFF, f"{what}: next_available out of range")
         require(0 <= state.next_used <= 0xFFFF, f"{what}: next_used out of range")
+        require(len(state.again) <= state.size, f"{what}: more requests in flight than descriptors")
+        require(all(0 <= head < state.size for head in state.again), f"{what}: a head out of range")
         try:
             Queue(self.index, self.max_size).restore(state, memory)
         except QueueError as error:
@@ -311,3 +346,45 @@ class Queue:
             self._open(memory)
         self._next_available, self._next_used = state.next_available, state.next_used
         self._signalled_used = state.next_used
+        self._again = list(state.again)
+
+    # -- a process that dies -----------------------------------------------------------------------
+
+    def note_in(self, flight: Flight) -> None:
+        """From now on requests in flight are noted there; the device has none in hand."""
+        self.flight = flight
+        flight.start(self._next_available, self._next_used)
+        for head in self._again:
+            flight.heads[head] = 1
+
+    def recover(self, flight: Flight, answered: tuple[int, int, int] | None = None) -> None:
+        """After restore() of a state whose indices are old: what is in flight, by a dead process's notes, is given by pop()
+        again. `answered`: (head, length, used index before) of an answer that was due to be published.
+        """
+        if not self.ready:
+            self.note_in(flight)
+            return
+        self.flight = flight
+        if answered is not None:
+            head, written, before = answered
+            if self._used_head[1] == before and head < self.size and flight.heads[head]:
+                at = 1 + 2 * (before % self.size)
+                self._used_ring[at], self._used_ring[at + 1] = head, written & 0xFFFFFFFF
+                self._used_head[1] = (before + 1) & 0xFFFF
+        used = self._used_head[1]
+        while flight.next_used != used:  # published, and the process died before it could note that
+            head = self._used_ring[1 + 2 * (flight.next_used % self.size)]
+            if head < self.size:
+                flight.heads[head] = 0
+            flight.next_used = (flight.next_used + 1) & 0xFFFF
+        self._next_used = self._signalled_used = used
+        self._next_available = flight.next_available
+        if self._available_ring[1] != self._next_available:  # noted, and the process died before it counted it
+            head = self._available_ring[2 + self._next_available % self.size]
+            if head < self.size:
+                flight.heads[head] = 0
+        order = {}
+        for back in range(self.size, 0, -1):
+            order[self._available_ring[2 + (self._next_available - back) % self.size]] = -back
+        flying = [head for head in range(self.size) if flight.heads[head]]
+        self._again = sorted(flying, key=lambda head: order.get(head, 0))

@@ -74,6 +74,8 @@ class VirtioTransport:
         """How work is put off to the I/O thread; machine/build.py sets it."""
         self.warn: Callable[[str], None] = lambda sentence: None
         """Tells the user of a driver that breaks the rules."""
+        self.worked: Callable[[], None] = lambda: None
+        """Called under the lock when queues have been served; machine/keeper.py sets it."""
         self._clear()
         virtio.transport = self
 
@@ -187,6 +189,7 @@ class VirtioTransport:
         with self.lock:
             if self.virtio.live and self.virtio.queues[index].ready:
                 self._guarded(lambda: self.virtio.on_queue(index))
+                self.worked()
 
     def notified(self, index: int) -> None:
         """vCPU thread: a notification that no ioeventfd took."""
@@ -206,6 +209,7 @@ class VirtioTransport:
         with self.lock:
             if self.virtio.live:
                 self._guarded(work)
+                self.worked()
 
     def serve_later(self, index: int) -> None:
         self.defer(lambda: self.kicked(index))

@@ -322,12 +322,12 @@ class VirtioVsock(VirtioDevice):
         try:
             count = connection.sock.recvmsg_into(room)[0]
         except BlockingIOError:
-            queue.unpop()
+            queue.unpop(chain)
             return False
         except OSError:
             count = 0
         if count == 0:
-            queue.unpop()
+            queue.unpop(chain)
             self._host_ended(connection)
             return False
         connection.sent = connection.sent + count & 0xFFFFFFFF

@@ -145,6 +145,16 @@ class Qcow2Image:
             self._active = False
         self.file.unlock()
 
+    def locks(self) -> list[int]:
+        return self.file.locks()
+
+    def adopt_locks(self, take: Callable[[], int]) -> None:
+        self.file.adopt_locks(take)
+
+    def hand_out(self) -> None:
+        if self._active and (self._refcounts.dirty or self._mapping.dirty):
+            self.flush()
+
     def _settle(self) -> None:
         """Write everything, and the counts of what that frees."""
         if self.readonly or self._store.corrupt:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
+import struct
 from errno import EINVAL
 
 import pytest
@@ -28,16 +27,20 @@ SIZES = {
 @pytest.mark.parametrize("layout", structs.LAYOUTS, ids=lambda layout: layout.name)
 def test_layout_round_trip(layout: structs.Layout) -> None:
     assert layout.size == SIZES.get(layout.name, layout.size)
-    assert layout.construct.sizeof() == layout.size
     data = bytes(range(1, layout.size + 1))
     parsed = layout.parse(data)
-    assert layout.build(**{field.name: parsed[field.name] for field in layout.fields}) == data
+    assert layout.build(**{field.name: getattr(parsed, field.name) for field in layout.fields}) == data
     assert layout.build() == bytes(layout.size)
 
 
 def test_build_refuses_what_is_not_there() -> None:
     with pytest.raises(TypeError, match="nonsense"):
         structs.ONE_REG.build(nonsense=1)
+    for members in ({"args": [1, 2]}, {"args": [1, 2, 3, 1 << 64]}, {"pad": b"short"}, {"cap": -1}, {"cap": 1 << 32}):
+        with pytest.raises((ValueError, struct.error)):
+            structs.ENABLE_CAP.build(**members)
+    with pytest.raises(struct.error):
+        structs.ENABLE_CAP.parse(bytes(structs.ENABLE_CAP.size - 1))
 
 
 def test_definitions_are_checked() -> None:
@@ -92,12 +95,3 @@ def test_error_is_an_os_error() -> None:
     assert str(error) == "CREATE_VCPU: EINVAL (vCPU ids are 0 to 1023)"
     again = pickle.loads(pickle.dumps(error))
     assert (again.errno, again.ioctl, again.reason) == (error.errno, error.ioctl, error.reason)
-
-
-def test_import_is_cheap() -> None:
-    code = (
-        "import sys\n"
-        "from protocol.abi import capabilities, errors, exits, ioctls, run_page, structs_riscv\n"
-        "sys.exit('construct' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

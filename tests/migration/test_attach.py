@@ -1,0 +1,54 @@
+"""kill -9 of a VM's device process, and another one in its place: the guest goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.framework import memory_guest
+from tests.migration.hosts import HostUnderTest
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[HostUnderTest]:
+    made = HostUnderTest(tmp_path, "a")
+    yield made
+    made.close()
+
+
+def row(host: HostUnderTest) -> dict[str, object]:
+    """The one VM that is listed."""
+    (found,) = json.loads(host.softkvm("ps", "--format", "json").stdout)
+    return dict(found)
+
+
+def kill_device_process(host: HostUnderTest) -> None:
+    """kill -9, and wait until it is seen."""
+    pid = row(host)["pid"]
+    (process,) = [process for process in host.processes() if process.pid == pid]
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_guest_goes_on_after_each_of_three_kills(
+    cpus: int, host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path
+) -> None:
+    host.boot("vm", options=("-keep",), drives=(memory_guest.drive(tmp_path / "disk"),), cpus=cpus)
+    goes_on("vm")
+    vm_pid = row(host)["vm_pid"]
+    for _ in range(3):
+        kill_device_process(host)
+        assert row(host)["waits"]
+        done = host.softkvm("attach", "vm")
+        assert done.returncode == 0, done.stderr.decode()
+        goes_on("vm")
+        assert host.status("vm") == "running"
+        assert (row(host)["vm_pid"], row(host)["waits"]) == (vm_pid, False)
+    assert host.softkvm("attach", "vm").returncode == 1
+    assert host.softkvm("kill", "vm").returncode == 0
+    assert host.names() == []
