@@ -14,7 +14,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from kvmcore.engine import image
+from kvmcore.engine import client_code, image, running
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.interpreter import emit
 from kvmcore.engine.link import link
@@ -78,6 +78,23 @@ define i64 @decode_record(i64 %raw, i64 %offset) #1 {{
 define i64 @ticks() #1 {{
   %r = call i64 @llvm.readcyclecounter()
   ret i64 %r
+}}
+"""
+
+_RUN_ONCE = """
+define hidden fastcc {i64, i64} @run_once(i64 %s) #1 {
+  %k = call i64 @run(i64 %s)
+  %a = insertvalue {i64, i64} poison, i64 %k, 0
+  %b = insertvalue {i64, i64} %a, i64 0, 1
+  ret {i64, i64} %b
+}
+"""
+#: A function of running.EXPORTS, for Python.
+_EXPORT = """
+define i64 @python_{name}({parameters}) #1 {{
+  %r = call fastcc {{i64, i64}} @{name}({parameters})
+  %v = extractvalue {{i64, i64}} %r, 0
+  ret i64 %v
 }}
 """
 
@@ -146,6 +163,12 @@ def build() -> bytes:
     emitter.raw(_ENTRY.format(stopped=int(ExitKind.STOPPED), **{field.name: offset(field.name) for field in FIELDS}))
     emitter.declare("declare i64 @llvm.vector.reduce.or.v32i64(<32 x i64>)")
     emitter.raw(_DIFFER)
+    emitter.raw(_RUN_ONCE)
+    for declaration in client_code.DECLARATIONS:
+        emitter.declare(declaration)
+    emitter.raw(client_code.TEXT)
+    for name, count in running.EXPORTS.items():
+        emitter.raw(_EXPORT.format(name=name, parameters=", ".join(f"i64 %p{index}" for index in range(count))))
     for size in (1, 2, 4, 8):
         emitter.raw(_FOR_REGIONS.format(size=size, region_status=offset("region_status")))
     code, functions = compile_text(emitter.module())
@@ -157,6 +180,7 @@ def compile_text(text: str) -> tuple[bytes, dict[str, int]]:
     """LLVM IR text to a linked blob and its functions."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()  # for system calls
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),
         features=llvm.get_host_cpu_features().flatten(),

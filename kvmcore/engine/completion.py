@@ -35,6 +35,14 @@ class Access(NamedTuple):
         return data & _U64
 
 
+def packed(raw: int) -> int:
+    """An access in one word for native code: instruction << 32, length << 16, store << 13, signed << 12, size << 8, rd."""
+    access = plain_access(raw)
+    store = access.rd is None
+    low = access.length << 16 | store << 13 | access.signed << 12 | access.size << 8 | (access.rd or 0)
+    return raw << 32 | low
+
+
 @lru_cache(4096)
 def _classify(raw: int) -> Access | None:
     row = find(raw)

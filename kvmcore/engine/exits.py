@@ -50,5 +50,18 @@ class ExitKind(IntEnum):
     page-table walks too. Nothing has happened; run again when it is."""
     STOPPED = 12
     """The machine is quiesced: not entered. Handled inside Hart.run()."""
+    USER = 15
+    """An MMIO exit that is in kvm_run already; KVM_RUN returns 0. `pending_access` says how it is completed."""
     PROFILE = 13
     """The samples are full, or there is a new decoded page. Handled inside Hart.run()."""
+
+
+class Wanted(IntEnum):
+    """What serve_runs() returns besides an ExitKind."""
+
+    SUMMONED = 0x100
+    """hart.summon() was called; the vCPU is nobody's."""
+    BUSY = 0x101
+    """A RUN has been taken, but the vCPU is somebody else's at this moment."""
+    RUN = 0x102
+    """A RUN has been taken, the vCPU is ours, and Python does it from its beginning."""

@@ -52,6 +52,8 @@ def key() -> str:
     for folder in ("ir", "isa", "engine"):
         for path in sorted((root / folder).glob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name in ("abi/run_page.py", "abi/exits.py", "channel/vdso.py"):
+        digest.update((root.parent / "protocol" / name).read_bytes())
     try:
         digest.update(importlib.metadata.version("llvmlite").encode())
     except importlib.metadata.PackageNotFoundError:

@@ -82,12 +82,24 @@ class Image:
         self.atomic_or = ctypes.CFUNCTYPE(word, word, word)(self.address("atomic_or64"))
         self.atomic_and = ctypes.CFUNCTYPE(word, word, word)(self.address("atomic_and64"))
         self.signal = ctypes.CFUNCTYPE(word, word, word)(self.address("signal"))
+        self.run_on, self.serve_runs, self.serve_irqfds, self.wake_hart = (
+            ctypes.CFUNCTYPE(word, word)(self.address(f"python_{name}"))
+            for name in ("run_on", "serve_runs", "serve_irqfds", "wake_hart")
+        )
+        self.sleep_hart = ctypes.CFUNCTYPE(word, word, word, word)(self.address("python_sleep_hart"))
+        self.deliver = ctypes.CFUNCTYPE(word, word, word)(self.address("python_deliver"))
         self._decode = ctypes.CFUNCTYPE(word, word, word)(self.address("decode_record"))
         self.ticks = ctypes.CFUNCTYPE(word)(self.address("ticks"))
 
     def address(self, name: str) -> int:
         """Host address of a function of the image."""
         return self._base + self.functions["_decode_at"] + self.functions[name]
+
+    def code_of(self, name: str) -> bytes:
+        """The bytes of a function, and perhaps some that pad it."""
+        start = self.functions[name]
+        end = min(at for other, at in self.functions.items() if at > start and not other.startswith("_"))
+        return ctypes.string_at(self.address(name), end - start)
 
     def _mmap(self, at: int | None, size: int, protection: int, flags: int, fd: int) -> int:
         where = self._libc.mmap(

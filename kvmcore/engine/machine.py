@@ -18,7 +18,7 @@ from errno import EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from kvmcore.engine import hart_state, machine_state
-from kvmcore.engine.completion import destination, is_plain, plain_access
+from kvmcore.engine.completion import destination, is_plain, packed, plain_access
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.hart_state import HartState
 from kvmcore.engine.host_clock import HostClock
@@ -74,9 +74,13 @@ class Machine:
         self.state.pool_size = pool_bytes
         self._slots = (machine_state.Slot * 0)()
         self._imsics = (ctypes.c_uint64 * 0)()
+        self._blocked_bus: list[object] = []
         self.flushes_of_pool = 0
         self.clock = HostClock.shared(image)
         self.set_time(0)
+        self.state.one = 1
+        self.state.aplic_start = U64
+        self._bus: ctypes.Array[ctypes.c_uint64] | None = None
         self.state.regions = 1 << 32  # a record's offset has 32 bits: none
         self.hot_code: HotCode | None = None
 
@@ -137,6 +141,41 @@ class Machine:
             self.state.imsic_start, self.state.imsic_size = start, end - start
             self.state.imsic_harts = ctypes.addressof(table)
             self._imsics = table
+
+    def set_aplic(self, gpa: int) -> None:
+        """Accesses to the APLIC at `gpa` are exits, whatever else is there."""
+        self.state.aplic_start = gpa
+
+    def set_bus(self, entries: Sequence[tuple[int, int, int, int, int]], ring: int) -> bool:
+        """Replace what device stores meet first: machine_state.BusEntry as (start, size, kind, match, descriptor); `ring`: the
+        coalesced ring's address. False: a hart still uses the old ones, being blocked in one's eventfd.
+        """
+        words = [len(entries), *(word for entry in entries for word in entry)]
+        table = (ctypes.c_uint64 * len(words))(*words)
+        self.state.ring = ring
+        self.state.bus = ctypes.addressof(table)
+        before, self._bus = self._bus, table
+        self.image.atomic_or(self.address + machine_state.OFFSET["one"], 0)  # the new table is there before we look
+        for _ in range(_BUS_LOOKS):
+            if not any(hart.state.in_bus for hart in self.harts):
+                return True
+            time.sleep(_BUS_PAUSE)
+        self._blocked_bus.append(before)
+        return False
+
+    def lock_ring(self) -> None:
+        """For a store by Python into the coalesced ring; native code does without when it is taken."""
+        while self.image.atomic_or(self.address + machine_state.OFFSET["ring_lock"], 1) & 1:
+            time.sleep(0)
+
+    def unlock_ring(self) -> None:
+        """The store is done."""
+        self.image.atomic_and(self.address + machine_state.OFFSET["ring_lock"], 0)
+
+    def note_access(self, raw: int) -> None:
+        """Native code may finish this plain load or store from now on."""
+        word = packed(raw)
+        self.state.accesses[((raw * machine_state.ACCESS_HASH & 0xFFFFFFFF) >> 24) % machine_state.ACCESSES] = word
 
     def forget_decoded(self) -> None:
         """Drop all decoded pages; no hart is in native code."""
@@ -248,10 +287,13 @@ class Hart:
         self._block.close()
 
     # -- running ---------------------------------------------------------------------------------------------
-    def run(self) -> int:
-        """Execute guest code until something is for Python; ExitKind. pc is as ExitKind says."""
+    def run(self, left: int | None = None) -> int:
+        """Execute guest code until something is for Python; ExitKind. pc is as ExitKind says. `left`: how native code has
+        left already.
+        """
         while True:
-            kind = int(self._run(self._address))
+            kind = int(self._run(self._address)) if left is None else left
+            left = None
             if kind == ExitKind.STOPPED:
                 self.machine.wait_open()
             elif kind == ExitKind.KICK:
@@ -274,7 +316,40 @@ class Hart:
                 self.state.exit_kind = ExitKind.ERROR
                 return int(ExitKind.ERROR)
             else:
+                if kind in (ExitKind.MMIO_READ, ExitKind.MMIO_WRITE):
+                    self.machine.note_access(self.state.exit_insn)
                 return kind
+
+    # -- KVM_RUN without Python ------------------------------------------------------------------------------
+    def answer_exits(self, page: int) -> None:
+        """From now on run() sleeps in WFI and serves the bus, and writes MMIO exits into the kvm_run at `page`: USER."""
+        self.state.run_page = page
+        self._run = self.machine.image.run_on
+
+    def serve_runs(self) -> int:
+        """Wait at the doorbell and do RUNs until Python is needed; Wanted or ExitKind. After answer_exits()."""
+        return int(self.machine.image.serve_runs(self._address))
+
+    def summon(self) -> None:
+        """Make serve_runs() return SUMMONED; whoever calls rings the bell afterwards."""
+        self.state.summons = 1
+
+    def acquire(self) -> bool:
+        """Take the vCPU, as a RUN does; False: it is taken."""
+        return not self.machine.image.atomic_or(self._address + _OWNER, 1) & 1
+
+    def release(self) -> None:
+        """Give it back."""
+        self.machine.image.atomic_and(self._address + _OWNER, ~1 & U64)
+
+    def wake(self) -> None:
+        """End a WFI, or any sleep(), of the hart."""
+        self.machine.image.wake_hart(self._address)
+
+    def sleep(self, seen: int, ns: int | None) -> None:
+        """Until wake() has been called since `state.wake` was `seen`, at most `ns`. May return early."""
+        ticks = _LONG if ns is None else min(_LONG, -(-ns * FREQUENCY // 1_000_000_000))
+        self.machine.image.sleep_hart(self._address, seen, ticks)
 
     def _served(self) -> bool:
         """Out because of `attention`: whether the caller has to know."""
@@ -345,9 +420,7 @@ class Hart:
 
     def inject_msi(self, identity: int) -> None:
         """Make an identity pending, from any thread."""
-        word = self._address + _EIP + 8 * (identity >> 6)
-        self.machine.image.atomic_or(word, 1 << (identity & 63))
-        self.signal(hart_state.ATTENTION_INTERRUPT)
+        self.machine.image.deliver(self._address, identity)
 
     def read_imsic(self, name: str, index: int = 0) -> int:
         """eidelivery, eithreshold, eip[index] or eie[index]."""
@@ -398,7 +471,9 @@ class Hart:
 
 
 _SIP = hart_state.offset("sip")
-_EIP = hart_state.offset("eip")
+_OWNER = hart_state.offset("owner")
+_LONG = 3600 * FREQUENCY
+_BUS_LOOKS, _BUS_PAUSE = 100, 0.0001
 _ATTENTION = hart_state.offset("attention")
 
 

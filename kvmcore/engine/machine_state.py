@@ -35,6 +35,30 @@ SLOT_ABSENT = 2
 PAGE_BUCKETS = 4096
 
 
+#: Entries of the direct-mapped cache of what device accesses do.
+ACCESSES = 256
+ACCESS_HASH = 0x9E3779B1
+
+
+class BusEntry(ctypes.Structure):
+    """An ioeventfd (`fd`) or a coalesced zone, in the order in which they are asked."""
+
+    _fields_ = [
+        ("start", _U64),
+        ("size", _U64),  # of a zone; of the store that an ioeventfd takes, 0: any
+        ("kind", _U64),
+        ("match", _U64),
+        ("fd", _U64),
+    ]
+
+
+BUS_EVENT, BUS_MATCHING_EVENT, BUS_ZONE = 1, 2, 3
+#: The table: the number of entries, then they.
+BUS_HEAD = 8
+BUS_ENTRY = ctypes.sizeof(BusEntry)
+BUS_OFFSET: dict[str, int] = {name: getattr(BusEntry, name).offset for name, *_ in BusEntry._fields_}
+
+
 class MachineState(ctypes.Structure):
     """Fields by name; `slots` and `pool` are addresses."""
 
@@ -56,6 +80,12 @@ class MachineState(ctypes.Structure):
         ("imsic_start", _U64),  # guest-physical address of the first IMSIC page
         ("imsic_size", _U64),  # bytes from there to the end of the last one
         ("imsic_harts", _U64),  # address of a table: the hart's block for each of these pages, or 0
+        ("aplic_start", _U64),  # guest-physical address of the APLIC, whose accesses are Python's; all ones: none
+        ("bus", _U64),  # address of the table of ioeventfds and coalesced zones, or 0
+        ("ring", _U64),  # address of the coalesced-MMIO ring
+        ("ring_lock", _U64),
+        ("one", _U64),  # 1: what an eventfd is written
+        ("accesses", _U64 * ACCESSES),  # completion.packed of instructions that have left with MMIO
         ("buckets", _U64 * PAGE_BUCKETS),  # address of the first decoded page, or 0
     ]
 

@@ -55,6 +55,17 @@ def compare_exchange(address: Value, old: Value, new: Value) -> Value:
     return tracer().effect("cmpxchg", (address, old, new), 1)
 
 
+def syscall(number: int, *args: Value | int) -> Value:
+    """The host kernel's answer; negative: an errno. x86-64 numbers."""
+    words = [as_value(arg, 64) for arg in (number, *args)]
+    return tracer().effect("syscall", [*words, *[u64(0)] * (7 - len(words))], 64)
+
+
+def pause() -> None:
+    """Inside a loop that waits for another thread."""
+    tracer().effect("pause", ())
+
+
 def call(function: str, *args: Value) -> tuple[Value, Value]:
     """Call a native function: its two results."""
     first = tracer().effect("call", args, 64, (function,))

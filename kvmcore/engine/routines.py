@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from kvmcore.engine import code_pages, hart_state, softmmu
+from kvmcore.engine import code_pages, hart_state, running, softmmu
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.native_hart import OK, PAGE_MASK, FunctionHart, HandlerHart, call, load, param, returns, store, tracer
 from kvmcore.ir.value import select, u64
@@ -166,6 +166,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "fetch_halfword": (2, code_pages.fetch_halfword),
     "fetch_page": (2, code_pages.fetch_page),
     "instruction_bits": (2, code_pages.instruction_bits),
+    **running.FUNCTIONS,
 }
 
 #: name -> (function, whether pc is a0 rather than the record's place)

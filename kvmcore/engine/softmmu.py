@@ -269,11 +269,7 @@ def again_store_function(size: int) -> Callable[[FunctionHart], None]:
 
 
 def send_msi(h: FunctionHart) -> None:
-    """(identity), exit_gpa: a store to seteipnum_le of a hart that runs; EXITED if it is not that.
-
-    A hart that sleeps must be woken, which is Python's business. If it goes to sleep at this moment, either it sees
-    the request (Hart.run looks after leaving) or we see that it has left.
-    """
+    """(identity), exit_gpa: a store to seteipnum_le of a hart's IMSIC; EXITED if it is not that."""
     identity = p1()
     offset = h.get("exit_gpa") - load(h.machine("imsic_start"))
     if offset >= load(h.machine("imsic_size")) or (offset & 4095) != 0:
@@ -281,19 +277,9 @@ def send_msi(h: FunctionHart) -> None:
     target = load(load(h.machine("imsic_harts")) + (offset >> 9))
     if target == 0:
         returns(u64(0), EXITED)
-    running = target + hart_state.offset("running")
-    known = (identity != 0) & (identity <= load(target + hart_state.offset("imsic_identities")))
-    if ~known or load(running, 32, "volatile") == 0:
+    if (identity == 0) | (identity > load(target + hart_state.offset("imsic_identities"))):
         returns(u64(0), EXITED)
-    word, bit = target + hart_state.offset("eip") + ((identity >> 6) << 3), const(64, 1) << (identity & 63)
-    atomic("or", word, bit)
-    atomic("or", target + hart_state.offset("attention"), const(32, hart_state.ATTENTION_INTERRUPT))
-    store(target + hart_state.offset("limit"), u64(0), "atomic")
-    if load(running, 32, "atomic") != 0:
-        returns(u64(0))
-    # It has left: Python shall deliver it, unless the hart has taken it already; twice would be one too many.
-    left = atomic("and", word, ~bit) & bit
-    returns(u64(0), select(left != 0, u64(EXITED), u64(OK)))
+    returns(*call("deliver", target, identity))
 
 
 def atomic_address(h: FunctionHart) -> None:

@@ -170,6 +170,17 @@ def _ticks(emitter: Emitter, op: Op, name: str) -> list[str]:
     return [f"%{name} = call i64 @llvm.readcyclecounter()"]
 
 
+def _pause(emitter: Emitter, op: Op, name: str) -> list[str]:
+    emitter.declare("declare void @llvm.x86.sse2.pause()")
+    return ["call void @llvm.x86.sse2.pause()"]
+
+
+def _syscall(emitter: Emitter, op: Op, name: str) -> list[str]:
+    """args: number and six arguments; the result is the kernel's, an errno being negative."""
+    places = "={rax},{rax},{rdi},{rsi},{rdx},{r10},{r8},{r9},~{rcx},~{r11},~{memory},~{dirflag},~{fpsr},~{flags}"
+    return [f'%{name} = call i64 asm sideeffect "syscall", "{places}"({", ".join(typed(arg) for arg in op.args)})']
+
+
 def _address_of(emitter: Emitter, op: Op, name: str) -> list[str]:
     return [f"%{name} = ptrtoint ptr @{op.attrs[0]} to i64"]
 
@@ -312,6 +323,8 @@ _EFFECTS: dict[str, Callable[[Emitter, Op, str], list[str]]] = {
     "cmpxchg": _cmpxchg,
     "fence": _fence,
     "ticks": _ticks,
+    "pause": _pause,
+    "syscall": _syscall,
     "address": _address_of,
     "call": _call,
     "second": _second,

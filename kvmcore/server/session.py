@@ -121,6 +121,10 @@ class ClientSession:
                 self._keep(message.a, fds)
             case Op.KEPT:
                 return [self._kept[message.a]] if message.a in self._kept else []
+            case Op.VDSO:
+                from kvmcore.vm.vdso import vdso_fd
+
+                return [vdso_fd()]
             case _:
                 raise KvmError(EOPNOTSUPP, reason=f"unknown message {message.op}")
         return []

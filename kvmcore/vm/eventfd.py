@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from errno import EEXIST, EINVAL, ENOENT, ENOSPC
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmcore.engine import machine_state
 from kvmcore.vm.irqfd import Irqfds
 from kvmcore.vm.objects import eventfd_of
 from protocol.abi import run_page, structs
@@ -97,6 +99,18 @@ def _insert(bus: list[Ioeventfd | Zone], new: Ioeventfd | Zone) -> list[Ioeventf
     return [*bus, new]
 
 
+def _on_mmio(device: Ioeventfd | Zone) -> bool:
+    return not device.pio if isinstance(device, Zone) else device.bus == "mmio"
+
+
+def _native(device: Ioeventfd | Zone) -> tuple[int, int, int, int, int]:
+    """As Machine.set_bus wants it."""
+    if isinstance(device, Zone):
+        return device.addr, device.size, machine_state.BUS_ZONE, 0, 0
+    kind = machine_state.BUS_EVENT if device.datamatch is None else machine_state.BUS_MATCHING_EVENT
+    return device.addr, device.length, kind, device.datamatch or 0, device.fd
+
+
 class Eventfds:
     """The MMIO and PIO buses of one VM, and its irqfds."""
 
@@ -111,6 +125,25 @@ class Eventfds:
         lock.
         """
         self._reserved = 0
+        self._stuck: list[int] = []
+        """Descriptors that a blocked vCPU may be writing to."""
+
+    def _publish(self, gone: Iterable[int] = ()) -> None:
+        """Native code sees the bus as it is now; the descriptors that are `gone` are closed. The lock is held."""
+        free = not self.vm.has_machine or self.vm.machine.set_bus(
+            [_native(device) for device in self._bus if _on_mmio(device)], self.vm.ring.address if self._zones else 0
+        )
+        if not free:
+            self._stuck.extend(gone)
+            return
+        for fd in gone:
+            os.close(fd)
+
+    def publish(self) -> None:
+        """The engine's half of the VM is there."""
+        with self._lock:
+            if self._bus:
+                self._publish()
 
     # -- the guest's side --------------------------------------------------------------------------
 
@@ -139,7 +172,9 @@ class Eventfds:
         return True
 
     def _coalesce(self, addr: int, data: bytes, pio: int) -> bool:
-        with self._lock:
+        machine = self.vm.machine
+        machine.lock_ring()
+        try:
             ring = self.vm.ring.view
             (last,) = run_page.U32.unpack_from(ring, 4)
             (first,) = run_page.U32.unpack_from(ring, 0)
@@ -148,6 +183,8 @@ class Eventfds:
             at = 8 + last * run_page.COALESCED_ENTRY_SIZE
             run_page.COALESCED_ENTRY.pack_into(ring, at, addr, len(data), pio, data)
             run_page.U32.pack_into(ring, 4, (last + 1) % run_page.COALESCED_MAX)
+        finally:
+            machine.unlock_ring()
         return True
 
     # -- ioeventfd ---------------------------------------------------------------------------------
@@ -173,6 +210,7 @@ class Eventfds:
             event = Ioeventfd(bus, addr, length, match, eventfd_id(file.fd), file.dup())
             self._events[addr] = [*self._events.get(addr, ()), event]
             self._bus = _insert(self._bus, event)
+            self._publish()
 
     def _deassign(self, file: HostFile, bus: str, addr: int, length: int, match: int | None) -> None:
         key = (bus, addr, length, match, eventfd_id(file.fd))
@@ -186,7 +224,7 @@ class Eventfds:
                         self._events[addr] = rest
                     else:
                         del self._events[addr]
-                    os.close(event.fd)
+                    self._publish([event.fd])
                     return
         raise KvmError(ENOENT, reason="no such ioeventfd")
 
@@ -200,6 +238,7 @@ class Eventfds:
             self._check_room(pio)
             self._bus = _insert(self._bus, Zone(addr, size, pio))
             self._zones += 1
+            self._publish()
 
     def unregister_zone(self, addr: int, size: int, pio: int) -> None:
         """KVM_UNREGISTER_COALESCED_MMIO: every zone that contains the range; none is no error."""
@@ -212,6 +251,7 @@ class Eventfds:
                 if not (isinstance(device, Zone) and device.pio == pio and device.contains(addr, size))
             ]
             self._zones = sum(isinstance(device, Zone) for device in self._bus)
+            self._publish()
 
     def reserve(self, devices: int) -> None:
         """An in-kernel device takes places on the MMIO bus. ENOSPC."""
@@ -237,6 +277,4 @@ class Eventfds:
         with self._lock:
             events, self._events = self._events, {}
             self._zones, self._bus = 0, []
-        for group in events.values():
-            for event in group:
-                os.close(event.fd)
+            self._publish([event.fd for group in events.values() for event in group])

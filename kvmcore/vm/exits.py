@@ -14,6 +14,7 @@ from errno import EFAULT, EIO, EOPNOTSUPP
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmcore import sbi
+from kvmcore.engine.completion import packed
 from kvmcore.engine.exits import ExitKind
 from kvmcore.sbi.extension import After, Result
 from kvmcore.vm import csr_access, mp_state
@@ -33,11 +34,9 @@ _A0, _A1, _A6, _A7 = 10, 11, 16, 17
 
 
 class Pending(NamedTuple):
-    """An exit that user space answers. `length` counts for MMIO only."""
+    """An exit that user space answers, but for MMIO: that is the hart's `pending_access`, native code's too."""
 
     reason: Exit
-    is_write: bool = False
-    length: int = 0
 
 
 # -- the next KVM_RUN ------------------------------------------------------------------------------
@@ -45,16 +44,16 @@ class Pending(NamedTuple):
 
 def complete(vcpu: Vcpu) -> None:
     """Finish the pending exit with the answer in the page. Nothing pending: nothing happens."""
+    hart, page = vcpu.hart, vcpu.page
+    if hart.state.pending_access:
+        hart.state.pending_access = 0
+        (answer,) = run_page.U64.unpack_from(page, run_page.MMIO_DATA)
+        hart.complete_mmio(answer)
+        return
     pending, vcpu.pending = vcpu.pending, None
     if pending is None:
         return
-    hart, page = vcpu.hart, vcpu.page
-    if pending.reason == Exit.MMIO:
-        at = run_page.MMIO_DATA
-        hart.complete_mmio(
-            0 if pending.is_write else int.from_bytes(page[at : at + pending.length], "little")
-        )
-    elif pending.reason == Exit.RISCV_SBI:
+    if pending.reason == Exit.RISCV_SBI:
         error, value = run_page.SBI.unpack_from(page, run_page.UNION)[8:]
         _return_from_sbi(vcpu, error, value)
     elif pending.reason == Exit.RISCV_CSR:
@@ -126,7 +125,7 @@ def _mmio(vcpu: Vcpu, is_write: bool) -> bool:
     run_page.U64.pack_into(page, run_page.MMIO_PHYS_ADDR, gpa)
     run_page.U32.pack_into(page, run_page.MMIO_LEN, length)
     page[run_page.MMIO_IS_WRITE] = is_write
-    vcpu.pending = Pending(Exit.MMIO, is_write, length)
+    state.pending_access = packed(state.exit_insn)
     vcpu.set_exit_reason(Exit.MMIO)
     return False
 

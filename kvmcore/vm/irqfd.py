@@ -1,6 +1,7 @@
 """irqfd: an eventfd whose signal is an interrupt of the guest (KVM_ABI 1.9).
 
-The VM process's I/O loop polls the eventfds; a signal goes through the GSI routing to the irqchip. With
+A signal goes through the GSI routing to the irqchip. Where that is one MSI, native code does it (native_irqfd.py), else the
+VM process's I/O loop, which polls the eventfds. With
 RESAMPLE the line stays up until the guest ends the interrupt; then the resample eventfd is signalled, and
 its owner raises it again if the device still wants. Called by eventfd.py and by irqchip (end of interrupt).
 """
@@ -13,6 +14,7 @@ import threading
 from errno import EBUSY, EINVAL
 from typing import TYPE_CHECKING
 
+from kvmcore.vm.native_irqfd import NativeIrqfds
 from kvmcore.vm.objects import eventfd_of
 from protocol.abi import structs
 from protocol.abi.errors import KvmError
@@ -29,6 +31,8 @@ class Irqfd:
         self.fd = fd
         self.gsi = gsi
         self.resample_fd = resample_fd
+        self.slot: int | None = None
+        """Of native_irqfd.py, if native code serves it."""
 
     def close(self) -> None:
         os.close(self.fd)
@@ -43,6 +47,7 @@ class Irqfds:
         self._vm = vm
         self._lock = threading.Lock()
         self._irqfds: list[Irqfd] = []
+        self._native: NativeIrqfds | None = None
 
     def assign(self, number: int, gsi: int, flags: int, resample_number: int) -> None:
         """KVM_IRQFD. EINVAL: flags, or not an eventfd; EBADF; EBUSY: this eventfd is an irqfd of the VM
@@ -69,7 +74,33 @@ class Irqfds:
             irqfd = Irqfd(identity, file.dup(), gsi, resample.dup() if resample else -1)
             self._irqfds.append(irqfd)
         # A counter that is not zero already makes the descriptor readable, hence an interrupt at once.
-        self._vm.loop.add_reader(irqfd.fd, lambda: self._signalled(irqfd))
+        self._place(irqfd)
+
+    def rerouted(self) -> None:
+        """The GSI routing is another one."""
+        for irqfd in list(self._irqfds):
+            self._vm.loop.remove_reader(irqfd.fd)
+            self._place(irqfd)
+
+    def _place(self, irqfd: Irqfd) -> None:
+        """Have it served by whom it concerns now."""
+        chip = self._vm.irqchip
+        target = chip.native_target(irqfd.gsi) if chip is not None and irqfd.resample_fd < 0 else 0
+        if target and irqfd.slot is not None and self._native is not None:
+            self._native.retarget(irqfd.slot, target)
+            return
+        self._take_away(irqfd)
+        if target:
+            if self._native is None:
+                self._native = NativeIrqfds(self._vm.machine.image)
+            irqfd.slot = self._native.add(irqfd.fd, target)
+        if irqfd.slot is None:
+            self._vm.loop.add_reader(irqfd.fd, lambda: self._signalled(irqfd))
+
+    def _take_away(self, irqfd: Irqfd) -> None:
+        if irqfd.slot is not None and self._native is not None:
+            self._native.remove(irqfd.slot)
+            irqfd.slot = None
 
     def _deassign(self, identity: int, gsi: int) -> None:
         with self._lock:
@@ -111,8 +142,12 @@ class Irqfds:
         with self._lock:
             gone, self._irqfds = self._irqfds, []
         self._drop(gone)
+        if self._native is not None:
+            self._native.close()
+            self._native = None
 
     def _drop(self, irqfds: list[Irqfd]) -> None:
         for irqfd in irqfds:
             self._vm.loop.remove_reader(irqfd.fd)
+            self._take_away(irqfd)
             irqfd.close()

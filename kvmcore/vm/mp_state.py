@@ -42,6 +42,7 @@ def set_mp_state(vcpu: Vcpu, state: int) -> None:
 def reset(vcpu: Vcpu) -> None:
     """The state of a new vCPU: everything 0, S-mode, no timer (KVM_ABI 1.11)."""
     vcpu.pending = None
+    vcpu.hart.state.pending_access = 0
     vcpu.registers.reset()
 
 

@@ -1,6 +1,7 @@
 """Counters of a VM and of its vCPUs, and the file of KVM_GET_STATS_FD (KVM_ABI 1.12).
 
-The counters are plain attributes that exits.py and the vCPU thread add to. The file is the binary format of
+What native code counts too stands in the hart's block, the rest are attributes that exits.py adds to. The file
+is the binary format of
 <linux/kvm.h>: header, id, descriptors, data; each read sees the counters of that moment. Nothing here slows
 an exit down: no locks, no names looked up.
 """
@@ -11,10 +12,12 @@ import struct
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmcore.engine.hart_state import BY_NAME as HART_FIELDS
 from kvmcore.vm.objects import StatsBase
 from protocol.abi import structs
 
 if TYPE_CHECKING:
+    from kvmcore.engine.machine import Hart
     from kvmcore.vm.vcpu import Vcpu
     from kvmcore.vm.vm import Vm
 
@@ -83,33 +86,55 @@ class VmStats:
         self.remote_tlb_flush_requests = 0
 
 
+class _InHart:
+    """A counter that is a field of the hart's block."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, stats: VcpuStats, owner: type) -> int:
+        return int(getattr(stats.hart.state, self._name))
+
+    def __set__(self, stats: VcpuStats, value: int) -> None:
+        setattr(stats.hart.state, self._name, value)
+
+
 class VcpuStats:
-    """Counters of a vCPU. Ours never polls before sleeping, so the halt_poll_* stay 0; traps that the guest
-    handles itself (illegal, misaligned, access) never leave native code and are not counted.
+    """Counters of a vCPU. Traps that the guest handles itself (illegal, misaligned, access) never leave native code and
+    are not counted, nor is how long single polls before a halt took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hart: Hart) -> None:
+        self.hart = hart
         for statistic in VCPU_STATISTICS:
-            setattr(self, statistic.name, 0 if statistic.size == 1 else [0] * statistic.size)
+            if statistic.name not in HART_FIELDS:
+                setattr(self, statistic.name, 0 if statistic.size == 1 else [0] * statistic.size)
 
-    halt_wakeup: int
-    halt_wait_ns: int
-    halt_wait_hist: list[int]
-    blocking: int
+    halt_successful_poll = _InHart()
+    halt_attempted_poll = _InHart()
+    halt_poll_success_ns = _InHart()
+    halt_poll_fail_ns = _InHart()
+    halt_wakeup = _InHart()
+    halt_wait_ns = _InHart()
+    blocking = _InHart()
+    wfi_exit_stat = _InHart()
+    mmio_exit_user = _InHart()
+    mmio_exit_kernel = _InHart()
+    exits = _InHart()
     ecall_exit_stat: int
-    wfi_exit_stat: int
-    mmio_exit_user: int
-    mmio_exit_kernel: int
     csr_exit_user: int
     csr_exit_kernel: int
     signal_exits: int
-    exits: int
+
+    @property
+    def halt_wait_hist(self) -> list[int]:
+        return list(self.hart.state.halt_wait_hist)
 
     def halted(self, nanoseconds: int) -> None:
         """The vCPU slept this long in WFI and was woken."""
         self.halt_wakeup += 1
         self.halt_wait_ns += nanoseconds
-        self.halt_wait_hist[min(nanoseconds.bit_length(), HIST_BUCKETS - 1)] += 1
+        self.hart.state.halt_wait_hist[min(nanoseconds.bit_length(), HIST_BUCKETS - 1)] += 1
 
 
 class StatsFile(StatsBase):

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from errno import EINTR, EIO, ENOMEM
 from typing import TYPE_CHECKING
 
-from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.exits import ExitKind, Wanted
+from kvmcore.engine.machine import Hart
 from kvmcore.vm import exits
 from kvmcore.vm.accelerator import make_hart
 from kvmcore.vm.dirty import DirtyRing
@@ -28,7 +29,7 @@ from kvmcore.vm.statistics import VcpuStats
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.exits import Exit
-from protocol.channel.doorbell import Doorbell, WakeWord
+from protocol.channel.doorbell import Doorbell
 from protocol.channel.shared_memory import Mapping, create_memfd
 
 if TYPE_CHECKING:
@@ -36,9 +37,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvmcore.vcpu")
 
+_PAUSE_SECONDS = 20e-6
 RUNNABLE = 0
 STOPPED = 5
 Job = Callable[[], None]
+
+
+class Mutex:
+    """Who may work on a vCPU: a word of the hart's block, so that native code takes it for a RUN."""
+
+    def __init__(self, hart: Hart) -> None:
+        self._hart = hart
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """False: not `blocking`, and somebody has it. Only the vCPU's thread waits, for ioctls that are done elsewhere."""
+        while not self._hart.acquire():
+            if not blocking:
+                return False
+            time.sleep(_PAUSE_SECONDS)
+        return True
+
+    def release(self) -> None:
+        self._hart.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
 
 
 class Vcpu(VmChild):
@@ -50,26 +76,24 @@ class Vcpu(VmChild):
         super().__init__(vm)
         self.id = vcpu_id
         self.index = index
-        self.mutex = threading.Lock()
         self.hart = make_hart(vm.accel, vm.machine, index, vcpu_id)
         self.mp_state = RUNNABLE if index == 0 else STOPPED
         self.ran_once = False
         self.pending: exits.Pending | None = None
         """The exit that the next RUN completes. Private: the shared page says nothing about it."""
         self.registers = Registers(self)
-        self.stats = VcpuStats()
+        self.stats = VcpuStats(self.hart)
+        self.mutex = Mutex(self.hart)
         self.hypercalls = Hypercalls(self)
         ring_bytes = vm.memory.dirty.ring_bytes
         self.dirty_ring = DirtyRing(ring_bytes, f"kvm-dirty-ring:{vcpu_id}") if ring_bytes else None
         self.signal_mask: bytes | None = None
         self.sleep_now = False
         """Set by exits.py when an SBI call suspends the hart until an interrupt, as WFI would."""
-        self.sleeping = False
-        """Whether the thread is blocked in WFI: HSM's state SUSPENDED."""
         self._shared: _Shared | None = None
         self._shared_lock = threading.Lock()
         self._reset: tuple[int, int] | None = None
-        self._wake = WakeWord()
+        self.hart.answer_exits(0)
         self._jobs: deque[Job] = deque()
         self._thread: threading.Thread | None = None
 
@@ -82,6 +106,7 @@ class Vcpu(VmChild):
             with self._shared_lock:
                 if self._shared is None:
                     self._shared = _Shared(self)
+                    self.hart.answer_exits(self._shared.mapping.address)
         return self._shared
 
     @property
@@ -118,6 +143,7 @@ class Vcpu(VmChild):
         if self._thread is None:
             self._drain()
         else:
+            self.hart.summon()
             self.doorbell.ring()
 
     def try_now(self, job: Job) -> bool:
@@ -125,10 +151,14 @@ class Vcpu(VmChild):
         if self._jobs or not self.mutex.acquire(blocking=False):
             return False
         try:
-            job()
+            self._do(job)
         finally:
             self.mutex.release()
         return True
+
+    def _do(self, job: Job) -> None:
+        self.hart.state.ready = 0  # whatever it changes, the next RUN looks at all of it
+        job()
 
     def _live(self, bell: Doorbell) -> None:
         try:
@@ -144,26 +174,39 @@ class Vcpu(VmChild):
                 self._jobs.popleft()()
 
     def _serve(self, bell: Doorbell) -> None:
-        served = 0  # the page was new when the thread was started: a RUN that is asked for already is to be served
+        state = self.hart.state  # `served` is 0: the page was new when the thread was started, and a RUN may be asked for
         while not self.vm.dead:
-            sample = bell.sample()
-            if self._jobs:
-                job = self._jobs.popleft()
-                with self.mutex:
-                    job()
+            what = self.hart.serve_runs()
+            if what == Wanted.SUMMONED:
+                while self._jobs and not self.vm.dead:
+                    job = self._jobs.popleft()
+                    with self.mutex:
+                        self._do(job)
                 continue
-            wanted = bell.requested()
-            if wanted != served:
-                served = wanted
-                with self.mutex:
-                    ret, errno = self._run_for_doorbell()
-                bell.answer(wanted, ret, errno)
-                continue
-            bell.sleep(sample)
+            if what == Wanted.BUSY:
+                self.mutex.acquire()
+                what = Wanted.RUN
+            try:
+                ret, errno = self._run_for_doorbell(None if what == Wanted.RUN else what)
+                state.ready = self._is_plain()
+            finally:
+                self.mutex.release()
+            bell.answer(state.served, ret, errno)
 
-    def _run_for_doorbell(self) -> tuple[int, int]:
+    def _is_plain(self) -> bool:
+        """Whether native code may do the next RUN. What other threads change from now on makes it leave with KICK."""
+        return (
+            type(self.hart) is Hart
+            and self.dirty_ring is None
+            and self.pending is None
+            and self._reset is None
+            and self.mp_state == RUNNABLE
+        )
+
+    def _run_for_doorbell(self, left: int | None) -> tuple[int, int]:
+        """`left`: the RUN is under way, and has left native code so."""
         try:
-            return self.run(), 0
+            return self.run(left), 0
         except KvmError as error:
             return -1, error.errno or EIO
         except Exception:
@@ -172,14 +215,18 @@ class Vcpu(VmChild):
 
     # -- KVM_RUN ----------------------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """KVM_RUN; the caller holds the mutex. 0: look at exit_reason. KvmError: EINTR, EIO, EFAULT, EOPNOTSUPP."""
+    def run(self, left: int | None = None) -> int:
+        """KVM_RUN; the caller holds the mutex. 0: look at exit_reason. KvmError: EINTR, EIO, EFAULT, EOPNOTSUPP. `left`: an
+        ExitKind, in the middle of one.
+        """
         try:
-            return self._run()
+            if left is None:
+                self._begin()
+            return self._run(left)
         finally:
             exits.after_run(self)
 
-    def _run(self) -> int:
+    def _begin(self) -> None:
         self.vm.check_alive()
         self.ran_once = True
         exits.complete(self)
@@ -189,8 +236,10 @@ class Vcpu(VmChild):
             raise KvmError(EINTR, "RUN", "immediate_exit")
         self.set_exit_reason(Exit.UNKNOWN)
         self.registers.entering()
+
+    def _run(self, left: int | None) -> int:
         while True:
-            seen = self._wake.value
+            seen = self.hart.state.wake
             if self.vm.dead:
                 raise KvmError(EIO, "RUN", "the VM is dead")
             if self.doorbell.take_kick():
@@ -199,14 +248,16 @@ class Vcpu(VmChild):
                 raise KvmError(EINTR, "RUN", "kicked")
             self._apply_reset()
             if self.mp_state == STOPPED:
-                self._wake.wait(seen, None)
+                self.hart.sleep(seen, None)
                 continue
-            if not exits.before_entry(self):
+            if left is None and not exits.before_entry(self):
                 return 0
-            kind = self.hart.run()
+            kind, left = self.hart.run(left), None
             if kind == ExitKind.KICK:
                 continue
-            if kind == ExitKind.WFI:
+            if kind == ExitKind.USER:
+                return 0
+            if kind == ExitKind.WFI:  # of the reference; native code sleeps by itself
                 self.stats.wfi_exit_stat += 1
                 self._sleep(seen)
             elif not exits.serve(self, kind):
@@ -217,13 +268,16 @@ class Vcpu(VmChild):
 
     def _sleep(self, seen: int) -> None:
         """WFI found nothing pending: sleep until an interrupt, a kick, or the timer. May wake for nothing."""
-        self.sleeping = True
         self.stats.blocking = 1
         started = time.monotonic_ns()
-        self._wake.wait(seen, self.hart.deadline_ns())
+        self.hart.sleep(seen, self.hart.deadline_ns())
         self.stats.halted(time.monotonic_ns() - started)
         self.stats.blocking = 0
-        self.sleeping = False
+
+    @property
+    def sleeping(self) -> bool:
+        """Whether the thread is blocked in WFI: HSM's state SUSPENDED."""
+        return bool(self.stats.blocking)
 
     def set_exit_reason(self, reason: int) -> None:
         """Write kvm_run.exit_reason."""
@@ -239,16 +293,16 @@ class Vcpu(VmChild):
     def poke(self) -> None:
         """Make a running or sleeping RUN look at kicks, power and resets; it does not return for that alone."""
         self.hart.kick()
-        self._wake.wake()
+        self.hart.wake()
 
     def wake(self) -> None:
         """An interrupt has become pending (hart.set_pending was called): end a WFI."""
-        self._wake.wake()
+        self.hart.wake()
 
     def power_on(self) -> None:
         """mp_state RUNNABLE: a RUN that blocks because the vCPU is stopped goes on."""
         self.mp_state = RUNNABLE
-        self._wake.wake()
+        self.hart.wake()
 
     def power_off(self) -> None:
         """mp_state STOPPED: the guest code stops at its next safe point, and RUN blocks."""
@@ -268,8 +322,9 @@ class Vcpu(VmChild):
     def shut_down(self) -> None:
         """The VM is dead: leave the guest, answer EIO, end the thread."""
         self.hart.kick()
-        self._wake.wake()
+        self.hart.wake()
         if self._thread is not None:
+            self.hart.summon()
             self.doorbell.ring()
 
     def join(self, seconds: float) -> None:

@@ -202,6 +202,7 @@ class Vm(Handle):
                         machine.translate(self._translator)
                     self._machine = machine
                     self.memory.publish()
+                    self.eventfds.publish()
         return self._machine
 
     @property

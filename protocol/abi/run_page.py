@@ -50,6 +50,10 @@ DOORBELL_ERRNO = 4048
 """u32: its errno when the result is -1."""
 DOORBELL_KICK = 4052
 """u32: not zero while a kick is pending."""
+DOORBELL_BELL_SLEEPS = 4056
+"""u32: not zero while the vCPU thread sleeps on the bell: who rings has to wake it."""
+DOORBELL_REPLY_SLEEPS = 4060
+"""u32: not zero while the client sleeps on the reply."""
 
 # the coalesced-MMIO ring, page 1
 COALESCED_RING = PAGE

@@ -1,8 +1,8 @@
 """Futexes on shared words, and the doorbell by which a local client hands KVM_RUN to the vCPU's thread.
 
-Called by protocol.client (rings, waits) and by kvmcore/vm/vcpu.py (waits, answers). Waiting happens in the
-kernel with the GIL released. Must never spin: there may be only two cores. The words lie in memory that the peer
-can write at will: whoever reads them reads once, and treats the value as a hint.
+Called by protocol.client (rings, waits) and by kvmcore/vm/vcpu.py (answers what native code, kvmcore/engine/running.py,
+has left to it). Waiting happens in the kernel with the GIL released; only native code spins. The words lie in memory that
+the peer can write at will: whoever reads them reads once, and treats the value as a hint.
 """
 
 from __future__ import annotations
@@ -48,55 +48,24 @@ def futex_wake(address: int) -> None:
     _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
 
 
-class WakeWord:
-    """A futex word private to this process: a condition variable that costs no lock.
-
-    Sleeper: `seen = word.value`, look at whatever it waits for, `word.wait(seen, timeout)`. Waker: change the
-    state, then `word.wake()`. A wake between the sample and the wait makes the wait return at once.
-    """
-
-    def __init__(self) -> None:
-        self._word = ctypes.c_uint32(0)
-        self._address = ctypes.addressof(self._word)
-
-    @property
-    def value(self) -> int:
-        return self._word.value
-
-    def wait(self, seen: int, timeout_ns: int | None) -> None:
-        futex_wait(self._address, seen, timeout_ns)
-
-    def wake(self) -> None:
-        self._word.value += 1  # lost increments are benign: the value only has to change
-        futex_wake(self._address)
-
-
 class Doorbell:
-    """The six words at the end of page 0 of a vCPU's mapping (offsets: protocol.abi.run_page)."""
+    """The eight words at the end of page 0 of a vCPU's mapping (offsets: protocol.abi.run_page)."""
 
-    BELL, REQUEST, REPLY, RET, ERRNO, KICK = range(6)
+    BELL, REQUEST, REPLY, RET, ERRNO, KICK, BELL_SLEEPS, REPLY_SLEEPS = range(8)
     #: How long each side sleeps before it looks whether the other one still lives.
     LOOK_NS = 1_000_000_000
 
     def __init__(self, page: memoryview, address: int, offset: int) -> None:
-        """`page`: writable view of at least `offset` + 24 bytes that lies at `address` in this process."""
-        self._words = page[offset : offset + 24].cast("I")
+        """`page`: writable view of at least `offset` + 32 bytes that lies at `address` in this process."""
+        self._words = page[offset : offset + 32].cast("I")
         self._bell = address + offset + 4 * self.BELL
         self._reply = address + offset + 4 * self.REPLY
 
     # -- the vCPU thread's side --------------------------------------------------------------------------------
 
-    def sample(self) -> int:
-        """The bell's value, to be taken before looking for work."""
-        return self._words[self.BELL]
-
     def requested(self) -> int:
         """The sequence number of the client's latest RUN."""
         return self._words[self.REQUEST]
-
-    def sleep(self, sample: int) -> None:
-        """Wait for a ring after `sample` was taken."""
-        futex_wait(self._bell, sample, self.LOOK_NS)
 
     def ring(self) -> None:
         """Tell the vCPU thread that there is work: a RUN in the request word, or an ioctl in its private queue."""
@@ -123,7 +92,9 @@ class Doorbell:
         """(ret, errno) of RUN `sequence`; None if it has not come within LOOK_NS."""
         seen = self._words[self.REPLY]
         if seen != sequence:
+            self._words[self.REPLY_SLEEPS] = 1
             futex_wait(self._reply, seen, self.LOOK_NS)
+            self._words[self.REPLY_SLEEPS] = 0
             if self._words[self.REPLY] != sequence:
                 return None
         return self._words[self.RET], self._words[self.ERRNO]

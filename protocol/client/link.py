@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import threading
+from contextlib import suppress
 from errno import ECONNREFUSED, ECONNRESET, EINVAL, EIO, ENOENT, EPROTO
 from typing import Any
 
@@ -20,6 +21,7 @@ import zmq
 
 from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing, zmq_socket
+from protocol.channel.vdso import Vdso
 from protocol.channel.zmq_socket import Curve
 from protocol.codec import envelope
 from protocol.codec import session as session_codec
@@ -43,6 +45,15 @@ def shared_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 
 _context_pid = [0]
+_process = [os.getpid()]
+"""Asked in every KVM_RUN, so without a system call."""
+
+
+def _forked() -> None:
+    _process[0] = os.getpid()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class Channel:
@@ -143,7 +154,9 @@ class Link:
         self._sequence = itertools.count(1)
         self._channels: list[Channel] = []
         self.closed = False
-        self._owner = os.getpid()
+        self._owner = _process[0]
+        self._vdso: Vdso | None = None
+        self._asked_vdso = False
         self.session = b""
         self.incarnation = 0
         try:
@@ -154,7 +167,7 @@ class Link:
 
     def check_owner(self, name: str) -> None:
         """KvmError(EIO) in a forked child: a session belongs to the process that opened it (KVM_ABI 1.1 b)."""
-        if os.getpid() != self._owner:
+        if _process[0] != self._owner:
             raise KvmError(EIO, name, "the session belongs to another process")
 
     def channel(self) -> Channel:
@@ -168,6 +181,18 @@ class Link:
         channel.close()
         if channel in self._channels:
             self._channels.remove(channel)
+
+    def vdso(self) -> Vdso | None:
+        """kvmcore's code for clients, mapped once; None where it cannot be had."""
+        if not self._asked_vdso:
+            self._asked_vdso = True
+            with suppress(KvmError, OSError):
+                (fd,) = self.say(Op.VDSO, "vdso")
+                try:
+                    self._vdso = Vdso(fd)
+                finally:
+                    os.close(fd)
+        return self._vdso
 
     def say(
         self, op: Op, name: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0, fds: list[int] | None = None

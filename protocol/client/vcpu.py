@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from array import array
 from errno import ECONNRESET, EINVAL, EPERM
@@ -13,6 +14,7 @@ from protocol.abi.ioctls import BY_NAME
 from protocol.abi.structs_riscv import one_reg_size
 from protocol.channel.doorbell import Doorbell
 from protocol.channel.shared_memory import PROT_EXEC, Mapping, create_memfd
+from protocol.channel.vdso import GAVE_UP
 from protocol.client.handle import ARGUMENT, POINTEE, Handle
 from protocol.client.link import Channel, Link
 from protocol.codec import control
@@ -42,6 +44,11 @@ class Vcpu(Handle):
         self.run_page = self._mapping.view
         """kvm_run with the doorbell words, then the VM's coalesced ring; 8192 bytes."""
         self.doorbell = Doorbell(self.run_page, self._mapping.address, run_page.DOORBELL_BELL)
+        self._bell = self._mapping.address + run_page.DOORBELL_BELL
+        self._vdso = link.vdso() if link.local else None
+        if self._vdso is not None:
+            self._enter, self._spin = self._vdso.run, self._vdso.state()
+            self._state = ctypes.addressof(self._spin)
 
     def close(self) -> None:
         """close(2). The mapping stays as long as somebody looks at it."""
@@ -78,10 +85,17 @@ class Vcpu(Handle):
         """KVM_RUN: enter the guest; returns exit_reason. KvmError: EINTR (kicked), EIO, EFAULT, EOPNOTSUPP,
         or ECONNRESET when the VM's process is gone.
         """
-        self.link.check_owner("RUN")
-        if not self.link.local:
-            return self._run_by_message()
-        return self._finish(self.doorbell.request())
+        link = self.link
+        link.check_owner("RUN")
+        if self._vdso is None:
+            return self._finish(self.doorbell.request()) if link.local else self._run_by_message()
+        result: int = self._enter(self._bell, self._state, 1)
+        while result == GAVE_UP:
+            self._look("RUN")
+            result = self._enter(self._bell, self._state, 0)
+        if result < 0:
+            raise KvmError(-result, "RUN")
+        return result
 
     def rejoin(self) -> int:
         """The RUN that a client before us asked for: waits for it, and answers as run() would have. Its first one if it
@@ -89,11 +103,15 @@ class Vcpu(Handle):
         sequence = self.doorbell.requested()
         return self._finish(sequence) if sequence else self.run()
 
+    def _look(self, name: str) -> None:
+        if not self.link.alive:
+            raise KvmError(ECONNRESET, name, "the VM's kvmcore process is gone")
+
     def _finish(self, sequence: int) -> int:
+        """Wait for a RUN without kvmcore's code: system calls, and no spin."""
         doorbell = self.doorbell
         while (answer := doorbell.wait_reply(sequence)) is None:
-            if not self.link.alive:
-                raise KvmError(ECONNRESET, "RUN", "the VM's kvmcore process is gone")
+            self._look("RUN")
         ret, errno = answer
         if ret:
             raise KvmError(errno, "RUN")

@@ -42,6 +42,8 @@ class Op(IntEnum):
     """a = key, one descriptor: hold it for who attaches, in place of an earlier one; without a descriptor: let go of it."""
     KEPT = 9
     """a = key. The answer carries the descriptor that KEEP left, if there is one."""
+    VDSO = 10
+    """The answer carries a file of machine code: the client's half of the doorbell (protocol/channel/vdso.py)."""
 
 
 class Message(NamedTuple):

@@ -233,6 +233,7 @@ class Aia(Device):
         self.vm.eventfds.reserve(len(addresses) + bool(sources))
         if sources:
             self._aplic = Aplic(sources, self._send, self._retriggered)
+            self.vm.machine.set_aplic(self._aplic_address)
         for vcpu, address in zip(self.vm.vcpus, addresses, strict=True):
             self._add_imsic(vcpu, address, ids)
         harts = [vcpu.hart for vcpu in self.vm.vcpus]
@@ -311,6 +312,18 @@ class Aia(Device):
     def set_routing(self, entries: bytes) -> None:
         """KVM_SET_GSI_ROUTING: replace the table, or raise EINVAL and leave it."""
         self._routes = parse_table(entries)
+        self.vm.eventfds.irqfds.rerouted()
+
+    def native_target(self, gsi: int) -> int:
+        """Address of the hart's block | identity << 48 if `gsi` is an MSI to an interrupt file of ours, else 0."""
+        routes = self._routes.get(gsi, ())
+        if len(routes) != 1 or routes[0].pin is not None:
+            return 0
+        address, identity = routes[0].address, routes[0].data
+        imsic = self._by_page.get(address >> _PAGE_SHIFT)
+        if imsic is None or address & 0xFFF or not 0 < identity <= imsic.identities:
+            return 0
+        return imsic.vcpu.hart.address | identity << 48
 
     # -- MMIO --------------------------------------------------------------------------------------
 

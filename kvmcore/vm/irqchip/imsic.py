@@ -39,7 +39,6 @@ class Imsic:
         if identity > self.identities:
             raise KvmError(EINVAL, reason=f"interrupt identity {identity}")
         self.vcpu.hart.inject_msi(identity)
-        self.vcpu.wake()
 
     def _locate(self, select: int) -> tuple[str, int]:
         if select == EIDELIVERY:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
 
 import pytest
 
+from kvmcore.engine.hart_state import HartState
 from kvmcore.vm.statistics import (
     LINUX_6_12_VCPU_STATISTICS,
     VCPU_STATISTICS,
@@ -31,12 +33,16 @@ def parse(data: bytes) -> tuple[str, dict[str, list[int]], tuple[int, ...]]:
     return label, values, (header.num_desc, header.id_offset, header.desc_offset, header.data_offset)
 
 
+def vcpu_stats() -> VcpuStats:
+    return VcpuStats(SimpleNamespace(state=HartState()))
+
+
 @pytest.mark.parametrize(
     ("statistics", "counters", "layout"),
     [
         (VM_STATISTICS, VmStats, (2, 24, 72, 200)),
-        (VCPU_STATISTICS, VcpuStats, (25, 24, 72, 1672)),
-        (LINUX_6_12_VCPU_STATISTICS, VcpuStats, (20, 24, 72, 1352)),
+        (VCPU_STATISTICS, vcpu_stats, (25, 24, 72, 1672)),
+        (LINUX_6_12_VCPU_STATISTICS, vcpu_stats, (20, 24, 72, 1352)),
     ],
 )
 def test_layout(kernel, statistics, counters, layout):
@@ -49,7 +55,7 @@ def test_layout(kernel, statistics, counters, layout):
 
 
 def test_counters_are_seen(kernel):
-    stats = VcpuStats()
+    stats = vcpu_stats()
     file = StatsFile(kernel.vm, "x", VCPU_STATISTICS, stats)
     stats.exits += 3
     stats.halted(1000)
