@@ -18,15 +18,15 @@ def main(arguments: list[str]) -> int:
     from qemu_user.images.errors import ImageError
 
     parser = argparse.ArgumentParser(prog="softkvm bench", description="Measure what softkvm promises.")
-    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "smp", "migration"))
+    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "smp", "io", "migration"))
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side, alternated (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="all but migration: for each kernel in a run (default: 1)")
-    parser.add_argument("--only", default="", metavar="KERNEL", help="cpu, fp, mmu: just this one")
+    parser.add_argument("--only", default="", metavar="KERNEL", help="just this one; io: these rows, comma-separated")
     parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="migration: of the guest (default: 512)")
     options = parser.parse_args(arguments)
     try:
-        measure = {"boot": _boot, "smp": _smp, "migration": _migration}.get(options.what, _processor)
+        measure = {"boot": _boot, "smp": _smp, "io": _io, "migration": _migration}.get(options.what, _processor)
         figures = measure(options)
     except (BenchError, RuntimeError, ImageError, OSError) as error:
         sys.stderr.write(f"softkvm bench: {error}\n")
@@ -77,6 +77,15 @@ def _progress(line: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{line}")
         sys.stderr.flush()
+
+
+def _io(options: argparse.Namespace) -> dict[str, Any]:
+    from qemu_user.bench import io
+
+    rows = io.figures(io.run(options.rounds, options.seconds, options.only, _progress))
+    _progress("")
+    print(io.table(rows))
+    return {"io": rows}
 
 
 def _migration(options: argparse.Namespace) -> dict[str, Any]:
