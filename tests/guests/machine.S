@@ -116,6 +116,8 @@ main:
     expect "virtio: version", a0, 2
     lwu a0, 8(s0)
     expect "virtio: a disk", a0, 2
+    lwu a0, 12(s0)
+    expect "virtio: QEMU's vendor", a0, 0x554d4551
     sw zero, 0x70(s0)        # reset
     lwu a0, 0x70(s0)
     expect "virtio: status after reset", a0, 0
@@ -123,19 +125,18 @@ main:
     sw t0, 0x70(s0)
     li t0, 3
     sw t0, 0x70(s0)
-    sw zero, 0x14(s0)        # features, low half
-    lwu t1, 0x10(s0)
-    andi s7, t1, 1 << 9      # FLUSH
-    sw zero, 0x24(s0)
-    sw s7, 0x20(s0)
     li t0, 1
     sw t0, 0x14(s0)
     lwu t1, 0x10(s0)
     andi t1, t1, 1
     expect "virtio: offers VERSION_1", t1, 1
-    li t0, 1
-    sw t0, 0x24(s0)
-    sw t0, 0x20(s0)          # VERSION_1
+    sw zero, 0x14(s0)        # features, low half: what is offered but for RO, SCSI, CONFIG_WCE, MQ, ANY_LAYOUT and the rings'
+    lwu t1, 0x10(s0)
+    andi s7, t1, 1 << 9      # FLUSH
+    li t0, 1 << 5 | 1 << 7 | 1 << 11 | 1 << 12 | 1 << 27 | 1 << 28 | 1 << 29
+    not t0, t0
+    and t1, t1, t0
+    sw t1, 0x20(s0)          # the high half, with VERSION_1, is never written
     li t0, 11
     sw t0, 0x70(s0)
     lwu a0, 0x70(s0)

@@ -36,7 +36,8 @@ _ADDRESSES = {
     QUEUE_DEVICE_HIGH: ("used", 32),
 }
 MAGIC = 0x74726976  # "virt"
-VENDOR = 0x4D564B53  # "SKVM"
+VENDOR = 0x554D4551
+"""QEMU's: small guests that were written for its machine look for it."""
 USED_BUFFER, CONFIG_CHANGE = 1, 2
 
 
@@ -63,7 +64,8 @@ class VirtioMmio(Device):
         self.virtio = virtio
         self._interrupt_lock = threading.Lock()
         self._interrupt_status = 0
-        self.transport = VirtioTransport(virtio, memory, self.counters, self.lock, self) if virtio else None
+        # Small guests set no feature above bit 31. A device may go on without VERSION_1 (6.2), and as QEMU's ours does.
+        self.transport = VirtioTransport(virtio, memory, self.counters, self.lock, self, required=0) if virtio else None
 
     # -- registers ---------------------------------------------------------------------------------
 

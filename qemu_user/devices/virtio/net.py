@@ -16,7 +16,7 @@ from typing import Any, Literal
 from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
 from qemu_user.devices.device import require
 from qemu_user.devices.virtio import net_offload
-from qemu_user.devices.virtio.device import VirtioDevice, VirtioState
+from qemu_user.devices.virtio.device import F_VERSION_1, VirtioDevice, VirtioState
 from qemu_user.devices.virtio.net_control import ERR, Control, FilterState
 from qemu_user.devices.virtio.net_offload import DATA_VALID, GSO_NONE, NEEDS_CSUM, BadHeader, Header, plain_frames
 from qemu_user.devices.virtio.queue import Chain, Queue, QueueError, split
@@ -89,6 +89,7 @@ class VirtioNet(VirtioDevice):
 
     device_id = 1
     pci_class = 0x020000
+    required = F_VERSION_1  # without it the header would be shorter (5.1.6.1)
     State = NetState
 
     def __init__(

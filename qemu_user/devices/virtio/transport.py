@@ -63,12 +63,21 @@ class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class VirtioTransport:
-    """One device's common registers. `lock` guards registers, queues and the device."""
+    """One device's common registers. `lock` guards registers, queues and the device. `required`: features without which
+    no driver is taken.
+    """
 
     def __init__(
-        self, virtio: VirtioDevice, memory: GuestMemory, counters: Counters, lock: threading.RLock, wires: Wires
+        self,
+        virtio: VirtioDevice,
+        memory: GuestMemory,
+        counters: Counters,
+        lock: threading.RLock,
+        wires: Wires,
+        required: int = F_VERSION_1,
     ) -> None:
         self.virtio, self.memory, self.counters, self.lock = virtio, memory, counters, lock
+        self._required = required
         self._wires = wires
         self.defer: Callable[[Callable[[], None]], None] = lambda call: call()
         """How work is put off to the I/O thread; machine/build.py sets it."""
@@ -166,10 +175,11 @@ class VirtioTransport:
 
     def _features_good(self) -> bool:
         wanted = self.driver_features
-        good = wanted & F_VERSION_1 and not wanted & ~self.offered and self.virtio.features_good(wanted)
+        missing = ((self._required | self.virtio.required) & ~wanted) | (wanted & ~self.offered)
+        good = not missing and self.virtio.features_good(wanted)
         if not good:
             self.counters.count("features_refused")
-        return bool(good)
+        return good
 
     def _start(self) -> None:
         self.virtio.negotiated = self.driver_features
