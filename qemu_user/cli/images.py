@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     there = {image.name: image for image in Store().images()}
     rows = []
-    for name, (text, _, _) in CATALOGUE.items():
+    for name, recipe in CATALOGUE.items():
         image = there.get(name)
         rows.append(
             {
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
                 "bytes": image.size if image else 0,
                 "built": image.meta.built if image else None,
                 "verified": image.meta.verified if image else None,
-                "description": text,
+                "description": recipe.text,
             }
         )
     if options.format == "json":

@@ -14,6 +14,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "ps": ("ps", "list running VMs"),
     "console": ("console", "attach the terminal to a VM's console"),
     "attach": ("attach", "give a VM a new device process when its own was killed"),
+    "ssh": ("ssh", "log in to a VM, or run a command in it"),
+    "cp": ("cp", "copy files between host and VM"),
     "stop": ("stop", "ask a VM to shut down, then end it"),
     "kill": ("kill", "end a VM at once"),
     "pause": ("pause", "stop a VM where it is"),
@@ -30,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "bench": ("bench", "measure what softkvm promises"),
     "fuzz": ("fuzz", "fuzz the ioctl protocol"),
     "image": ("image", "make, look at, check, convert disk images"),
+    "disks": ("disks", "list or delete VMs whose disk is kept"),
     "images": ("images", "list images in the cache"),
     "pull": ("pull", "fetch and build an image"),
 }

@@ -16,10 +16,14 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from qemu_user.cli import system
 from qemu_user.cli.daemon import DaemonError, ensure
+from qemu_user.images.errors import ImageError
 
 if TYPE_CHECKING:
     from qemu_user.config.machine_config import MachineConfig
+    from qemu_user.images.store import Image
+    from qemu_user.images.vm_disk import VmDisk
     from qemu_user.management.instance import Instance
 
 FAILED = 125
@@ -38,6 +42,8 @@ EPILOG = """examples:
   softkvm run --kernel u-boot.bin               U-Boot (qemu-riscv64_smode)
   softkvm run hello                             a guest of our own, without any network
   softkvm run -d --name web                     in the background; softkvm console web attaches
+  softkvm run debian                            Debian 13 with systemd, apt and a network; its disk goes with the VM
+  softkvm run debian -d --name db               the same, kept under its name; softkvm ssh db, softkvm cp f db:/root
 
 exit status: the command's own; 125 if softkvm failed, 126 and 127 as a shell's, 128 + N after signal N.
 """
@@ -81,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--balloon", action="store_true", help="memory balloon: free memory of the guest goes back to the host")
     result.add_argument("--vsock", metavar="PATH[,cid=N]", help="stream sockets to the guest (docs/devices.md)")
     result.add_argument("-v", "--verbose", action="store_true", help="show the kernel's messages (on stderr)")
+    system.add_arguments(result)
     return result
 
 
@@ -101,29 +108,51 @@ def main(arguments: list[str]) -> int:
         if not command:
             return _fail("nothing behind --; give a command to run")
     options = parser().parse_args(arguments)
+    try:
+        kept = _kept(options)
+    except ImageError as error:
+        return _fail(str(error))
     if not options.kernel and not command and _is_template(options.image):
         return _run_template(options.image, options.name or _free_name())
     if command and (options.kernel or options.image in _BUILTIN):
         return _fail("-- COMMAND needs an image with an init that understands it; --kernel boots what you give")
     try:
         if options.detach and _READY not in os.environ:
-            return _detach(options, arguments, command)
-        return _run(options, command)
+            return _detach(options, arguments, command, kept)
+        return _run(options, command, kept)
     except DaemonError as error:
         return _fail(str(error))
 
 
-def _detach(options: argparse.Namespace, arguments: list[str], command: list[str]) -> int:
+def _kept(options: argparse.Namespace) -> Image | None:
+    """What the VM of that name boots from, if its disk is kept. ImageError: it is another image than the one that is named."""
+    if not options.name or options.kernel or options.ephemeral:
+        return None
+    from qemu_user.images.vm_disk import find_kept
+
+    kept = find_kept(options.name)
+    if kept is not None:
+        if options.image not in (None, kept.meta.name):
+            raise ImageError(
+                f"VM {options.name} is kept, and of the image {kept.meta.name}; choose another name, or delete it with "
+                f"softkvm disks --delete {options.name}"
+            )
+        options.image = kept.meta.name
+    return kept
+
+
+def _detach(options: argparse.Namespace, arguments: list[str], command: list[str], kept: Image | None) -> int:
     """The same command in a process of its own, without terminal; return when its VM runs. Its output goes to a file."""
     import subprocess
 
     from qemu_user.management.registry import made_runtime_directory
 
-    if not options.kernel and options.image not in _BUILTIN and (failed := _fetch(options)):
+    if not options.kernel and kept is None and options.image not in _BUILTIN and (failed := _fetch(options)):
         return failed
     name = options.name or _free_name()
     log = made_runtime_directory() / f"{name}.log"
     words = [sys.executable, "-P", "-m", "qemu_user.cli.main", "run", "--name", name, *arguments]
+    words += [] if options.name else ["--ephemeral"]
     readable, writable = os.pipe()
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -144,14 +173,9 @@ def _detach(options: argparse.Namespace, arguments: list[str], command: list[str
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    """The image, with progress on our terminal; FAILED if it cannot be had."""
-    from qemu_user.cli.progress import Bar
-    from qemu_user.images.errors import ImageError
-    from qemu_user.images.store import Store
-
+    """The image, made if need be; FAILED if it cannot be had."""
     try:
-        with Bar() as progress:
-            Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=_extras(options))
+        _image(options, _extras(options))
     except ImageError as error:
         return _fail(str(error))
     return 0
@@ -159,11 +183,15 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _extras(options: argparse.Namespace) -> list[str]:
     """The image's additional modules that this VM needs: whoever has no disk gets no file system."""
+    from qemu_user.images.store import CATALOGUE
+
     devices = {"9p": options.share, "vsock": options.vsock, "balloon": options.balloon, "ext4": options.drive}
     names = {"ext4": "blk"}
+    recipe = CATALOGUE.get(options.image or DEFAULT_IMAGE)
+    always = system.EXTRAS if recipe is not None and recipe.disk else ()
     return [
         extra for extra, value in devices.items()
-        if value or any(device.startswith(f"virtio-{names.get(extra, extra)}") for device in options.device)
+        if value or extra in always or any(device.startswith(f"virtio-{names.get(extra, extra)}") for device in options.device)
     ]  # fmt: skip
 
 
@@ -201,48 +229,66 @@ def _fail(sentence: str) -> int:
     return FAILED
 
 
-def _run(options: argparse.Namespace, command: list[str]) -> int:
-    from qemu_user.cli.progress import Bar
+def _run(options: argparse.Namespace, command: list[str], kept: Image | None) -> int:
+    """Run, and see that a throw-away disk goes."""
+    disks: list[VmDisk] = []
+    moved = False
+    try:
+        status, moved = _boot(options, command, kept, disks)
+    finally:
+        for disk in disks:
+            if not moved:  # else the VM has it where it is now
+                disk.discard()
+    return status
+
+
+def _boot(
+    options: argparse.Namespace, command: list[str], kept: Image | None, disks: list[VmDisk]
+) -> tuple[int, bool]:
+    """(exit status, whether the VM lives on elsewhere). A disk that is made goes into `disks`."""
     from qemu_user.config.errors import ConfigError
     from qemu_user.config.qemu_options import parse
     from qemu_user.images.builtin import GUESTS
     from qemu_user.images.builtin import ensure as builtin
-    from qemu_user.images.errors import ImageError
     from qemu_user.images.store import Store
     from qemu_user.machine.machine import StartError
     from qemu_user.management.instance import Instance
 
-    words = ["-m", options.memory, "-smp", options.smp, "-name", options.name or _free_name()]
-    for name in ("drive", "netdev", "publish", "device", "share"):
-        for value in getattr(options, name):
-            words += [f"-{name}", value]
-    words += ["-vsock", options.vsock] if options.vsock else []
-    words += ["-balloon"] if options.balloon else []
-    words += ["-keep"] if options.keep else []
-    words += ["-accel", f"kvmcore,engine={options.accel}"] if options.accel else []
+    name = options.name or _free_name()
+    words = ["-m", options.memory, "-smp", options.smp, "-name", name]
     ours, theirs = socket.socketpair()
     try:
         if options.image in GUESTS and not options.kernel:
             options.kernel = str(builtin(options.image, Store().folder))
+        conf: dict[str, str] = {}
         if options.kernel:
             words += ["-kernel", options.kernel]
             words += ["-initrd", options.initrd] if options.initrd else []
             words += ["-append", options.append] if options.append else []
-            config, _ = parse([*words, "-nographic"])
         else:
-            with Bar() as progress:
-                extras = _extras(options)
-                image = Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=extras)
+            extras = _extras(options)
+            image = kept or _image(options, extras)
+            if image.disk.exists():
+                disk = system.open_disk(options, image, name)
+                disks.append(disk)
+                image = disk.image
+                words += system.words(options, disk)
+                conf = system.settings(options, disk, name, command)
             append = " ".join(filter(None, (image.meta.append, options.append)))
             if options.verbose:
                 append = append.replace("quiet", "").strip()
             words += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", append]
-            config, _ = parse([*words, "-nographic"])
+        if not disks and (useless := system.given(options)):
+            return _fail(f"{useless[0]} goes with an image that has a disk, as debian"), False
+        config, _ = parse([*words, *_devices(options), "-nographic"])
+        if not options.kernel:
             modules = b"".join(image.extra(name).read_bytes() for name in extras)
-            config = _with_ports(config, command, options.verbose, theirs.fileno(), modules)
+            config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
         instance = Instance(config, ensure())
     except (ConfigError, ImageError, StartError) as error:
-        return _fail(str(error))
+        return _fail(str(error)), False
+    if disks and options.user:
+        system.remember_user(instance.directory, options.user)
     outcome = Outcome()
     interactive = not command and sys.stdin.isatty()
     if interactive:
@@ -251,7 +297,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     try:
         instance.start()
     except StartError as error:
-        return _fail(str(error))
+        return _fail(str(error)), False
     _tell_ready()
     listener = threading.Thread(target=_listen, args=(ours, outcome), daemon=True)
     if not options.kernel:
@@ -263,7 +309,12 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     job = instance.machine.job
     if job is not None and job.kind == "migration" and job.status == "completed":
         sys.stderr.write(f"softkvm: {job.result}\n")
-        return 0
+        return 0, True
+    return _status(status, options, command, outcome, config.name), False
+
+
+def _status(status: int, options: argparse.Namespace, command: list[str], outcome: Outcome, name: str) -> int:
+    """Our exit status, of the VM's and what the guest has said."""
     if options.kernel:
         return status
     if outcome.status is not None:
@@ -271,8 +322,30 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     if status:
         return status if status > 128 else FAILED
     if command:
-        return _fail(f"VM {config.name} ended before the command did (-v shows the kernel's messages)")
+        return _fail(f"VM {name} ended before the command did (-v shows the kernel's messages)")
     return 0
+
+
+def _image(options: argparse.Namespace, extras: list[str]) -> Image:
+    """The image, made if need be, with progress on our terminal. ImageError."""
+    from qemu_user.cli.progress import Bar
+    from qemu_user.images.store import Store
+
+    with Bar() as progress:
+        return Store().ensure(options.image or DEFAULT_IMAGE, progress, extras=extras)
+
+
+def _devices(options: argparse.Namespace) -> list[str]:
+    """What the user asked for, as QEMU's options."""
+    words = []
+    for name in ("drive", "netdev", "nic", "publish", "device", "share"):
+        for value in getattr(options, name):
+            words += [f"-{name}", value]
+    words += ["-vsock", options.vsock] if options.vsock else []
+    words += ["-balloon"] if options.balloon else []
+    words += ["-keep"] if options.keep else []
+    words += ["-accel", f"kvmcore,engine={options.accel}"] if options.accel else []
+    return words
 
 
 def _free_name() -> str:
@@ -280,15 +353,16 @@ def _free_name() -> str:
 
 
 def _with_ports(
-    config: MachineConfig, command: list[str], verbose: bool, control: int, modules: bytes
+    config: MachineConfig, command: list[str], verbose: bool, control: int, modules: bytes, system: dict[str, str]
 ) -> MachineConfig:
-    """The image's devices: console, and the ports that /init speaks over."""
+    """The image's devices: console, and the ports that /init speaks over. `system`: settings for one on a disk."""
     import msgspec
 
     from qemu_user.config.machine_config import Chardev, ConsolePort
     from qemu_user.images.store import command_line, settings
 
-    conf = {"NAME": config.name, "COMMAND": command_line(command) if command else "exec sh -l"}
+    shell = "" if system else "exec sh -l"
+    conf = {"NAME": config.name, "COMMAND": command_line(command) if command else shell, **system}
     if config.shares:
         conf["SHARES"] = " ".join(share.tag for share in config.shares)
     if command:

@@ -150,10 +150,12 @@ class Share(Part, frozen=True, kw_only=True):
 
 
 class Vsock(Part, frozen=True, kw_only=True):
-    """Stream connections with the host: its side is the Unix socket `path`, and `path`_PORT for the guest's calls."""
+    """Stream connections with the host: its side is the Unix socket `path`, and `path`_PORT for the guest's calls. "":
+    vsock.sock in the VM's runtime directory, so that VMs which are made of one another do not meet there.
+    """
 
     cid: int = 3
-    path: str
+    path: str = ""
     slot: Slot = Slot()
 
 
@@ -308,8 +310,8 @@ def _check_devices(config: MachineConfig) -> None:
         slots.append(config.vsock.slot)
         _demand(2 < config.vsock.cid < 0xFFFFFFFF, f"guest-cid={config.vsock.cid}: 3 to {0xFFFFFFFE}")
         _demand(
-            0 < len(os.fsencode(config.vsock.path)) <= MAX_VSOCK_PATH,
-            f"vsock {config.vsock.path}: the socket's path has 1 to {MAX_VSOCK_PATH} bytes",
+            len(os.fsencode(config.vsock.path)) <= MAX_VSOCK_PATH,
+            f"vsock {config.vsock.path}: the socket's path has at most {MAX_VSOCK_PATH} bytes",
         )
     if config.rng:
         slots.append(config.rng_slot)

@@ -44,16 +44,24 @@ def build(target: Path, progress: Progress) -> str:
     with tempfile.TemporaryDirectory(dir=target, prefix=".packages-") as name:
         folder = Path(name)
         listed, how = archive.packages(folder, progress)
-        kernel_deb = archive.fetch(_kernel(listed), folder, progress)
-        busybox_deb = archive.fetch(_package(listed, "busybox-static"), folder, progress)
-        kernel, found = _unpack_kernel(kernel_deb, progress)
-        modules = _with_dependencies(found, MODULES)
-        (target / "kernel").write_bytes(kernel)
-        (target / "initrd").write_bytes(_initrd(_busybox(busybox_deb), modules))
-        for extra, names in EXTRAS.items():
-            more = {name: content for name, content in _with_dependencies(found, names).items() if name not in modules}
-            (target / f"modules-{extra}").write_bytes(_modules(extra, more).finish())
+        build_from(listed, target, folder, progress)
     return how
+
+
+def build_from(listed: list[dict[str, str]], target: Path, folder: Path, progress: Progress) -> Path:
+    """The same of these packages of the suite, fetched into `folder`; the kernel's package. ImageError."""
+    from qemu_user.images import archive
+
+    kernel_deb = archive.fetch(_kernel(listed), folder, progress)
+    busybox_deb = archive.fetch(_package(listed, "busybox-static"), folder, progress)
+    kernel, found = _unpack_kernel(kernel_deb, progress)
+    modules = _with_dependencies(found, MODULES)
+    (target / "kernel").write_bytes(kernel)
+    (target / "initrd").write_bytes(_initrd(_busybox(busybox_deb), modules))
+    for extra, names in EXTRAS.items():
+        more = {name: content for name, content in _with_dependencies(found, names).items() if name not in modules}
+        (target / f"modules-{extra}").write_bytes(_modules(extra, more).finish())
+    return kernel_deb
 
 
 def _package(listed: list[dict[str, str]], name: str) -> dict[str, str]:
@@ -121,6 +129,7 @@ def add_scripts(initrd: cpio.Archive) -> None:
     """/init and what it uses. Added again at every start, so that a cached image runs this version's."""
     folder = files("qemu_user.images")
     initrd.file("init", folder.joinpath("init.sh").read_bytes(), 0o755)
+    initrd.file("root.sh", folder.joinpath("root.sh").read_bytes())
     initrd.file("etc/udhcpc.script", folder.joinpath("udhcpc.sh").read_bytes(), 0o755)
 
 

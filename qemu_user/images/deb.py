@@ -37,24 +37,32 @@ class _Window(io.RawIOBase):
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
     """(name without leading "./", content) of every regular file in the package, in order. ImageError."""
+    for entry, content in entries(path):
+        if entry.isfile():
+            yield entry.name, content
+
+
+def entries(path: Path, part: str = "data") -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Everything in the package's data.tar, or control.tar, in order: (the entry, its name without leading "./"; the content
+    of a regular file, else b""). ImageError.
+    """
     try:
         with path.open("rb") as file:
-            name, start, size = _data(file, path)
+            name, start, size = _part(file, path, part)
             raw = io.BufferedReader(_Window(file, start, size), 1 << 20)
             stream = lzma.LZMAFile(raw) if name.endswith(".xz") else raw
             mode = "r|" if name.endswith((".xz", ".tar")) else "r|*"
             with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
                 for member in archive:
-                    if member.isfile():
-                        content = archive.extractfile(member)
-                        assert content is not None
-                        yield member.name.removeprefix("./"), content.read()
+                    content = archive.extractfile(member) if member.isfile() else None
+                    member.name = member.name.removeprefix("./")
+                    yield member, content.read() if content else b""
     except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError) as error:
         raise ImageError(f"{path.name}: not a package that can be unpacked ({error})") from error
 
 
-def _data(file: IO[bytes], path: Path) -> tuple[str, int, int]:
-    """Name, offset and size of the member data.tar.*."""
+def _part(file: IO[bytes], path: Path, part: str) -> tuple[str, int, int]:
+    """Name, offset and size of the member data.tar.* or control.tar.*."""
     if file.read(8) != _AR_MAGIC:
         raise ImageError(f"{path.name}: not a Debian package")
     at = 8
@@ -64,6 +72,6 @@ def _data(file: IO[bytes], path: Path) -> tuple[str, int, int]:
         if len(header) < 60 or header[58:] != b"`\n":
             raise ImageError(f"{path.name}: a damaged Debian package")
         name, size = header[:16].decode("ascii", "replace").strip().rstrip("/"), int(header[48:58])
-        if name.startswith("data.tar"):
+        if name.startswith(f"{part}.tar"):
             return name, at + 60, size
         at += 60 + size + (size & 1)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# First process of the image `busybox`: mounts, modules for the devices that are there, then a shell on hvc0 or,
-# when the host has put a command into /softkvm.conf, that command on the ports stdin, stdout and stderr.
+# First process of our images: mounts, modules for the devices that are there, then a shell on hvc0 or, when the host has put
+# a command into /softkvm.conf, that command on the ports stdin, stdout and stderr. An image with a system on a disk: root.sh.
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux
 mount -t devtmpfs dev /dev 2>/dev/null
 mount -t proc proc /proc
@@ -25,9 +25,13 @@ case "$types" in *0x0004*) load rng_core; load virtio_rng ;; esac 2>/dev/null
 
 [ -r /softkvm.conf ] && . /softkvm.conf
 hostname "${NAME:-softkvm}"
+root= inside=
+[ -z "$ROOT" ] || . /root.sh
 for tag in $SHARES; do  # cache=mmap is close-to-open; with none, 6.12 reads 4 KiB at a time
-    mkdir -p "/mnt/$tag" && mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=mmap "$tag" "/mnt/$tag"
+    mkdir -p "$root/mnt/$tag" &&
+        mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=mmap "$tag" "$root/mnt/$tag"
 done
+[ -z "$ROOT" ] || [ -n "$COMMAND" ] || start_system
 case "$types" in *0x0001*)
     ip link set lo up
     ip link set eth0 up
@@ -36,6 +40,11 @@ esac
 ip link set lo up 2>/dev/null
 
 mount -t devpts -o mode=620 pts /dev/pts 2>/dev/null || { mkdir -p /dev/pts; mount -t devpts pts /dev/pts; }
+[ -z "$ROOT" ] || prepare_command
+finish() {
+    [ -z "$ROOT" ] || leave_root
+    poweroff -f
+}
 
 # The host names its console and ports one by one after the device is there; the control port comes last.
 find_ports() {
@@ -62,7 +71,7 @@ cd /root
 if [ -z "$control" ]; then
     # Interactive: a session leader with the console as its terminal, so that job control works.
     setsid -c sh -l </dev/hvc0 >/dev/hvc0 2>&1
-    poweroff -f
+    finish
 fi
 
 exec 3<>"$control"
@@ -75,7 +84,7 @@ exec 3<>"$control"
             powerdown)
                 kill -TERM -"$(cat /run/command)"
                 sleep 1
-                poweroff -f ;;
+                finish ;;
         esac
     done
 ) 2>/dev/null &
@@ -87,6 +96,8 @@ else
     ctty=
 fi
 export COMMAND
-setsid $ctty sh -c 'echo $$ >/run/command; echo ready >&3; exec 3>&-; eval "$COMMAND"' 3>&3
-echo "exit $?" >&3
+setsid $ctty $inside /bin/sh -c 'cd; echo $$ >/run/command; echo ready >&3; exec 3>&-; eval "$COMMAND"' 3>&3
+status=$?
+[ -z "$ROOT" ] || leave_root
+echo "exit $status" >&3
 poweroff -f

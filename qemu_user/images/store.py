@@ -16,21 +16,35 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from qemu_user.images import busybox, cpio
+from qemu_user.images import busybox, cpio, debian
 from qemu_user.images.errors import ImageError
 
 if TYPE_CHECKING:
     from qemu_user.images.download import Progress
 
-#: Name -> (what it is, its builder, kernel options). One line for each image that can be pulled.
-CATALOGUE: dict[str, tuple[str, Callable[[Path, Progress], str], str]] = {
-    "busybox": ("Debian's kernel with busybox, boots in seconds", busybox.build, busybox.KERNEL_OPTIONS),
+
+class Recipe(NamedTuple):
+    """How an image is made. `build`: into an empty folder, returning how its parts were verified; `append`: kernel options."""
+
+    text: str
+    build: Callable[[Path, Progress], str]
+    append: str
+    disk: bool = False
+    """Whether it has a system on a disk (root.sh), of which each VM has its own."""
+
+
+#: One line for each image that can be pulled.
+CATALOGUE = {
+    "busybox": Recipe("Debian's kernel with busybox, boots in seconds", busybox.build, busybox.KERNEL_OPTIONS),
+    "debian": Recipe("Debian 13 with systemd, sshd and apt, on a disk", debian.build, debian.KERNEL_OPTIONS, disk=True),
 }
 _FORMAT = 2
+#: Name of the disk in an image's folder, and in a VM's.
+DISK = "disk.qcow2"
 #: Beginning of the names of folders that are being built.
 _NEW = ".new-"
 
@@ -60,6 +74,11 @@ class Image(msgspec.Struct, frozen=True):
     def initrd(self) -> Path:
         return self.folder / "initrd"
 
+    @property
+    def disk(self) -> Path:
+        """The image's disk, over which VMs have theirs; images that live in memory have none."""
+        return self.folder / DISK
+
     def extra(self, name: str) -> Path:
         """The archive of additional modules of that name (busybox.EXTRAS); images of earlier versions lack it."""
         return self.folder / f"modules-{name}"
@@ -67,7 +86,18 @@ class Image(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return self.kernel.stat().st_size + self.initrd.stat().st_size
+        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+
+
+def load(folder: Path, name: str) -> Image | None:
+    """The image in this folder, if it is there and whole."""
+    try:
+        meta = msgspec.json.decode((folder / "meta.json").read_bytes(), type=Meta)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    image = Image(name, folder, meta)
+    whole = meta.format == _FORMAT and image.kernel.is_file() and image.initrd.is_file()
+    return image if whole else None
 
 
 class Store:
@@ -79,14 +109,7 @@ class Store:
 
     def find(self, name: str) -> Image | None:
         """The image, if it is there and whole."""
-        folder = self.folder / name
-        try:
-            meta = msgspec.json.decode((folder / "meta.json").read_bytes(), type=Meta)
-        except (OSError, msgspec.MsgspecError):
-            return None
-        image = Image(name, folder, meta)
-        whole = meta.format == _FORMAT and image.kernel.is_file() and image.initrd.is_file()
-        return image if whole else None
+        return load(self.folder / name, name)
 
     def images(self) -> list[Image]:
         """All images that are there."""
@@ -109,7 +132,7 @@ class Store:
                 self._build(name, progress)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            hint = ": an image needs about 250 MB while it is built" if full else ""
+            hint = ": an image needs up to 1.5 GB while it is built" if full else ""
             raise ImageError(
                 f"cannot build image {name!r} in {self.folder}: {error.strerror}{hint} (XDG_CACHE_HOME chooses another place)"
             ) from error
@@ -123,11 +146,11 @@ class Store:
         return image if image and all(image.extra(extra).is_file() for extra in extras) else None
 
     def _build(self, name: str, progress: Progress) -> None:
-        _, builder, append = CATALOGUE[name]
+        recipe = CATALOGUE[name]
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=_NEW))
         try:
-            verified = builder(temporary, progress)
-            meta = Meta(_FORMAT, name, verified, time.time(), append)
+            verified = recipe.build(temporary, progress)
+            meta = Meta(_FORMAT, name, verified, time.time(), recipe.append)
             (temporary / "meta.json").write_bytes(msgspec.json.encode(meta))
             place = self.folder / name
             if place.exists():

@@ -8,6 +8,7 @@ user.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from qemu_user.backends.chardev.descriptor import DescriptorChardev
 from qemu_user.backends.chardev.hub import Hub
 from qemu_user.backends.chardev.null import NullChardev
 from qemu_user.backends.chardev.stdio import StdioChardev
+from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
 from qemu_user.backends.share.server import Server
@@ -69,6 +71,7 @@ class Parts:
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
         self._console_path = console_path
+        self._directory = os.path.dirname(console_path)
 
     # -- back ends, before kvmcore is asked for anything -------------------------------------------
 
@@ -81,9 +84,16 @@ class Parts:
         for net in self.config.nets:
             self.nets.append(open_net(net, self.config.name))
         if self.config.vsock is not None:
-            self.vsock = UnixVsock(self.config.vsock.path)
+            self.vsock = UnixVsock(self._vsock_path(self.config.vsock.path))
         for share in self.config.shares:
             self.shares.append(Server(share.folder, share.readonly))
+
+    def _vsock_path(self, path: str) -> str:
+        if path:
+            return path
+        if not self._directory:
+            raise BackendError("vsock: needs path=SOCKET")
+        return os.path.join(self._directory, "vsock.sock")
 
     def _open_chardev(self, config: ChardevConfig) -> Chardev:
         name = config.id

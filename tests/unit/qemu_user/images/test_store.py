@@ -31,7 +31,7 @@ def catalogue(monkeypatch: pytest.MonkeyPatch, source: Path) -> list[Path]:
         download(source.as_uri(), folder / "kernel", source.stat().st_size, "", progress)
         return "a test"
 
-    monkeypatch.setattr(store, "CATALOGUE", {"small": ("for a test", build, "quiet")})
+    monkeypatch.setattr(store, "CATALOGUE", {"small": store.Recipe("for a test", build, "quiet")})
     return builds
 
 
@@ -107,5 +107,5 @@ def test_damaged_meta_is_no_image(tmp_path: Path, content: bytes) -> None:
 
 
 def test_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="no image 'nothing'; there are: busybox"):
+    with pytest.raises(ImageError, match="no image 'nothing'; there are: busybox, debian"):
         Store(tmp_path).ensure("nothing", quiet)
