@@ -63,6 +63,7 @@ class Drive(Part, frozen=True, kw_only=True):
 
     id: str = ""
     file: str
+    """A path, or the address of an NBD server's disk."""
     format: str = ""
     """"": qcow2 if its name says so, raw if its content does not say otherwise."""
     readonly: bool = False

@@ -20,6 +20,8 @@ import msgspec
 
 from protocol.channel import zmq_socket
 from protocol.channel.zmq_socket import Curve
+from qemu_user.backends.block.opening import is_nbd
+from qemu_user.backends.errors import BackendError
 from qemu_user.cli.daemon import DaemonError, ensure
 from qemu_user.config.background import for_background
 from qemu_user.devices.absent import AbsentPages, PageLost
@@ -103,9 +105,10 @@ def restored(order: Restore, name: str) -> Instance:
             config = identity.renewed(config)
         for index, drive in enumerate(config.drives):
             if not drive.readonly:
-                Path(drive.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if not is_nbd(drive.file):
+                    Path(drive.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 snapshot.write_disk(f"disk{index}", drive.file)
-    except (SnapshotError, OSError) as error:
+    except (SnapshotError, BackendError, OSError) as error:
         raise StartError(str(error)) from error
     instance = Instance(config, order.endpoint)
     instance.start(arriving=True)

@@ -16,12 +16,13 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from qemu_user.backends.block.opening import backing_path, open_disk, qcow2_of
+from qemu_user.backends.block.opening import backing_path, is_nbd, open_disk, qcow2_of
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.block.qcow2.image import Qcow2Image
 from qemu_user.devices.device import State, StateError, decode_state, encode_state, require
@@ -295,9 +296,12 @@ class Snapshot:
 
     def write_disk(self, name: str, path: str) -> None:
         """Make `path` the disk that was saved as `name`: a file is replaced as a whole, at once; a block device is
-        written over. SnapshotError, OSError.
+        written over, and so is an NBD server's disk. SnapshotError, BackendError, OSError.
         """
         size, _ = self.contents.files[name]
+        if is_nbd(path):
+            self._write_over(name, path, size)
+            return
         target = os.path.realpath(path)
         device = os.path.exists(target) and stat.S_ISBLK(os.stat(target).st_mode)
         if device:
@@ -317,6 +321,18 @@ class Snapshot:
             raise
         finally:
             os.close(fd)
+
+    def _write_over(self, name: str, path: str, size: int) -> None:
+        buffer = memoryview(bytearray(CLUSTER))
+        with closing(open_disk(path, "raw")) as disk, self.opened(name) as clusters:
+            if disk.size != size:
+                raise SnapshotError(f"{path}: has {disk.size} bytes now, the disk that was saved {size}")
+            disk.zero(0, size, unmap=True)
+            for offset in clusters.offsets():
+                part = buffer[: min(CLUSTER, size - offset)]
+                clusters.read(offset, part)
+                disk.write(offset, [part])
+            disk.flush()
 
     def _copy_disk(self, name: str, fd: int, size: int, device: bool) -> None:
         with self.opened(name) as clusters:

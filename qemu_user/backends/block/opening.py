@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from contextlib import closing
 from typing import Any
 
 from qemu_user.backends.block.logged import LoggedDisk
+from qemu_user.backends.block.nbd.disk import NbdDisk
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.block.qcow2.header import CORRUPT, DIRTY, MAGIC
 from qemu_user.backends.block.qcow2.image import Qcow2Image, read_header
@@ -35,6 +37,10 @@ def open_disk(
 def _open(
     file: str, format: str, readonly: bool, discard: bool, locked: bool, chain: list[tuple[int, int]]
 ) -> BlockBackend:
+    if is_nbd(file):
+        if format not in ("", "raw"):
+            raise BackendError(f"disk {file}: what an NBD server has is raw: the server reads {format}")
+        return NbdDisk(file, readonly, discard)
     image = RawImage(file, readonly, discard, locked)
     try:
         format = format or probe(image)
@@ -62,6 +68,8 @@ def _open_backing(image: RawImage, file: str, chain: list[tuple[int, int]]) -> B
     if not header.backing_file:
         return None
     path = backing_path(file, header.backing_file)
+    if is_nbd(path):
+        return NbdDisk(path, readonly=True)
     try:
         status = os.stat(path)
     except OSError as error:
@@ -73,10 +81,19 @@ def _open_backing(image: RawImage, file: str, chain: list[tuple[int, int]]) -> B
     return _open(path, header.backing_format, True, False, True, chain)
 
 
+def is_nbd(file: str) -> bool:
+    """Whether this names an NBD server's disk and not a file."""
+    return file.startswith(("nbd:", "nbd+", "nbds:", "nbds+"))
+
+
 def backing_path(image: str, name: str) -> str:
-    """The path of a backing file that the header of `image` calls `name`."""
-    if name.startswith("file:"):
-        name = name[5:]
+    """The path (or NBD address) of a backing file that the header of `image` calls `name`. BackendError."""
+    if is_nbd(name):
+        return name
+    protocol = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
+    if protocol and protocol[0] != "file:":
+        raise BackendError(f"disk image {image}: its backing file {name[:80]}: {protocol[0]} is not supported")
+    name = name.removeprefix("file:")
     return os.path.join(os.path.dirname(os.path.realpath(image)), name)
 
 
@@ -112,7 +129,7 @@ def create_overlay(
     base's; None: the base's. `base` must not change as long as there are overlays over it. `stored`: what the overlay calls
     it, if not by its absolute path. BackendError.
     """
-    base = os.path.abspath(base)
+    base = os.fspath(base) if is_nbd(os.fspath(base)) else os.path.abspath(base)
     disk = open_disk(base, base_format, readonly=True)
     try:
         base_format = "qcow2" if isinstance(disk, Qcow2Image) else "raw"
@@ -141,6 +158,8 @@ def describe(file: str, format: str = "") -> list[dict[str, Any]]:
             layer |= {"damaged": bool(header.incompatible & CORRUPT)}
             layers.append({name: value for name, value in layer.items() if value not in ("", 0, False)})
             disk = disk.backing
+        if isinstance(disk, NbdDisk):
+            layers.append({"file": disk.path, "format": "raw", "size": disk.size})
         if isinstance(disk, RawImage):
             layers.append({"file": disk.path, "format": "raw", "size": disk.size, "stored": _stored(disk.path)})
     return layers
