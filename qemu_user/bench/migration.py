@@ -1,59 +1,51 @@
-"""Migrations measured: an idle guest of 512 MB moved on this machine, by us and by QEMU if it is installed, same kernel
-and initramfs; snapshot, restore and clones beside it. Called by `softkvm bench migration`; asserts nothing.
+"""`softkvm bench migration`: migrations, snapshots and clones measured, beside QEMU where it has the feature and is installed.
+Asserts nothing.
 
-Both sides report downtime and total time themselves (query-migrate); QEMU's is over a Unix socket, with TCG.
+Downtime is what the guest sees of it: by a program inside that looks at its clock, and by a host on its network that calls
+it every millisecond; what query-migrate says stands beside it. Both hosts are on this machine, and so is QEMU's other half.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
-import signal
+import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from qemu_user.images.store import Image, Store, settings
-from qemu_user.management.qmp_client import QmpClient
+from protocol.channel.shared_memory import create_memfd
+from qemu_user.bench.hosts import QEMU, Host, Qemu, Row, Watch
+from qemu_user.bench.wire import Wire
+from qemu_user.images.store import Store
+from qemu_user.migration import pages
+from qemu_user.migration.channel import StreamChannel
 
-_QEMU = "qemu-system-riscv64"
-_READY_SECONDS = 60.0
-_SETTLE_SECONDS = 3.0
-Row = dict[str, Any]
+_DIRTY = "/tmp/probe dirty 240 500"
+"""0.5 GB/s."""
+_PATIENCE = 12.0
+_SPAN = 256 << 20
+_CHUNK = 1 << 20
 
 
-def run(rounds: int, memory: int, tell: Callable[[str], None]) -> dict[str, Row]:
-    """Name of a measurement -> its figures, in milliseconds: medians, with all values beside them."""
-    image = Store().ensure("busybox", lambda *_: None)
+def run(rounds: int, memory: int, only: str, tell: Callable[[str], None]) -> dict[str, Row]:
+    """Name of a measurement -> its figures, in milliseconds where nothing else is said: medians, all values beside them."""
     results: dict[str, Row] = {}
-    with _Host() as one, _Host() as two:
-        there, back = two.serve(), one.serve()
-        one.boot("bench", memory)
-        for name, words in (("migrate, copied", ["--copy"]), ("migrate, memory given", [])):
-            values = []
-            for _ in range(rounds):
-                values.append(one.migrate("bench", there, words))
-                two.wait_for("bench")
-                two.migrate("bench", back, words)
-                one.wait_for("bench")
-            results[name] = _figures(values)
-            tell(f"{name}: {_text(results[name])}")
-        results["snapshot"] = _figures([one.snapshot("bench", f"s{number}") for number in range(rounds)])
-        tell(f"snapshot: {_text(results['snapshot'])}")
-        results["20 clones"] = _figures([one.clone("bench", 20)])
-        tell(f"20 clones: {_text(results['20 clones'])}")
-    if shutil.which(_QEMU):
-        results["QEMU TCG, migrate"] = _figures([_qemu(image, memory) for _ in range(rounds)])
-        tell(f"QEMU TCG, migrate: {_text(results['QEMU TCG, migrate'])}")
-    else:
-        tell(f"no {_QEMU} here to compare with")
+
+    def put(name: str, values: list[Row]) -> None:
+        results[name] = _figures(values)
+        tell(f"{name}: {_text(results[name])}")
+
+    for name, measure in _MEASUREMENTS.items():
+        if only in name:
+            measure(rounds, memory, put)
     return results
+
+
+Put = Callable[[str, list[Row]], None]
 
 
 def _figures(values: list[Row]) -> Row:
@@ -65,155 +57,159 @@ def _text(row: Row) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "runs")
 
 
-class _Host:
-    """A runtime directory with its own daemon. A context manager."""
+class _Place:
+    """Two hosts, a wire between them, a folder that both see. A context manager."""
 
-    def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="skb-"))
-        self._environment = {
-            **os.environ, "XDG_RUNTIME_DIR": str(self._folder), "XDG_DATA_HOME": str(self._folder / "data"),
-        }  # fmt: skip
-        self._environment.pop("SOFTKVM_ENDPOINT", None)
-        self._processes: list[subprocess.Popen[bytes]] = []
-
-    def __enter__(self) -> _Host:
+    def __enter__(self) -> _Place:
+        self.folder = Path(tempfile.mkdtemp(prefix="skb-"))
+        self.wire = Wire(self.folder / "wire")
+        self.one, self.two = Host(), Host()
+        self._there, self._back = self.two.serve(), self.one.serve()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for name in os.listdir(self._folder / "softkvm" / "vms") if (self._folder / "softkvm" / "vms").is_dir() else ():
-            self._softkvm("kill", name, check=False)
-        for process in self._processes:
-            process.terminate()
-            process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for host in (self.one, self.two):
+            host.__exit__()
+        self.wire.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _command(self, *words: str) -> list[str]:
-        return [sys.executable, "-P", "-m", "qemu_user.cli.main", *words]
+    @property
+    def disk(self) -> Path:
+        return self.folder / "disk"
 
-    def _softkvm(self, *words: str, check: bool = True) -> None:
-        done = subprocess.run(self._command(*words), env=self._environment, capture_output=True, check=False)
-        if check and done.returncode:
-            raise RuntimeError(f"softkvm {' '.join(words)}: {done.stderr.decode(errors='replace').strip()}")
+    def there_and_back(self, rounds: int, name: str, **arguments: object) -> list[Row]:
+        """So many moves from one to two, watched, each with one back."""
+        values = []
+        for _ in range(rounds):
+            with Watch(self.disk, self.wire) as watch:
+                numbers = self.one.migrate(name, self._there, **arguments)
+                self.two.wait_for(name)
+            row = _row(numbers, watch)
+            if arguments.get("postcopy"):
+                arrived = self.two.arrived(name)["postcopy"]
+                row |= {"fault us": arrived["median-us"], "faults": arrived["faults"]}
+            values.append(row)
+            self.two.migrate(name, self._back)
+            self.one.wait_for(name)
+        return values
 
-    def serve(self) -> str:
-        """`softkvm host serve`; where it listens."""
-        process = subprocess.Popen(self._command("host", "serve"), env=self._environment, stderr=subprocess.PIPE)
-        self._processes.append(process)
-        assert process.stderr is not None
-        return process.stderr.readline().decode().split()[-1]
 
-    def boot(self, name: str, memory: int) -> None:
-        """An idle guest, booted and settled."""
-        words = ("run", "--name", name, "--memory", str(memory >> 20), "busybox", "--", "sh", "-c", "echo up; sleep 100000")
-        command, nothing = self._command(*words), subprocess.DEVNULL
-        process = subprocess.Popen(command, env=self._environment, stdin=nothing, stdout=subprocess.PIPE)
-        self._processes.append(process)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(_SETTLE_SECONDS)
+def _row(numbers: Row, watch: Watch) -> Row:
+    return {
+        "downtime": max(watch.inside, watch.outside), "inside": watch.inside, "outside": watch.outside,
+        "reported": numbers.get("downtime", -1), "total": numbers["total-time"], "rounds": numbers["ram"]["dirty-sync-count"],
+        "converged": float(numbers["status"] == "completed"),
+    }  # fmt: skip
 
-    @contextmanager
-    def _qmp(self, name: str) -> Iterator[QmpClient]:
-        with QmpClient(str(self._folder / "softkvm" / "vms" / name / "control.sock"), timeout=60) as client:
-            yield client
 
-    def _job(self, name: str, command: str, **arguments: Any) -> Row:
-        with self._qmp(name) as client:
-            client.execute(command, **arguments)
-            while (numbers := client.execute("query-migrate"))["status"] not in ("completed", "failed", "cancelled"):
-                time.sleep(0.01)
-        if numbers["status"] != "completed":
-            raise RuntimeError(f"{command}: {numbers['error-desc']}")
-        return dict(numbers)
+def _idle(rounds: int, memory: int, put: Put) -> None:
+    with _Place() as place:
+        place.one.boot("bench", memory, place.disk, place.wire)
+        put("idle, copied", place.there_and_back(rounds, "bench", copy=True))
+        put("idle, memory given", place.there_and_back(rounds, "bench"))
+        put("idle, post-copy", place.there_and_back(rounds, "bench", postcopy=True))
+        put("snapshot", [place.one.snapshot("bench", f"s{number}") for number in range(rounds)])
 
-    def migrate(self, name: str, uri: str, words: list[str]) -> Row:
-        """Hand it over; downtime and total."""
-        numbers = self._job(name, "migrate", uri=uri, copy="--copy" in words)
-        return {"downtime": numbers["downtime"], "total": numbers["total-time"]}
 
-    def wait_for(self, name: str) -> None:
-        """Until the VM is listed here and runs."""
-        end = time.monotonic() + _READY_SECONDS
-        while True:
-            try:
-                with self._qmp(name) as client:
-                    if client.execute("query-status")["running"]:
-                        time.sleep(0.3)
-                        return
-            except OSError:
-                pass
-            if time.monotonic() > end:
-                raise RuntimeError(f"VM {name} did not arrive")
-            time.sleep(0.02)
+def _busy(rounds: int, memory: int, put: Put) -> None:
+    with _Place() as place:
+        place.one.boot("bench", memory, place.disk, place.wire, _DIRTY, cpus=2)
+        put("0.5 GB/s dirtied, copied", place.there_and_back(rounds, "bench", copy=True))
 
-    def snapshot(self, name: str, tag: str) -> Row:
-        """Keep it; how long the guest stood, and all of it."""
-        folder = str(self._folder / "kept")
-        numbers = self._job(name, "softkvm-snapshot-save", tag=tag, folder=folder)
-        return {"downtime": numbers["downtime"], "total": numbers["total-time"]}
 
-    def clone(self, name: str, count: int) -> Row:
-        """Wall-clock time of the command, and how much memory of its own each clone has (both processes)."""
-        import psutil
+def _large(rounds: int, memory: int, put: Put) -> None:
+    with _Place() as place:
+        fill = "dd if=/dev/zero of=/tmp/fill bs=1M count=3500 2>/dev/null"
+        place.one.boot("bench", 4 << 30, place.disk, place.wire, fill)
+        put("4 GB, memory given", place.there_and_back(rounds, "bench"))
 
+
+def _copies(rounds: int, memory: int, put: Put) -> None:
+    with _Place() as place:
+        place.one.boot("bench", memory, place.disk, place.wire)
+        place.one.keep("bench", "s")
+        put("restore", [place.one.restore("bench", "s") for _ in range(rounds)])
+        put("20 clones", [place.one.clone("bench", 20)])
+
+
+def _qemu_idle(rounds: int, memory: int, put: Put) -> None:
+    _qemu(rounds, memory, put, "QEMU TCG: idle", 1)
+
+
+def _qemu_busy(rounds: int, memory: int, put: Put) -> None:
+    _qemu(1, memory, put, "QEMU TCG: 0.5 GB/s dirtied", 2, _DIRTY)
+
+
+def _qemu(rounds: int, memory: int, put: Put, name: str, cpus: int, *load: str) -> None:
+    if shutil.which(QEMU) is None:
+        return
+    image = Store().ensure("busybox", lambda *_: None, extras=["ext4"])
+    values = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="skb-") as text:
+            folder = Path(text)
+            wire = Wire(folder / "wire")
+            with Qemu(image, memory, folder, wire, *load, cpus=cpus) as qemu:
+                with Watch(qemu.disk, wire) as watch:
+                    numbers = qemu.migrate(_PATIENCE)
+                values.append(_row(numbers, watch))
+            wire.close()
+    put(name, values)
+
+
+# -- parts -------------------------------------------------------------------------------------------
+
+
+def _throughput(rounds: int, memory: int, put: Put) -> None:
+    """Pages through a channel from one process to another's memory, and looking for zeroes."""
+    put("pages", [{"GB/s": _SPAN / 1e9 / _pages()} for _ in range(rounds)])
+    area = mmap.mmap(-1, _SPAN)
+    for at in range(0, _SPAN, 4096):
+        area[at] = 0  # the pages are there
+    address = pages.address_of(memoryview(area))
+    values = []
+    for _ in range(rounds):
         started = time.monotonic()
-        self._softkvm("clone", name, "copy", "--count", str(count))
-        total = 1000 * (time.monotonic() - started)
-        time.sleep(1)
-        unique = 0
-        for process in psutil.process_iter():
-            try:
-                words = " ".join(process.cmdline())
-                if process.environ().get("XDG_RUNTIME_DIR") == str(self._folder) and (
-                    words.startswith("kvmcore-vm copy") or "qemu_user.migration.arrival" in words
-                ):
-                    unique += process.memory_full_info().uss
-            except psutil.Error:
-                continue
-        return {"total": total, "unique MB each": unique / count / 1e6}
+        assert list(pages.split_zeroes(address, 0, _SPAN // 4096, 4096)) == [(True, 0, _SPAN // 4096)]
+        values.append({"GB/s": _SPAN / 1e9 / (time.monotonic() - started)})
+    put("zero scan", values)
 
 
-# -- QEMU ------------------------------------------------------------------------------------------
+def _pages() -> float:
+    """Seconds that it takes to send them all into memory that is there."""
+    ours, theirs = socket.socketpair()
+    memory = mmap.mmap(create_memfd("pages", _SPAN), _SPAN)
+    for at in range(0, _SPAN, 4096):
+        memory[at] = 1
+    source = memoryview(bytes(range(256)) * (_CHUNK // 256))
+    child = os.fork()
+    if not child:
+        theirs.close()
+        channel = StreamChannel(ours)
+        for at in range(0, _SPAN, _CHUNK):
+            channel.send(1, at, payload=source)
+        os._exit(0)
+    ours.close()
+    channel = StreamChannel(theirs)
+    view = memoryview(memory)
+    channel.receive(10)
+    started = time.monotonic()
+    channel.read_into(view[:_CHUNK])
+    for at in range(_CHUNK, _SPAN, _CHUNK):
+        channel.receive(10)
+        channel.read_into(view[at : at + _CHUNK])
+    spent = time.monotonic() - started
+    os.waitpid(child, 0)
+    channel.close()
+    return spent
 
 
-def _qemu(image: Image, memory: int) -> Row:
-    with tempfile.TemporaryDirectory(prefix="skb-") as name:
-        folder = Path(name)
-        initrd = folder / "initrd"
-        data = image.initrd.read_bytes()
-        conf = settings({"NAME": "bench", "COMMAND": "sleep 100000"})
-        initrd.write_bytes(data + bytes(-len(data) % 4) + conf)
-        command = [
-            _QEMU, "-M", "virt", "-m", str(memory >> 20), "-kernel", str(image.kernel), "-initrd", str(initrd),
-            "-append", image.meta.append, "-display", "none", "-serial", "null", "-monitor", "none",
-            "-device", "virtio-serial-device", "-chardev", "null,id=console", "-device", "virtconsole,chardev=console",
-            "-device", "virtio-rng-device",
-        ]  # fmt: skip
-        path = f"unix:{folder / 'move'}"
-        source = subprocess.Popen([*command, "-qmp", f"unix:{folder / 'a'},server=on,wait=off"])
-        target = subprocess.Popen([*command, "-qmp", f"unix:{folder / 'b'},server=on,wait=off", "-incoming", path])
-        try:
-            time.sleep(_SETTLE_SECONDS + 12)  # it has no way to say that it is up
-            with _connected(folder / "a") as client:
-                client.execute("migrate-set-parameters", max_bandwidth=10 << 30, downtime_limit=30)
-                client.execute("migrate", uri=path)
-                while (numbers := client.execute("query-migrate"))["status"] not in ("completed", "failed"):
-                    time.sleep(0.01)
-            if numbers["status"] == "failed":
-                raise RuntimeError("QEMU's migration failed")
-            return {"downtime": numbers["downtime"], "total": numbers["total-time"]}
-        finally:
-            for process in (source, target):
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-
-
-def _connected(path: Path) -> QmpClient:
-    end = time.monotonic() + 10
-    while True:
-        try:
-            return QmpClient(str(path), timeout=60)
-        except (FileNotFoundError, ConnectionRefusedError, TimeoutError):
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+_MEASUREMENTS: dict[str, Callable[[int, int, Put], None]] = {
+    "throughput": _throughput,
+    "idle": _idle,
+    "qemu-idle": _qemu_idle,
+    "busy": _busy,
+    "qemu-busy": _qemu_busy,
+    "large": _large,
+    "copies": _copies,
+}

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side, alternated (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="all but migration: for each kernel in a run (default: 1)")
-    parser.add_argument("--only", default="", metavar="KERNEL", help="just this one; io: these rows, comma-separated")
+    parser.add_argument("--only", default="", metavar="KERNEL", help="just this one; io: rows; migration: idle, busy, ...")
     parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="migration: of the guest (default: 512)")
     options = parser.parse_args(arguments)
     try:
@@ -91,5 +91,5 @@ def _io(options: argparse.Namespace) -> dict[str, Any]:
 def _migration(options: argparse.Namespace) -> dict[str, Any]:
     from qemu_user.bench import migration
 
-    figures = migration.run(options.rounds, options.memory << 20, lambda line: print(line, flush=True))
+    figures = migration.run(options.rounds, options.memory << 20, options.only, lambda line: print(line, flush=True))
     return {"memory_mib": options.memory, "milliseconds": figures}

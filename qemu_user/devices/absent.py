@@ -8,6 +8,7 @@ bit falls, and nothing but ensure() writes to one whose bit is set.
 from __future__ import annotations
 
 import threading
+import time
 from typing import Protocol
 
 from protocol.channel.shared_memory import PAGE, Mapping, create_memfd
@@ -50,6 +51,8 @@ class AbsentPages:
             start = self._byte(offset)
             self._bits[start : start + self._width(offset)] = b"\xff" * self._width(offset)
         self.fetched = 0
+        self.waits: list[float] = []
+        """Seconds that somebody who touched a page waited for it, of the first 100,000."""
 
     def _byte(self, offset: int) -> int:
         return offset // self._source.cluster * self._step
@@ -62,7 +65,10 @@ class AbsentPages:
         cluster = self._source.cluster
         for start in range(offset // cluster * cluster, offset + max(length, 1), cluster):
             if self._bits[self._byte(start)]:
+                began = time.monotonic()
                 self._fetch(start)
+                if len(self.waits) < 100_000:
+                    self.waits.append(time.monotonic() - began)
 
     def _fetch(self, start: int) -> None:
         with self._lock:

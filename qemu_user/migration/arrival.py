@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from qemu_user.devices.device import StateError
 from qemu_user.machine.machine import PAUSED, Machine, StartError
 from qemu_user.management.instance import Instance
 from qemu_user.migration import identity, machine_state
+from qemu_user.migration import job as jobs
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
 from qemu_user.migration.destination import Discarded, Incoming
 from qemu_user.migration.host import authenticated
@@ -98,6 +100,7 @@ def _fill(machine: Machine) -> None:
 
 def restored(order: Restore, name: str) -> Instance:
     """The VM, running (or paused, as ordered). StartError, with nothing left behind but restored disks."""
+    began = time.monotonic()
     try:
         snapshot = Snapshot(Path(order.snapshot))
         config = for_background(snapshot.config, name)
@@ -112,6 +115,8 @@ def restored(order: Restore, name: str) -> Instance:
         raise StartError(str(error)) from error
     instance = Instance(config, order.endpoint)
     instance.start(arriving=True)
+    job = jobs.arriving(instance.machine, "restore", jobs.SETUP)
+    job.started = began
     try:
         load(instance.machine, snapshot, order.fill)
         if order.new:
@@ -123,6 +128,7 @@ def restored(order: Restore, name: str) -> Instance:
         instance.machine.status = PAUSED
     else:
         instance.machine.resume()
+    job.end(jobs.COMPLETED)
     return instance
 
 
@@ -143,10 +149,11 @@ def taken_in(order: TakeIn, fds: list[int], tell: int) -> Instance:
     if order.called:
         channel = StreamChannel(socket.socket(fileno=fds.pop()))
     else:
-        context, _ = authenticated([order.peer.encode()])
+        context, authenticator = authenticated([order.peer.encode()])
         key = Curve(order.public.encode(), order.secret.encode())
         router = zmq_socket.router(context, order.listen, key)
         channel = ZmqChannel(router, is_router=True)
+        channel.held = authenticator
         _say(tell, {"port": int(zmq_socket.bound_to(router).rpartition(":")[2])})
     try:
         endpoint = order.endpoint or ensure()

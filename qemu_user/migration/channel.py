@@ -93,14 +93,22 @@ class StreamChannel:
     """Over a connected Unix stream socket, which it owns."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self.fds: list[int] = []
+        self.look: Callable[[], None] = lambda: None
+        self._take(sock)
+
+    def _take(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
         self._socket = sock
         self._sent = self._received = 0
         self._unread = 0
-        self.fds: list[int] = []
-        self.look: Callable[[], None] = lambda: None
+
+    def renew(self, sock: socket.socket) -> None:
+        """The same channel over another connection, from its first frame on."""
+        self._socket.close()
+        self._take(sock)
 
     def send(self, kind: int, a: int = 0, b: int = 0, payload: bytes | memoryview = b"", fds: list[int] | None = None) -> int:
         parts: list[bytes | memoryview] = [_pack(kind, self._sent, a, b, len(payload))]
@@ -211,6 +219,20 @@ class ZmqChannel:
         self._broken = False
         self.fds: list[int] = []
         self.look: Callable[[], None] = lambda: None
+        self.redial: Callable[[], Channel] | None = None
+        """Makes another connection to the same process, for who has called it."""
+        self.held: object = None
+        """What has to live as long as the channel: the authenticator of a ROUTER."""
+
+    def renew(self) -> None:
+        """A ROUTER hears the next one who speaks, from his first frame on."""
+        if not self._is_router or self._socket.closed:
+            raise ChannelError("the connection is gone")
+        while self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+        self._identity, self._sent, self._received = b"", 0, 0
+        self._payload = memoryview(b"")
+        self._broken = False
 
     def send(self, kind: int, a: int = 0, b: int = 0, payload: bytes | memoryview = b"", fds: list[int] | None = None) -> int:
         if fds:
@@ -290,9 +312,12 @@ class ZmqChannel:
                     return None
 
     def _is_ours(self, identity: zmq.Frame, frame: zmq.Frame) -> bool:
-        """The first who speaks is the peer; others are not heard."""
+        """The first who speaks is the peer; others are not heard. After renew() he has the same key."""
         if not self._identity:
-            self._identity, self._key = identity.bytes, zmq_socket.peer_key(frame)
+            key = zmq_socket.peer_key(frame)
+            if self._key not in ("", key):
+                return False
+            self._identity, self._key = identity.bytes, key
         return identity.bytes == self._identity
 
     def _check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 
 import zmq
 
@@ -31,6 +32,12 @@ def connect(uri: str, key: Curve | None = None) -> Channel:
     raise JobError(f"{uri}: expected ipc://PATH, or tcp://HOST:PORT and keys")
 
 
+def _dial(uri: str, key: Curve) -> ZmqChannel:
+    channel = ZmqChannel(zmq_socket.dealer(zmq_socket.context(), uri, key), is_router=False)
+    channel.redial = partial(_dial, uri, key)
+    return channel
+
+
 def _over_tcp(uri: str, address: str, key: Curve) -> Channel:
     context = zmq_socket.context()
     try:
@@ -39,7 +46,7 @@ def _over_tcp(uri: str, address: str, key: Curve) -> Channel:
             if not caller.poll(_CALL_MS):
                 raise JobError(f"{uri} does not answer: no host there, or it does not know our key")
             reply = decode_reply(caller.recv())
-        return ZmqChannel(zmq_socket.dealer(context, f"tcp://{address}:{int(reply['port'])}", key), is_router=False)
+        return _dial(f"tcp://{address}:{int(reply['port'])}", key)
     except zmq.Again as error:
         raise JobError(f"{uri} cannot be reached: no host there, or it does not know our key") from error
     except (HostError, zmq.ZMQError, KeyError, ValueError) as error:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -27,11 +28,13 @@ from qemu_user.devices.device import StateError
 from qemu_user.machine.machine import PAUSED, Machine, StartError
 from qemu_user.management.instance import Instance
 from qemu_user.migration import identity, machine_state, messages, pages, places, sections, steps
+from qemu_user.migration import job as jobs
 from qemu_user.migration import journal as journals
 from qemu_user.migration.announce import announce
 from qemu_user.migration.channel import Channel, ChannelError, Frame
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
+from qemu_user.migration.recovery import Door, Hopeless
 from qemu_user.migration.sections import SectionError
 from qemu_user.migration.volumes import Disk
 
@@ -53,30 +56,67 @@ class RemotePages:
 
     cluster = messages.PIECE
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, door: Door, gone: Callable[[], bool]) -> None:
+        """`gone`: whether the source is known to be dead."""
+        self._channel, self._door, self._gone = channel, door, gone
+        self.lost: Callable[[str], None] = lambda reason: None
+        """Called when the connection is lost, with the reason, and with "" when it is back."""
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fetch a piece. ChannelError."""
-        self._channel.send(messages.FETCH, offset)
-        frame = self._channel.receive(_PAGE_SECONDS)
-        if frame is None or frame.kind != messages.PAGE or frame.a != offset:
-            raise ChannelError(f"the source of the migration does not send the memory at {offset:#x}")
-        self._channel.read_into(into)
+        """Fetch a piece, over another connection if this one breaks. Hopeless: the source is dead."""
+        while True:
+            try:
+                self._channel.send(messages.FETCH, offset)
+                steps.reached("destination:page", self._channel.cut)
+                frame = self._channel.receive(_PAGE_SECONDS)
+                if frame is None or frame.kind != messages.PAGE or frame.a != offset:
+                    raise ChannelError(f"the source of the migration does not send the memory at {offset:#x}")
+                self._channel.read_into(into)
+                return
+            except ChannelError as error:
+                self.lost(str(error))
+                self._door.again(self._gone)
+                self.lost("")
 
     def close(self) -> None:
-        """All of it is here."""
-        with suppress(ChannelError):
-            self._channel.send(messages.DONE)
-        self._channel.close()
+        """All of it is here: tell the source, which may have to call again to hear it."""
+        try:
+            while True:
+                try:
+                    self._channel.send(messages.DONE)
+                    self._channel.receive(_PAGE_SECONDS)  # it hangs up
+                    break
+                except ChannelError as error:
+                    if "hung up" in str(error) or "gone" in str(error):
+                        break
+                    self._door.again(self._gone, _PAGE_SECONDS)
+        except Hopeless:
+            pass  # it has died: it was not needed any more
+        finally:
+            self._door.close()
+            self._channel.close()
 
 
-def fill(machine: Machine) -> None:
+def fill(machine: Machine, job: jobs.Job) -> None:
     """Bring the memory that nobody has asked for yet, in the background."""
+    absent = machine.memory.absent
+    job.waits = absent.waits if absent is not None else []
     try:
         machine.complete_memory(threading.Event())
+        job.end(jobs.COMPLETED)
     except PageLost as error:
+        job.error = str(error)
+        job.end(jobs.FAILED)
         machine.fail(str(error))
+
+
+def _lost(machine: Machine, job: jobs.Job, reason: str) -> None:
+    """Say that the connection of a post-copy is lost, or back."""
+    job.status, job.error = (jobs.POSTCOPY_PAUSED, reason) if reason else (jobs.POSTCOPY, "")
+    if reason:
+        machine.warn(f"{reason}; it waits for the source, which has part of its memory, where it needs that")
+    else:
+        machine.warn("the source of its memory is back")
 
 
 class Refused(Exception):
@@ -97,6 +137,8 @@ class Incoming:
         self._journal: Journal | None = None
         self._features: list[str] = []
         self._made: list[Path] = []
+        self._door: Door | None = None
+        self._source: RemotePages | None = None
         self._pages_follow = False
         """Post-copy: the channel goes on as where memory comes from."""
 
@@ -114,6 +156,8 @@ class Incoming:
             raise Discarded(str(error) or "the source keeps the VM") from error
         finally:
             if not self._pages_follow:
+                if self._door is not None:
+                    self._door.close()
                 self._channel.close()
 
     def _forget(self) -> None:
@@ -136,7 +180,10 @@ class Incoming:
             machine_state.restore(instance.machine, trial)
             for transport in instance.machine.parts.transports:
                 transport.rehearse()
-            accept = Accept(features=self._features, journal=str(self._journal.path))
+            if "postcopy" in self._features:
+                self._door = Door(self._channel, instance.config.uuid, hello.generation)
+            recover = self._door.path if self._door is not None else ""
+            accept = Accept(features=self._features, journal=str(self._journal.path), recover=recover)
             self._channel.send(messages.ACCEPT, payload=messages.encode(accept))
             state = self._take_volumes(instance.machine, hello)
             checked = machine_state.check(instance.machine, sections.decode(state))
@@ -156,7 +203,8 @@ class Incoming:
                 raise Refused(f"the VM's kvmcore process on this host ({instance.machine.vm.pid}) has died")
             self._journal.write(journals.RUNNING, hello.generation)
         if self._pages_follow:  # from here on the channel is for pages only
-            self._channel.send(messages.RUNNING, hello.generation)
+            with suppress(ChannelError):
+                self._channel.send(messages.RUNNING, hello.generation)
         if hello.running:
             instance.machine.resume()
         else:
@@ -168,8 +216,12 @@ class Incoming:
         announce(instance.machine)
         instance.take_name(instance.config.name)
         self._journal.keep()
-        if self._pages_follow:
-            threading.Thread(target=fill, args=(instance.machine,), name="fill", daemon=True).start()
+        job = jobs.arriving(instance.machine, "arrival", jobs.POSTCOPY)
+        if self._source is not None:
+            self._source.lost = partial(_lost, instance.machine, job)
+            threading.Thread(target=fill, args=(instance.machine, job), name="fill", daemon=True).start()
+        else:
+            job.end(jobs.COMPLETED)
         steps.reached("destination:done", self._channel.cut)
         return instance
 
@@ -274,7 +326,7 @@ class Incoming:
             elif frame.kind == messages.ROUND:
                 channel.send(messages.ROUND, frame.a)
             elif frame.kind == messages.ABSENT and "postcopy" in self._features:
-                self._leave_pages(machine, ram, channel.read())
+                self._leave_pages(machine, ram, channel.read(), hello)
             elif frame.kind == messages.STATE:
                 steps.reached("destination:state", channel.cut, machine.vm.pid)
                 return channel.read()
@@ -283,13 +335,16 @@ class Incoming:
             else:
                 raise ChannelError(f"message {frame.kind} during the copy")
 
-    def _leave_pages(self, machine: Machine, ram: memoryview, left: bytes) -> None:
+    def _leave_pages(self, machine: Machine, ram: memoryview, left: bytes, hello: Hello) -> None:
         """Post-copy: these pieces stay at the source until they are touched."""
         if len(left) * messages.PIECE != len(ram):
             raise ChannelError("a map of other memory than the machine's")
         offsets = [index * messages.PIECE for index, there in enumerate(left) if there]
         self._pages_follow = True
-        machine.await_pages(AbsentPages(ram, RemotePages(self._channel), offsets))
+        assert self._door is not None
+        local = hello.host == messages.boot_id()
+        self._source = RemotePages(self._channel, self._door, lambda: local and journals.is_dead(hello.journal))
+        machine.await_pages(AbsentPages(ram, self._source, offsets))
 
     def _take_memory(self, frame: Frame, ram: memoryview, start: int) -> None:
         unit = 4096

@@ -10,12 +10,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qemu_user.machine.machine import Machine
 
-SETUP, ACTIVE, DEVICE, POSTCOPY = "setup", "active", "device", "postcopy-active"
+SETUP, ACTIVE, DEVICE, POSTCOPY, POSTCOPY_PAUSED = "setup", "active", "device", "postcopy-active", "postcopy-paused"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 ENDED = (COMPLETED, FAILED, CANCELLED)
 
@@ -44,6 +45,8 @@ class Job:
         self.expected_downtime = self.downtime = 0.0
         self.throttle = 0.0
         """Share of the time that the vCPUs are made to stand."""
+        self.waits: list[float] = []
+        """How long pages that were touched before they had come were waited for."""
         self.started = time.monotonic()
         self.ended = 0.0
         self._cancel = threading.Event()
@@ -56,6 +59,11 @@ class Job:
     @property
     def cancelled(self) -> bool:
         return self._cancel.is_set()
+
+    def end(self, status: str) -> None:
+        """It is over."""
+        self.status, self.ended = status, time.monotonic()
+        self.finished.set()
 
     def check(self) -> None:
         """Cancelled, if somebody has called it off."""
@@ -79,6 +87,7 @@ class Job:
             "cpu-throttle-percentage": round(100 * self.throttle),
             "error-desc": self.error,
             "result": self.result,
+            "postcopy": {"faults": len(self.waits), "median-us": round(1e6 * median(self.waits)) if self.waits else 0},
             "ram": {
                 "total": self.total,
                 "remaining": self.remaining,
@@ -88,6 +97,13 @@ class Job:
                 "mbps": round(8 * self.throughput / 1e6, 1),
             },
         }
+
+
+def arriving(machine: Machine, kind: str, status: str) -> Job:
+    """The machine comes from elsewhere: `kind` is "arrival" or "restore"."""
+    job = machine.job = Job(kind)
+    job.status = status
+    return job
 
 
 def start(machine: Machine, job: Job, work: Callable[[Job], None]) -> None:

@@ -110,6 +110,23 @@ def _ask(path: str, verdict: str, generation: int, final: tuple[str, ...], gone:
         os.close(fd)
 
 
+def is_dead(path: str) -> bool:
+    """Whether the side whose journal this is, on this machine, does not live any more."""
+    if not _PATH.search(path):
+        return False
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def _clear(folder: Path) -> None:
     """Settled files that nobody has asked about for a day."""
     for path in folder.iterdir():

@@ -14,7 +14,8 @@
     ABORT, from the source at any time before COMMIT: the destination forgets everything.
 
 Post-copy: ABSENT before STATE names the memory that stays behind. From then on the destination may FETCH a piece of it,
-answered by PAGE, one at a time; DONE, from the destination after RUNNING, means that it has them all.
+answered by PAGE, one at a time; DONE, from the destination after RUNNING, means that it has them all. When the connection
+is lost meanwhile the source calls again and says RESUME, the destination RESUMED (recovery.py).
 
 Until its journal says "committed" the VM is the source's, afterwards the destination's; see journal.py for what a
 side does that hears nothing more. Sizes and units are checked by the receiver against its own machine.
@@ -29,9 +30,11 @@ HELLO, ACCEPT, REJECT = 1, 2, 3
 DATA, PACKED, ZEROES, ROUND = 4, 5, 6, 7
 STATE, PREPARED, COMMIT, RUNNING, ABORT = 8, 9, 10, 11, 12
 ABSENT, FETCH, PAGE, DONE = 13, 14, 15, 16
+RESUME, RESUMED = 17, 18
 """DATA: a = volume << 56 | first unit, b = units, payload: their bytes. PACKED: the same, zstd. ZEROES: without payload.
 ROUND: a = number. COMMIT, RUNNING: a = generation. ABSENT: payload: a byte per PIECE of memory, 1: it stays behind. FETCH,
-PAGE: a = offset in memory, a multiple of PIECE; PAGE's payload are its bytes."""
+PAGE: a = offset in memory, a multiple of PIECE; PAGE's payload are its bytes. RESUME, RESUMED: a = generation; RESUME's
+payload is the VM's uuid."""
 PIECE = 32 << 10
 """Bytes of memory that post-copy moves at once: 8 pages, a byte of the userfault bitmap."""
 _VOLUME_SHIFT = 56
@@ -47,7 +50,7 @@ def placed(a: int) -> tuple[int, int]:
     return a >> _VOLUME_SHIFT, a & (1 << _VOLUME_SHIFT) - 1
 
 
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Base of what HELLO and ACCEPT carry, as msgpack."""
 
 
@@ -77,6 +80,8 @@ class Accept(Record, frozen=True, kw_only=True):
 
     features: list[str]
     journal: str
+    recover: str = ""
+    """Post-copy over a Unix socket: where the source is to call when the connection is lost."""
 
 
 def encode(record: Record) -> bytes:

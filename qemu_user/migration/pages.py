@@ -51,6 +51,11 @@ def count(units: bytes | bytearray) -> int:
     return len(units) - units.count(0)
 
 
+def address_of(view: memoryview) -> int:
+    """Where writable memory lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
 def is_zero(data: bytes | memoryview) -> bool:
     """Whether these are all zeroes."""
     return not bytes(data[:64]).strip(b"\0") and not bytes(data).strip(b"\0")

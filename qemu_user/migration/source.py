@@ -16,11 +16,12 @@ from qemu_user.backends.errors import BackendError
 from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
 from qemu_user.migration import journal as journals
 from qemu_user.migration import machine_state, messages, sections, steps
-from qemu_user.migration.channel import Channel, ChannelError
-from qemu_user.migration.job import DEVICE, POSTCOPY, Job, JobError
+from qemu_user.migration.channel import Channel, ChannelError, ZmqChannel
+from qemu_user.migration.job import DEVICE, POSTCOPY, POSTCOPY_PAUSED, Job, JobError
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
 from qemu_user.migration.precopy import Precopy
+from qemu_user.migration.recovery import RETRY_SECONDS, Caller, Hopeless
 from qemu_user.migration.volumes import Disk, Ram, writable_disks
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Outgoing:
         self._machine, self._channel, self._options, self._job = machine, channel, options, job
         self._disks = writable_disks(machine)
         self._journal: Journal | None = None
-        self._peer_journal = ""
+        self._peer_journal = self._recover = ""
         self._unlocked = self._postcopy = False
         channel.look = job.check
 
@@ -156,9 +157,9 @@ class Outgoing:
         finally:
             if copy is not None:
                 copy.close()
-        self._journal.keep()
         if self._postcopy:
-            self._serve_pages()
+            self._serve_pages()  # the journal is locked until then: by that the destination knows that we live
+        self._journal.keep()
         threading.Timer(_LINGER_SECONDS, machine.quit).start()
 
     def _say_abort(self) -> None:
@@ -196,7 +197,7 @@ class Outgoing:
             accepted = msgspec.msgpack.decode(self._channel.read(), type=Accept)
         except msgspec.MsgspecError as error:
             raise ChannelError(f"the destination's answer makes no sense: {error}") from error
-        self._peer_journal = accepted.journal
+        self._peer_journal, self._recover = accepted.journal, accepted.recover
         return accepted
 
     # -- the hand-over proper ----------------------------------------------------------------------
@@ -282,12 +283,36 @@ class Outgoing:
         """Post-copy: the VM runs elsewhere, part of its memory is still here."""
         self._job.status = POSTCOPY
         while True:
-            frame = self._channel.receive(None)
-            if frame is None or frame.kind == messages.DONE:
-                return
-            if frame.kind != messages.FETCH:
-                raise ChannelError(f"message {frame.kind} during post-copy")
-            self._send_piece(frame.a)
+            try:
+                frame = self._channel.receive(None)
+                if frame is None or frame.kind == messages.DONE:
+                    return
+                if frame.kind != messages.FETCH:
+                    raise ChannelError(f"message {frame.kind} during post-copy")
+                steps.reached("source:page", self._channel.cut)
+                self._send_piece(frame.a)
+            except ChannelError as error:
+                if not self._call_again(error):
+                    return
+
+    def _call_again(self, error: ChannelError) -> bool:
+        """The connection is lost, and memory that the VM needs is here: call the destination until it answers. False: it needs
+        no more. JobError: it has died, and the VM with it.
+        """
+        job, machine = self._job, self._machine
+        redial = self._channel.redial if isinstance(self._channel, ZmqChannel) else None
+        caller = Caller(self._recover, redial, machine.config.uuid, machine.generation + 1)
+        job.status, job.error = POSTCOPY_PAUSED, f"{error}; calling the destination again, which needs memory that is here"
+        machine.warn(job.error)
+        self._channel.close()
+        try:
+            while (channel := caller.again()) is None:
+                time.sleep(RETRY_SECONDS)
+        except Hopeless:
+            return False
+        self._channel, job.status, job.error = channel, POSTCOPY, ""
+        machine.warn("the destination is reached again")
+        return True
 
     def _keep_again(self) -> None:
         """The VM goes on here."""

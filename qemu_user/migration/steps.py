@@ -16,13 +16,18 @@ STEPS = (
     "destination:hello", "destination:built", "destination:data", "destination:state", "destination:prepared",
     "destination:prepared-sent", "destination:commit", "destination:running", "destination:done",
 )  # fmt: skip
+POSTCOPY_STEPS = ("source:page", "destination:page")
+
+
+_broken: set[str] = set()
 
 
 def reached(step: str, cut: Callable[[], None], vm_pid: int = 0) -> None:
     """The hand-over is at `step`; `cut` ends its connection; `vm_pid` is the VM's kvmcore process."""
     name, _, action = os.environ.get("SOFTKVM_MIGRATION_FAULT", "").partition("=")
-    if name != step:
+    if name != step or step in _broken:
         return
+    _broken.add(step)
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "cut":

@@ -6,7 +6,6 @@ log) or devices (WriteLog). Whatever take() has named must be read after it. Use
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 from qemu_user.backends.block.logged import BLOCK, LoggedDisk
@@ -29,7 +28,7 @@ class Ram:
         self.fd: int = machine.ram_fd
         _, self.view = machine.memory.regions[0]
         self.size = len(self.view)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
+        self.address = pages.address_of(self.view)
         self._log = machine.memory.logs[0]
         self._on = False
 

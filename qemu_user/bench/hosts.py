@@ -1,0 +1,286 @@
+"""Hosts on this machine for measurements: a runtime directory with its own daemon, VMs in it with a guest that is watched
+from inside (kernels/probe.c) and from outside (wire.py); and QEMU with the same guest.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qemu_user.bench.wire import GUEST, HOST, Wire
+from qemu_user.images.store import Image, settings
+from qemu_user.management.qmp_client import QmpClient
+
+QEMU = "qemu-system-riscv64"
+_READY_SECONDS = 60.0
+_SETTLE_SECONDS = 3.0
+_DISK = 1 << 20
+_PROBE = Path(__file__).parent / "kernels" / "probe.bin"
+_TICKS = 1e7
+Row = dict[str, Any]
+
+
+def command(*load: str) -> str:
+    """What the guest runs: the probe as a sampler, and `load`, its other modes."""
+    packed = base64.b64encode(gzip.compress(_PROBE.read_bytes(), 9, mtime=0)).decode()
+    lines = [f"echo {packed} | base64 -d | gunzip >/tmp/probe", "chmod +x /tmp/probe"]
+    lines += [f"ip addr add {GUEST}/24 dev eth0 2>/dev/null; ip link set eth0 up", f"ping -c 3 -W 1 {HOST} >/dev/null"]
+    lines += [f"{mode} &" for mode in ("/tmp/probe sample 0", *load)]
+    return "\n".join([*lines, "sleep 100000"])
+
+
+class Watch:
+    """How long the guest stood while a with block ran: by its own clock, and by who calls it every millisecond."""
+
+    def __init__(self, disk: Path, wire: Wire) -> None:
+        self._disk, self._wire = disk, wire
+        self.inside = self.outside = 0.0
+        """Milliseconds; of `inside`, the longest gap between two looks at the clock 0.2 ms apart."""
+
+    def _look(self) -> tuple[int, int]:
+        with self._disk.open("rb") as file:
+            number, longest = struct.unpack("<QQ", file.read(16))
+        return number, longest
+
+    def _wait(self, windows: int) -> None:
+        end, first = time.monotonic() + 10, self._look()[0]
+        while self._look()[0] < first + windows and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def __enter__(self) -> Watch:
+        self._wait(1)
+        self._wire.call_guest(0.001)
+        time.sleep(0.05)
+        self._seen: dict[int, int] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._collect)
+        self._thread.start()
+        return self
+
+    def _collect(self) -> None:
+        while not self._stop.wait(0.02):
+            number, longest = self._look()
+            self._seen[number] = longest
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._wait(2)
+        time.sleep(0.1)
+        self._stop.set()
+        self._thread.join()
+        self._wire.call_guest(0)
+        self._seen.pop(min(self._seen), None)  # the window before
+        self.inside = round(1000 * max(self._seen.values(), default=0) / _TICKS, 2)
+        self.outside = round(1000 * self._wire.longest_silence(), 2)
+
+
+class Host:
+    """A runtime directory with its own daemon. A context manager."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="skb-"))
+        self._environment = {
+            **os.environ, "XDG_RUNTIME_DIR": str(self._folder), "XDG_DATA_HOME": str(self._folder / "data"),
+        }  # fmt: skip
+        self._environment.pop("SOFTKVM_ENDPOINT", None)
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for name in os.listdir(self._folder / "softkvm" / "vms") if (self._folder / "softkvm" / "vms").is_dir() else ():
+            self._softkvm("kill", name, check=False)
+        for process in self._processes:
+            process.terminate()
+            process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _command(self, *words: str) -> list[str]:
+        return [sys.executable, "-P", "-m", "qemu_user.cli.main", *words]
+
+    def _softkvm(self, *words: str, check: bool = True) -> None:
+        done = subprocess.run(self._command(*words), env=self._environment, capture_output=True, check=False)
+        if check and done.returncode:
+            raise RuntimeError(f"softkvm {' '.join(words)}: {done.stderr.decode(errors='replace').strip()}")
+
+    def serve(self) -> str:
+        """`softkvm host serve`; where it listens."""
+        process = subprocess.Popen(self._command("host", "serve"), env=self._environment, stderr=subprocess.PIPE)
+        self._processes.append(process)
+        assert process.stderr is not None
+        return process.stderr.readline().decode().split()[-1]
+
+    def boot(self, name: str, memory: int, disk: Path, wire: Wire, *load: str, cpus: int = 1) -> None:
+        """A guest that is watched, booted and settled; `disk` is new."""
+        disk.write_bytes(bytes(_DISK))
+        words = (
+            "run", "--name", name, "--memory", str(memory >> 20), "--smp", str(cpus), "--drive", f"file={disk},format=raw",
+            "--netdev", f"stream,id=n0,addr.type=unix,addr.path={wire.path}", "busybox", "--", "sh", "-c", command(*load),
+        )  # fmt: skip
+        nothing = subprocess.DEVNULL
+        process = subprocess.Popen(self._command(*words), env=self._environment, stdin=nothing, stdout=nothing)
+        self._processes.append(process)
+        wait_until_up(disk, wire)
+
+    @contextmanager
+    def _qmp(self, name: str) -> Iterator[QmpClient]:
+        with QmpClient(str(self._folder / "softkvm" / "vms" / name / "control.sock"), timeout=60) as client:
+            yield client
+
+    def _job(self, name: str, command: str, **arguments: Any) -> Row:
+        with self._qmp(name) as client:
+            client.execute(command, **arguments)
+            while (numbers := client.execute("query-migrate"))["status"] not in ("completed", "failed", "cancelled"):
+                time.sleep(0.01)
+        if numbers["status"] != "completed":
+            raise RuntimeError(f"{command}: {numbers['error-desc']}")
+        return dict(numbers)
+
+    def migrate(self, name: str, uri: str, **arguments: Any) -> Row:
+        """Hand it over; what query-migrate says at the end."""
+        return self._job(name, "migrate", uri=uri, **arguments)
+
+    def arrived(self, name: str) -> Row:
+        """What the destination says of how the VM came."""
+        with self._qmp(name) as client:
+            while (numbers := client.execute("query-migrate"))["status"] == "postcopy-active":
+                time.sleep(0.02)
+        return dict(numbers)
+
+    def wait_for(self, name: str) -> None:
+        """Until the VM is listed here and runs."""
+        end = time.monotonic() + _READY_SECONDS
+        while True:
+            try:
+                with self._qmp(name) as client:
+                    if client.execute("query-status")["running"]:
+                        time.sleep(0.3)
+                        return
+            except OSError:
+                pass
+            if time.monotonic() > end:
+                raise RuntimeError(f"VM {name} did not arrive")
+            time.sleep(0.02)
+
+    def snapshot(self, name: str, tag: str) -> Row:
+        """Keep it; how long the guest stood, and all of it."""
+        folder = str(self._folder / "kept")
+        numbers = self._job(name, "softkvm-snapshot-save", tag=tag, folder=folder)
+        return {"downtime": numbers["downtime"], "total": numbers["total-time"]}
+
+    def keep(self, name: str, tag: str) -> None:
+        """A snapshot, where restore() finds it."""
+        self._softkvm("snapshot", name, tag)
+
+    def restore(self, name: str, tag: str) -> Row:
+        """Bring it back; milliseconds: the whole command, and from the process's order to the first instruction."""
+        started = time.monotonic()
+        self._softkvm("restore", name, tag)
+        total = 1000 * (time.monotonic() - started)
+        with self._qmp(name) as client:
+            numbers = client.execute("query-migrate")
+        return {"to first instruction": numbers["total-time"], "command": total}
+
+    def clone(self, name: str, count: int) -> Row:
+        """Wall-clock time of the command, and how much memory of its own each clone has (both processes)."""
+        import psutil
+
+        started = time.monotonic()
+        self._softkvm("clone", name, "copy", "--count", str(count))
+        total = 1000 * (time.monotonic() - started)
+        time.sleep(1)
+        unique = 0
+        for process in psutil.process_iter():
+            try:
+                words = " ".join(process.cmdline())
+                if process.environ().get("XDG_RUNTIME_DIR") == str(self._folder) and (
+                    words.startswith("kvmcore-vm copy") or "qemu_user.migration.arrival" in words
+                ):
+                    unique += process.memory_full_info().uss
+            except psutil.Error:
+                continue
+        return {"total": total, "unique MB each": unique / count / 1e6}
+
+
+def wait_until_up(disk: Path, wire: Wire) -> None:
+    """Until the guest looks at its clock and has called the host."""
+    end = time.monotonic() + _READY_SECONDS
+    while disk.read_bytes()[:8] == bytes(8) or not wire.known:
+        if time.monotonic() > end:
+            raise RuntimeError("the guest does not come up")
+        time.sleep(0.1)
+    time.sleep(_SETTLE_SECONDS)
+
+
+# -- QEMU ------------------------------------------------------------------------------------------
+
+
+class Qemu:
+    """Two of them, the second one waiting for the first one's guest. A context manager."""
+
+    def __init__(self, image: Image, memory: int, folder: Path, wire: Wire, *load: str, cpus: int = 1) -> None:
+        disk = self.disk = folder / "qemu.disk"
+        disk.write_bytes(bytes(_DISK))
+        initrd, data = folder / "initrd", image.initrd.read_bytes()
+        conf = settings({"NAME": "bench", "COMMAND": command(*load)}) + image.extra("ext4").read_bytes()
+        initrd.write_bytes(data + bytes(-len(data) % 4) + conf)
+        words = [
+            QEMU, "-M", "virt", "-m", str(memory >> 20), "-smp", str(cpus), "-kernel", str(image.kernel),
+            "-initrd", str(initrd), "-append", image.meta.append, "-display", "none", "-serial", "null", "-monitor", "none",
+            "-device", "virtio-serial-device", "-chardev", "null,id=console", "-device", "virtconsole,chardev=console",
+            "-chardev", "null,id=c", "-device", "virtserialport,chardev=c,name=org.softkvm.control",
+            "-device", "virtio-rng-device", "-drive", f"file={disk},format=raw,if=none,id=d",
+            "-device", "virtio-blk-device,drive=d", "-device", "virtio-net-device,netdev=n0",
+            "-netdev", f"stream,id=n0,server=off,addr.type=unix,addr.path={wire.path}",
+        ]  # fmt: skip
+        self._uri = f"unix:{folder / 'move'}"
+        self._qmp = folder / "a"
+        self._processes = [subprocess.Popen([*words, "-qmp", f"unix:{folder / 'a'},server=on,wait=off"])]
+        wait_until_up(disk, wire)
+        incoming = ["-qmp", f"unix:{folder / 'b'},server=on,wait=off", "-incoming", self._uri]
+        self._processes.append(subprocess.Popen([*words, *incoming]))
+        time.sleep(1)
+
+    def __enter__(self) -> Qemu:
+        return self
+
+    def migrate(self, seconds: float) -> Row:
+        """Hand the guest over, 30 ms allowed; what query-migrate says at the end, or after so many seconds."""
+        with _connected(self._qmp) as client:
+            client.execute("migrate-set-parameters", max_bandwidth=10 << 30, downtime_limit=30)
+            client.execute("migrate", uri=self._uri)
+            end = time.monotonic() + seconds
+            while (numbers := client.execute("query-migrate"))["status"] not in ("completed", "failed"):
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.01)
+        return dict(numbers)
+
+    def __exit__(self, *exc_info: object) -> None:
+        for process in self._processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+def _connected(path: Path) -> QmpClient:
+    end = time.monotonic() + 10
+    while True:
+        try:
+            return QmpClient(str(path), timeout=60)
+        except (FileNotFoundError, ConnectionRefusedError, TimeoutError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
