@@ -516,7 +516,7 @@ class Qcow2Image:
 
     def flush(self) -> None:
         """What was written before is on the disk when this returns."""
-        if not self.readonly:
+        if self._active and not self.readonly:
             self._write_out()
 
     def _write_out(self) -> None:

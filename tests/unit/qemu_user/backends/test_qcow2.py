@@ -410,6 +410,7 @@ def test_handing_over_to_another_process(tmp_path: Path) -> None:
     write(source, 4096, b"t" * 4096)
     with pytest.raises(OSError, match="another process"):
         destination.read(0, [memoryview(bytearray(512))])
+    destination.flush()
     with pytest.raises(BackendError):
         destination.lock()
     source.unlock()
