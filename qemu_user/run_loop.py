@@ -17,6 +17,7 @@ from protocol.abi.errors import KvmError
 from protocol.abi.exits import Exit
 from protocol.abi.run_page import EXIT_REASON, IMMEDIATE_EXIT, MEMORY_FAULT, U32, UNION
 from protocol.abi.structs import MEMORY_EXIT_FLAG_USERFAULT
+from protocol.channel.latency import woken_soon
 from qemu_user.devices.absent import PageLost
 from qemu_user.exits import handlers
 from qemu_user.exits.context import ExitContext
@@ -101,6 +102,7 @@ class VcpuThread(threading.Thread):
 
     def run(self) -> None:
         self.thread_id = threading.get_native_id()
+        woken_soon()
         self._gate.join()
         try:
             self._loop()

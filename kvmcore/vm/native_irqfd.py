@@ -15,6 +15,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from kvmcore.engine import native_bus
+from protocol.channel.latency import woken_soon
 
 if TYPE_CHECKING:
     from kvmcore.engine.loader import Image
@@ -92,6 +93,7 @@ class NativeIrqfds:
         self._back.wait(_HAND_SHAKE_SECONDS)
 
     def _serve(self) -> None:
+        woken_soon()
         while not self._closed:
             if self._image.serve_irqfds(self._address) == _BELL:
                 os.eventfd_read(self._bell)

@@ -30,6 +30,7 @@ from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.exits import Exit
 from protocol.channel.doorbell import Doorbell
+from protocol.channel.latency import VCPU_SLICE_NS, woken_soon
 from protocol.channel.shared_memory import Mapping, create_memfd
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class Vcpu(VmChild):
         job()
 
     def _live(self, bell: Doorbell) -> None:
+        woken_soon(VCPU_SLICE_NS)
         try:
             self._serve(bell)
             self._drain()

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from protocol.channel.latency import woken_soon
+
 Callback = Callable[[], None]
 
 READ, WRITE = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR, select.EPOLLOUT | select.EPOLLERR
@@ -161,6 +163,7 @@ class IoLoop:
     def run(self) -> None:
         """Serve until stop()."""
         self._thread_id = threading.get_ident()
+        woken_soon()
         with suppress(_Stopped):
             while not self._stopping:
                 self.turn(None)

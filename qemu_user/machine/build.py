@@ -22,6 +22,7 @@ from qemu_user.backends.chardev.null import NullChardev
 from qemu_user.backends.chardev.stdio import StdioChardev
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.io_threads import IoThreads
 from qemu_user.backends.net.backend import NetBackend
 from qemu_user.backends.share.server import Server
 from qemu_user.backends.vsock.unix import UnixVsock
@@ -53,8 +54,11 @@ Power = Callable[[str, int], None]
 class Parts:
     """The devices and back ends of one machine."""
 
-    def __init__(self, config: MachineConfig, loop: IoLoop, console_path: str) -> None:
-        self.config, self.loop = config, loop
+    def __init__(self, config: MachineConfig, threads: IoThreads, console_path: str) -> None:
+        self.config, self.loop = config, threads.main
+        self._threads = threads
+        self._loops: dict[str, IoLoop] = {}
+        """Of disks, NICs and shared folders, by the device's name."""
         self.bus = Bus()
         self.devices: list[Device] = []
         self.transports: list[VirtioTransport] = []
@@ -161,9 +165,14 @@ class Parts:
             self.balloon = VirtioBalloon(
                 "balloon", memory, self.config.balloon.reporting, self.config.balloon.deflate_on_oom
             )
+        from qemu_user.devices.virtio.p9 import VirtioP9
+
         for bus, number, device in assign(self._virtio_devices()):
+            loop = self.loop
+            if isinstance(device, VirtioBlk | VirtioNet | VirtioP9):
+                loop = self._loops[device.name] = self._threads.add(f"io-{device.name}")
             if bus == "pci":
-                function = VirtioPci(device.name, memory, device, interrupts.msi, kicks.make)
+                function = VirtioPci(device.name, memory, device, interrupts.msi, partial(kicks.make, loop))
                 host.attach(function, number)
                 self.devices.append(function)
                 transport = function.transport
@@ -174,9 +183,9 @@ class Parts:
                 assert slot.transport is not None
                 transport = slot.transport
                 for queue in device.queues:
-                    kick = kicks.make(partial(transport.kicked, queue.index), 4, queue.index)
+                    kick = kicks.make(loop, partial(transport.kicked, queue.index), 4, queue.index)
                     kick.place(entry.base + QUEUE_NOTIFY)
-            transport.defer = self.loop.call_soon
+            transport.defer = loop.call_soon
             self.transports.append(transport)
 
     def _put(self, device: Device, entry: virt.Entry, place: Place, in_tree: bool = True) -> None:
@@ -257,9 +266,9 @@ class Parts:
             chardev.start(self.loop)
         for transport in self.transports:
             transport.warn = warn
-        for net in self.nets:
+        for net, card in zip(self.nets, self.cards, strict=True):
             net.warn = warn
-            net.start(self.loop)
+            net.start(self._loops[card.name])
         if self.vsock is not None:
             self.vsock.start(self.loop)
 

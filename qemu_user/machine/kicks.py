@@ -1,4 +1,4 @@
-"""Queue notifications as ioeventfds: a guest's store signals an eventfd, and the I/O thread serves it.
+"""Queue notifications as ioeventfds: a guest's store signals an eventfd, and the device's I/O thread serves it.
 
 A virtio-mmio kick stays where it is; a virtio-pci one moves with its BAR. Made by machine/machine.py, handed to
 machine/build.py. Where no ioeventfd can be had (two BARs at one address), stores exit and devices see them as writes.
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 class Kicks:
     """All doorbells of one machine."""
 
-    def __init__(self, vm: Vm, loop: IoLoop) -> None:
-        self._vm, self._loop = vm, loop
-        self._fds: list[int] = []
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._fds: list[tuple[IoLoop, int]] = []
 
-    def make(self, callback: Callable[[], None], length: int, match: int | None = None) -> Doorbell:
-        """Stores of `length` bytes (of the value `match`, if one is given) call back on the I/O thread."""
+    def make(self, loop: IoLoop, callback: Callable[[], None], length: int, match: int | None = None) -> Doorbell:
+        """Stores of `length` bytes (of the value `match`, if one is given) call back on the thread of `loop`."""
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._fds.append(fd)
+        self._fds.append((loop, fd))
 
         def serve() -> None:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(fd)
                 callback()
 
-        self._loop.add_reader(fd, serve)
+        loop.add_reader(fd, serve)
         return _Kick(self._vm, fd, length, match)
 
     def close(self) -> None:
         """Give the descriptors back."""
         fds, self._fds = self._fds, []
-        for fd in fds:
-            self._loop.remove(fd)
+        for loop, fd in fds:
+            loop.remove(fd)
             os.close(fd)
 
 

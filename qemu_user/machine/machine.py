@@ -26,7 +26,7 @@ from protocol.abi.run_page import IMMEDIATE_EXIT
 from protocol.abi.structs import MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_USERFAULT
 from protocol.abi.structs_riscv import SBI_EXT, SbiExt, one_reg
 from qemu_user.backends.errors import BackendError
-from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.io_threads import IoThreads
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import Counters, Device, StateError
@@ -94,9 +94,9 @@ class Machine:
         self._power_lock = threading.Lock()
         self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         self._life = threading.RLock()
-        self._loop = IoLoop(self._io_failed)
-        self._io_thread = threading.Thread(target=self._loop.run, name="io", daemon=True)
-        self.parts = Parts(config, self._loop, console_path)
+        self._io = IoThreads(self._io_failed)
+        self._loop = self._io.main
+        self.parts = Parts(config, self._io, console_path)
         self._gate = Gate()
         self._kvm: Any = None
         self.vm: Any = None
@@ -148,7 +148,7 @@ class Machine:
             self.close()
             raise
         self._loop.add_reader(self.vm.link.fileno(), self._look_at_kvmcore)
-        self._io_thread.start()
+        self._io.start()
         for thread in self.threads:
             thread.start()
         if predecessor is not None:
@@ -212,7 +212,7 @@ class Machine:
         else:
             self.interrupts = PlicInterrupts(self.vcpus)
         self._isa = read_isa(self.vcpus[0], aia is not None)
-        self._kicks = Kicks(vm, self._loop)
+        self._kicks = Kicks(vm)
         self.parts.build(self.interrupts, self.memory, self._power, self._kicks)
         if self.parts.balloon is not None:
             self.parts.balloon.changed = self._balloon_changed
@@ -340,7 +340,7 @@ class Machine:
         self.status = POSTMIGRATE
         for transport in self.parts.transports:
             transport.virtio.live = False
-        self._loop.stop()
+        self._io.stop()
 
     def rest(self, seconds: float, enough: threading.Event) -> None:
         """The vCPUs stand for so long, if they run: how a migration slows a guest that outruns it. When it is `enough`
@@ -396,7 +396,7 @@ class Machine:
             if running:
                 self._stop_vcpus()
             try:
-                with self._loop.frozen():
+                with self._io.frozen():
                     yield
             finally:
                 if running and self.status == RUNNING:
@@ -535,9 +535,7 @@ class Machine:
     def _stop_threads(self) -> None:
         if self.vm is not None and self.threads:
             self._gate.close(self.vm, self.vcpus, QUIT, STOP_SECONDS)
-        if self._io_thread.is_alive():
-            self._loop.stop()
-            self._io_thread.join(STOP_SECONDS)
+        self._io.join(STOP_SECONDS)
 
     def close(self) -> None:
         """Give everything back. Idempotent; start() and wait() call it."""
@@ -561,7 +559,7 @@ class Machine:
         if self._memfd is None and self.ram_fd >= 0:
             os.close(self.ram_fd)
             self.ram_fd = -1
-        self._loop.close()
+        self._io.close()
 
     # -- telling -----------------------------------------------------------------------------------
 

@@ -1,0 +1,65 @@
+"""The I/O threads of a machine: one for terminals, timers and small devices, one more for each disk, NIC and shared folder,
+so that a flush or a slow folder holds up nobody else.
+
+Made by machine/machine.py; machine/build.py gives each device its loop. frozen() stops them all between two callbacks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from qemu_user.backends.io_loop import IoLoop
+
+
+class IoThreads:
+    """`on_error` as IoLoop's."""
+
+    def __init__(self, on_error: Callable[[BaseException], None]) -> None:
+        self._on_error = on_error
+        self._loops: list[IoLoop] = []
+        self._threads: list[threading.Thread] = []
+        self._started = False
+        self.main = self.add("io")
+
+    def add(self, name: str) -> IoLoop:
+        """One more thread, called `name`."""
+        loop = IoLoop(self._on_error)
+        thread = threading.Thread(target=loop.run, name=name, daemon=True)
+        self._loops.append(loop)
+        self._threads.append(thread)
+        if self._started:
+            thread.start()
+        return loop
+
+    def start(self) -> None:
+        """Let them serve."""
+        self._started = True
+        for thread in self._threads:
+            thread.start()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, none of them serves anything."""
+        with ExitStack() as stack:
+            for loop in self._loops:
+                stack.enter_context(loop.frozen())
+            yield
+
+    def stop(self) -> None:
+        """None of them serves anything any more."""
+        for loop in self._loops:
+            loop.stop()
+
+    def join(self, seconds: float) -> None:
+        """stop(), and wait for each so long."""
+        self.stop()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(seconds)
+
+    def close(self) -> None:
+        """After join()."""
+        for loop in self._loops:
+            loop.close()
