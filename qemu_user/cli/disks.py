@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     if options.delete:
         return 0
     rows = [
-        {"name": vm.name, "image": vm.meta.name, "bytes": vm.disk.stat().st_blocks * 512, "disk": str(vm.disk)}
+        {"name": vm.name, "image": vm.meta.name, "bytes": vm.own.stat().st_blocks * 512, "disk": str(vm.own)}
         for vm in vm_disk.kept()
     ]
     if options.format == "json":

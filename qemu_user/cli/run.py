@@ -39,6 +39,7 @@ EPILOG = """examples:
   softkvm run                                   a shell in Debian's kernel with busybox
   softkvm run busybox -- uname -a               run a command, print its output, exit with its status
   softkvm run --kernel Image --initrd I --append "..." --drive file=d.img --netdev user,id=n0 -m 512M --smp 2
+  softkvm run edk2 --drive file=installer.iso,readonly=on --drive file=disk.qcow2     UEFI firmware
   softkvm run --kernel u-boot.bin               U-Boot (qemu-riscv64_smode)
   softkvm run hello                             a guest of our own, without any network
   softkvm run -d --name web                     in the background; softkvm console web attaches
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--smp", default="1", metavar="N", help="vCPUs (default: 1)")
     result.add_argument("--name", help="the VM's name in softkvm ps")
     result.add_argument("--kernel", metavar="FILE", help="flat Image, ELF or U-Boot instead of an image")
+    result.add_argument("--pflash", action="append", default=[], metavar="FILE[,readonly=on]", help="firmware, its variables")
     result.add_argument("--initrd", metavar="FILE", help="initial RAM disk")
     result.add_argument("--append", default="", metavar="TEXT", help="kernel command line, or what to add to the image's")
     result.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help="disk: file=PATH[,readonly=on]")
@@ -108,13 +110,14 @@ def main(arguments: list[str]) -> int:
         if not command:
             return _fail("nothing behind --; give a command to run")
     options = parser().parse_args(arguments)
+    options.bare = bool(options.kernel or options.pflash)
     try:
         kept = _kept(options)
     except ImageError as error:
         return _fail(str(error))
-    if not options.kernel and not command and _is_template(options.image):
+    if not options.bare and not command and _is_template(options.image):
         return _run_template(options.image, options.name or _free_name())
-    if command and (options.kernel or options.image in _BUILTIN):
+    if command and (options.bare or options.image in (*_BUILTIN, "edk2")):
         return _fail("-- COMMAND needs an image with an init that understands it; --kernel boots what you give")
     try:
         if options.detach and _READY not in os.environ:
@@ -126,7 +129,7 @@ def main(arguments: list[str]) -> int:
 
 def _kept(options: argparse.Namespace) -> Image | None:
     """What the VM of that name boots from, if its disk is kept. ImageError: it is another image than the one that is named."""
-    if not options.name or options.kernel or options.ephemeral:
+    if not options.name or options.bare or options.ephemeral:
         return None
     from qemu_user.images.vm_disk import find_kept
 
@@ -147,7 +150,7 @@ def _detach(options: argparse.Namespace, arguments: list[str], command: list[str
 
     from qemu_user.management.registry import made_runtime_directory
 
-    if not options.kernel and kept is None and options.image not in _BUILTIN and (failed := _fetch(options)):
+    if not options.bare and kept is None and options.image not in _BUILTIN and (failed := _fetch(options)):
         return failed
     name = options.name or _free_name()
     log = made_runtime_directory() / f"{name}.log"
@@ -188,6 +191,8 @@ def _extras(options: argparse.Namespace) -> list[str]:
     devices = {"9p": options.share, "vsock": options.vsock, "balloon": options.balloon, "ext4": options.drive}
     names = {"ext4": "blk"}
     recipe = CATALOGUE.get(options.image or DEFAULT_IMAGE)
+    if recipe is not None and recipe.firmware:
+        return []
     always = system.EXTRAS if recipe is not None and recipe.disk else ()
     return [
         extra for extra, value in devices.items()
@@ -258,30 +263,32 @@ def _boot(
     words = ["-m", options.memory, "-smp", options.smp, "-name", name]
     ours, theirs = socket.socketpair()
     try:
-        if options.image in GUESTS and not options.kernel:
-            options.kernel = str(builtin(options.image, Store().folder))
+        if options.image in GUESTS and not options.bare:
+            options.bare, options.kernel = True, str(builtin(options.image, Store().folder))
         conf: dict[str, str] = {}
-        if options.kernel:
-            words += ["-kernel", options.kernel]
+        if options.bare:
+            words += ["-kernel", options.kernel] if options.kernel else []
             words += ["-initrd", options.initrd] if options.initrd else []
             words += ["-append", options.append] if options.append else []
         else:
             extras = _extras(options)
             image = kept or _image(options, extras)
-            if image.disk.exists():
+            if image.own.exists():
                 disk = system.open_disk(options, image, name)
                 disks.append(disk)
                 image = disk.image
+                options.bare = image.firmware.exists()
                 words += system.words(options, disk)
                 conf = system.settings(options, disk, name, command)
+        if not options.bare:
             append = " ".join(filter(None, (image.meta.append, options.append)))
             if options.verbose:
                 append = append.replace("quiet", "").strip()
             words += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", append]
-        if not disks and (useless := system.given(options)):
+        if (not disks or options.bare) and (useless := system.given(options)):
             return _fail(f"{useless[0]} goes with an image that has a disk, as debian"), False
         config, _ = parse([*words, *_devices(options), "-nographic"])
-        if not options.kernel:
+        if not options.bare:
             modules = b"".join(image.extra(name).read_bytes() for name in extras)
             config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
         instance = Instance(config, ensure())
@@ -300,11 +307,11 @@ def _boot(
         return _fail(str(error)), False
     _tell_ready()
     listener = threading.Thread(target=_listen, args=(ours, outcome), daemon=True)
-    if not options.kernel:
+    if not options.bare:
         listener.start()
     status = instance.wait()
     theirs.close()
-    if not options.kernel:
+    if not options.bare:
         listener.join(_LAST_WORDS)  # what the guest said before it powered off may not have been read yet
     job = instance.machine.job
     if job is not None and job.kind == "migration" and job.status == "completed":
@@ -315,7 +322,7 @@ def _boot(
 
 def _status(status: int, options: argparse.Namespace, command: list[str], outcome: Outcome, name: str) -> int:
     """Our exit status, of the VM's and what the guest has said."""
-    if options.kernel:
+    if options.bare:
         return status
     if outcome.status is not None:
         return outcome.status
@@ -338,7 +345,7 @@ def _image(options: argparse.Namespace, extras: list[str]) -> Image:
 def _devices(options: argparse.Namespace) -> list[str]:
     """What the user asked for, as QEMU's options."""
     words = []
-    for name in ("drive", "netdev", "nic", "publish", "device", "share"):
+    for name in ("pflash", "drive", "netdev", "nic", "publish", "device", "share"):
         for value in getattr(options, name):
             words += [f"-{name}", value]
     words += ["-vsock", options.vsock] if options.vsock else []

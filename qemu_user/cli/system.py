@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given(options: argparse.Namespace) -> list[str]:
     """Which of them are on the command line, for a VM that has no use for them."""
-    names = ("hostname", "user", "ssh_key", "disk_size", "ephemeral")
+    names = ("hostname", "user", "ssh_key", "disk_size")
     return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
 
 
@@ -58,8 +58,10 @@ def open_disk(options: argparse.Namespace, image: Image, name: str) -> VmDisk:
 
 
 def words(options: argparse.Namespace, disk: VmDisk) -> list[str]:
-    """QEMU options of the VM's disk, network and vsock. The disk is the first: vda."""
-    result = ["-drive", f"file={str(disk.disk).replace(',', ',,')},id=root,discard=unmap"]
+    """QEMU options of the VM's disk, network and vsock. The disk is the first: vda. Of firmware: the flash."""
+    if disk.image.firmware.exists():
+        return ["-pflash", f"{_quoted(disk.image.firmware)},readonly=on", "-pflash", _quoted(disk.disk)]
+    result = ["-drive", f"file={_quoted(disk.disk)},id=root,discard=unmap"]
     if not (options.netdev or options.nic):
         if shutil.which("passt"):
             result += ["-nic", "user,id=net0"]
@@ -68,6 +70,11 @@ def words(options: argparse.Namespace, disk: VmDisk) -> list[str]:
     if not options.vsock:
         result += ["-vsock", ""]
     return result
+
+
+def _quoted(path: Path) -> str:
+    """A path as an option's value."""
+    return str(path).replace(",", ",,")
 
 
 def settings(options: argparse.Namespace, disk: VmDisk, name: str, command: list[str]) -> dict[str, str]:

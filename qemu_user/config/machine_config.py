@@ -26,6 +26,8 @@ MAX_VSOCK_PATH = 107 - len("_4294967295")
 """Room for a port behind it in a Unix socket's address."""
 MAX_QUEUES = 64
 """Of a disk, and pairs of a network device."""
+MAX_FLASH = 2
+"""Banks of the parallel flash."""
 MMIO_SLOTS, PCI_SLOTS = 8, 31
 """virtio-mmio slots 0 to 7; PCI slots 1 to 31, 0 being the bridge."""
 DISK_FORMATS = ("raw", "qcow2")
@@ -49,6 +51,14 @@ class Boot(Part, frozen=True, kw_only=True):
     append: str = ""
     dtb: str = ""
     """A device tree to use instead of ours."""
+
+
+class Flash(Part, frozen=True, kw_only=True):
+    """What a bank of the parallel flash holds: a file of the bank's size. With bank 0 and no kernel the VM boots from it."""
+
+    file: str
+    format: str = ""
+    readonly: bool = False
 
 
 class Slot(Part, frozen=True, kw_only=True):
@@ -216,6 +226,8 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     """How kvmcore runs the vCPUs; "kvmcore": as its daemon was told."""
     boot: Boot = Boot()
     drives: tuple[Drive, ...] = ()
+    flash: tuple[Flash, ...] = ()
+    """Banks 0 and 1."""
     nets: tuple[Net, ...] = ()
     shares: tuple[Share, ...] = ()
     vsock: Vsock | None = None
@@ -245,7 +257,7 @@ class MachineConfig(Part, frozen=True, kw_only=True):
         """
         _check_basics(self)
         if files:
-            _check_boot(self.boot, self.memory)
+            _check_boot(self.boot, self.memory, bool(self.flash))
         _check_devices(self)
         _check_chardevs(self)
         return self
@@ -274,7 +286,7 @@ def _check_basics(config: MachineConfig) -> None:
     _demand(1 <= config.cpus <= MAX_CPUS, f"{config.cpus} CPUs: between 1 and {MAX_CPUS}")
 
 
-def _check_boot(boot: Boot, memory: int) -> None:
+def _check_boot(boot: Boot, memory: int, flash: bool) -> None:
     for what, path in (("kernel", boot.kernel), ("initrd", boot.initrd), ("dtb", boot.dtb)):
         if not path:
             continue
@@ -287,7 +299,8 @@ def _check_boot(boot: Boot, memory: int) -> None:
         _demand(
             size < memory, f"{what} {path}: {size >> 20} MiB do not fit {memory >> 20} MiB of memory (-m)"
         )
-    _demand(bool(boot.kernel), "nothing to boot: give a kernel, an ELF or U-Boot with -kernel FILE")
+    _demand(bool(boot.kernel) or flash, "nothing to boot: give a kernel, an ELF or U-Boot with -kernel FILE")
+    _demand(bool(boot.kernel) or not (boot.initrd or boot.append), "-initrd and -append go with -kernel")
     _demand(len(boot.append.encode()) < 2048, "append: a kernel command line has at most 2047 bytes")
     _demand("\0" not in boot.append, "append: a NUL in the kernel command line")
 
@@ -333,6 +346,9 @@ def _check_devices(config: MachineConfig) -> None:
         _demand(net.mtu == 0 or 68 <= net.mtu <= 65535, f"host_mtu={net.mtu}: 68 to 65535")
         _demand(net.kind != "stream" or bool(net.path or net.inet), f"netdev {net.id}: stream needs addr.path=SOCKET")
         _demand(len(os.fsencode(net.path)) <= MAX_SOCKET_PATH, f"netdev {net.id}: {net.path}: too long for a socket's path")
+    _demand(len(config.flash) <= MAX_FLASH, f"if=pflash: the machine has {MAX_FLASH} banks, unit=0 and unit=1")
+    _demand(all(flash.file for flash in config.flash), "if=pflash: needs file=IMAGE, and unit=0 before unit=1")
+    _demand(not (config.flash and config.keep), "-keep: a VM with flash (if=pflash) cannot outlive its process yet")
     tags = [share.tag for share in config.shares]
     _demand(len(tags) == len(set(tags)), "two shared folders of one tag")
     for share in config.shares:

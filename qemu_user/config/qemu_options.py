@@ -22,6 +22,7 @@ from qemu_user.config.machine_config import (
     ConsolePort,
     Drive,
     Dump,
+    Flash,
     MachineConfig,
     Net,
     Qmp,
@@ -55,6 +56,7 @@ class Builder:
         self.fields: dict[str, Any] = {}
         self.boot: dict[str, Any] = {}
         self.drives: dict[str, Drive] = {}
+        self.flash: dict[int, Flash] = {}
         self.unplugged: set[str] = set()
         self.nets: dict[str, Net] = {}
         self.plugged_nets: list[str] = []
@@ -127,9 +129,12 @@ class Builder:
 
     def drive(self, text: str) -> None:
         values = KeyValues("-drive", text, "file")
-        interface = values.take_choice("if", ("virtio", "none"), "virtio")
+        interface = values.take_choice("if", ("virtio", "none", "pflash"), "virtio")
         format = values.take_choice("format", ("", "raw", "qcow2"))
         values.ignore("media", "cache", "aio", "index", "detect-zeroes", "werror", "rerror", "copy-on-read")
+        if interface == "pflash":
+            self._flash(values, format)
+            return
         name = values.take("id") or f"drive{len(self.drives)}"
         if name in self.drives:
             raise ConfigError(f"-drive {text}: there is a drive {name} already")
@@ -145,6 +150,20 @@ class Builder:
         values.done()
         if interface == "none":
             self.unplugged.add(name)
+
+    def pflash(self, text: str) -> None:
+        values = KeyValues("--pflash", text, "file")
+        self._flash(values, values.take_choice("format", ("", "raw", "qcow2")))
+
+    def _flash(self, values: KeyValues, format: str) -> None:
+        unit = values.take_number("unit", len(self.flash))
+        values.ignore("id")
+        if unit in self.flash:
+            raise ConfigError(f"{values.option} {values.text}: there is a flash of unit {unit} already")
+        self.flash[unit or 0] = Flash(
+            file=values.take("file"), format=format, readonly=values.take_switch("readonly", False)
+        )
+        values.done()
 
     # -- networks ----------------------------------------------------------------------------------
 
@@ -439,6 +458,7 @@ class Builder:
             **self.fields,
             boot=Boot(**self.boot),
             drives=tuple(self.drives.values()),
+            flash=tuple(self.flash.get(unit, Flash(file="")) for unit in range(max(self.flash, default=-1) + 1)),
             nets=() if no_net else tuple(nets),
             shares=tuple(self.shares),
             chardevs=tuple(self.chardevs.values()),
@@ -528,9 +548,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         ("drive",),
         "file=F[,..]",
-        "disk: format=raw, readonly=on, discard=unmap, if=virtio|none, id=",
+        "disk: format=, readonly=on, discard=unmap, if=virtio|none|pflash, id=",
         Builder.drive,
     ),
+    Option(("pflash",), "FILE", "flash bank (-drive if=pflash,file=FILE): firmware, then variables", Builder.pflash),
     Option(
         ("netdev",),
         "KIND,id=..",

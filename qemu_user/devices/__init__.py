@@ -8,6 +8,7 @@ from qemu_user.devices.device import Device
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.ns16550a import Ns16550a
 from qemu_user.devices.pci.host import PciHost
+from qemu_user.devices.pflash import Pflash
 from qemu_user.devices.plic import Plic
 from qemu_user.devices.syscon import Syscon
 from qemu_user.devices.virtio.mmio import VirtioMmio
@@ -18,6 +19,7 @@ DEVICES: dict[str, type[Device]] = {
     "goldfish_rtc": GoldfishRtc,
     "syscon": Syscon,
     "plic": Plic,
+    "pflash": Pflash,
     "virtio_mmio": VirtioMmio,
     "pci_host": PciHost,
     "virtio_pci": VirtioPci,

@@ -53,7 +53,7 @@ def build_from(listed: list[dict[str, str]], target: Path, folder: Path, progres
     from qemu_user.images import archive
 
     kernel_deb = archive.fetch(_kernel(listed), folder, progress)
-    busybox_deb = archive.fetch(_package(listed, "busybox-static"), folder, progress)
+    busybox_deb = archive.fetch(package(listed, "busybox-static"), folder, progress)
     kernel, found = _unpack_kernel(kernel_deb, progress)
     modules = _with_dependencies(found, MODULES)
     (target / "kernel").write_bytes(kernel)
@@ -64,7 +64,7 @@ def build_from(listed: list[dict[str, str]], target: Path, folder: Path, progres
     return kernel_deb
 
 
-def _package(listed: list[dict[str, str]], name: str) -> dict[str, str]:
+def package(listed: list[dict[str, str]], name: str) -> dict[str, str]:
     from qemu_user.images import archive
 
     found = [package for package in listed if package["Package"] == name]
@@ -75,11 +75,11 @@ def _package(listed: list[dict[str, str]], name: str) -> dict[str, str]:
 
 def _kernel(listed: list[dict[str, str]]) -> dict[str, str]:
     """The versioned package that the meta package linux-image-riscv64 depends on."""
-    depends = _package(listed, "linux-image-riscv64").get("Depends", "")
+    depends = package(listed, "linux-image-riscv64").get("Depends", "")
     match = re.search(r"linux-image-\d[^\s,(]*", depends)
     if match is None:
         raise ImageError("linux-image-riscv64 depends on no kernel")
-    return _package(listed, match[0])
+    return package(listed, match[0])
 
 
 def _unpack_kernel(path: Path, progress: Progress) -> tuple[bytes, dict[str, bytes]]:

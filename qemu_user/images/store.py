@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from qemu_user.images import busybox, cpio, debian
+from qemu_user.images import busybox, cpio, debian, edk2
 from qemu_user.images.errors import ImageError
 
 if TYPE_CHECKING:
@@ -35,12 +35,15 @@ class Recipe(NamedTuple):
     append: str
     disk: bool = False
     """Whether it has a system on a disk (root.sh), of which each VM has its own."""
+    firmware: bool = False
+    """Whether it is for the flash (edk2.py), and has neither kernel nor /init."""
 
 
 #: One line for each image that can be pulled.
 CATALOGUE = {
     "busybox": Recipe("Debian's kernel with busybox, boots in seconds", busybox.build, busybox.KERNEL_OPTIONS),
     "debian": Recipe("Debian 13 with systemd, sshd and apt, on a disk", debian.build, debian.KERNEL_OPTIONS, disk=True),
+    "edk2": Recipe("UEFI firmware, boots what is on --drive", edk2.build, "", firmware=True),
 }
 _FORMAT = 2
 #: Name of the disk in an image's folder, and in a VM's.
@@ -79,6 +82,16 @@ class Image(msgspec.Struct, frozen=True):
         """The image's disk, over which VMs have theirs; images that live in memory have none."""
         return self.folder / DISK
 
+    @property
+    def firmware(self) -> Path:
+        """What the flash holds, of an image that is firmware."""
+        return self.folder / edk2.CODE
+
+    @property
+    def own(self) -> Path:
+        """What each VM has of its own: the disk, or the firmware's variables."""
+        return self.folder / edk2.VARIABLES if self.firmware.exists() else self.disk
+
     def extra(self, name: str) -> Path:
         """The archive of additional modules of that name (busybox.EXTRAS); images of earlier versions lack it."""
         return self.folder / f"modules-{name}"
@@ -96,8 +109,9 @@ def load(folder: Path, name: str) -> Image | None:
     except (OSError, msgspec.MsgspecError):
         return None
     image = Image(name, folder, meta)
-    whole = meta.format == _FORMAT and image.kernel.is_file() and image.initrd.is_file()
-    return image if whole else None
+    system = image.kernel.is_file() and image.initrd.is_file()
+    whole = system or (image.firmware.is_file() and image.own.is_file())
+    return image if whole and meta.format == _FORMAT else None
 
 
 class Store:
@@ -124,9 +138,9 @@ class Store:
             return image
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / ".lock", "w") as lock:
-                _wait_for(lock)
-                self._clear()
+            with open(self.folder / f".lock-{name}", "w") as lock:
+                _wait_for(lock, name)
+                self._clear(name)
                 if not renew and (image := self._find_with(name, extras)) is not None:
                     return image  # somebody else has just built it
                 self._build(name, progress)
@@ -147,7 +161,7 @@ class Store:
 
     def _build(self, name: str, progress: Progress) -> None:
         recipe = CATALOGUE[name]
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=_NEW))
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"{_NEW}{name}-"))
         try:
             verified = recipe.build(temporary, progress)
             meta = Meta(_FORMAT, name, verified, time.time(), recipe.append)
@@ -157,20 +171,20 @@ class Store:
                 place.rename(temporary.with_name(f".old-{temporary.name.removeprefix(_NEW)}"))
             temporary.rename(place)
         finally:
-            self._clear()
+            self._clear(name)
 
-    def _clear(self) -> None:
-        """Remove what an interrupted build has left, and the image that was replaced. The lock is held."""
+    def _clear(self, name: str) -> None:
+        """Remove what an interrupted build of the image has left, and the image that was replaced. The lock is held."""
         for left in self.folder.iterdir():
-            if left.name.startswith((_NEW, ".old-")) and left.is_dir():
+            if left.name.startswith((f"{_NEW}{name}-", f".old-{name}-")) and left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _wait_for(lock: IO[str]) -> None:
+def _wait_for(lock: IO[str], name: str) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.stderr.write("softkvm: another softkvm is fetching an image; waiting for it\n")
+        sys.stderr.write(f"softkvm: another softkvm makes the image {name}; waiting for it\n")
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 

@@ -38,6 +38,7 @@ class VmDisk:
     image: Image
     """What the VM boots from: the kept copy."""
     disk: Path
+    """Of firmware: its variables."""
     new: bool
     kept: bool
 
@@ -68,9 +69,10 @@ def kept() -> list[Image]:
 def remove(name: str) -> None:
     """Delete a kept VM. ImageError: it runs, or there is none."""
     folder = kept_folder() / name
-    if find_kept(name) is None:
+    there = find_kept(name)
+    if there is None:
         raise ImageError(f"no VM {name!r} is kept; softkvm disks lists them")
-    with _lock(folder / DISK) as free:
+    with _lock(there.own) as free:
         if not free:
             raise ImageError(f"VM {name}: is running; softkvm stop {name} ends it")
         gone = folder.with_name(f"{_NEW}gone-{name}-{os.getpid()}")
@@ -85,8 +87,9 @@ def open_disk(image: Image, name: str, keep: bool, size: int) -> VmDisk:
     size = -(-size // _SECTOR) * _SECTOR
     try:
         if keep and (there := find_kept(name)) is not None:
-            _grow(there.disk, size)
-            return VmDisk(there, there.disk, False, True)
+            if there.disk.exists():
+                _grow(there.disk, size)
+            return VmDisk(there, there.own, False, True)
         folder = kept_folder() if keep else Store().folder.with_name("scratch")
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder, keep)
@@ -100,7 +103,7 @@ def open_disk(image: Image, name: str, keep: bool, size: int) -> VmDisk:
             raise
         own = load(place, name) if keep else image
         assert own is not None
-        return VmDisk(own, place / DISK, True, keep)
+        return VmDisk(own, place / image.own.name, True, keep)
     except BackendError as error:
         raise ImageError(f"VM {name}: {error}") from error
     except OSError as error:
@@ -110,12 +113,15 @@ def open_disk(image: Image, name: str, keep: bool, size: int) -> VmDisk:
 
 
 def _fill(folder: Path, image: Image, keep: bool, size: int) -> None:
-    _link(image.disk, folder / _BASE)
     if keep:
         for path in image.folder.iterdir():
-            if path not in (image.disk, image.folder / "meta.json") and path.is_file():
+            if path not in (image.own, image.folder / "meta.json") and path.is_file():
                 _link(path, folder / path.name)
         (folder / "meta.json").write_bytes(msgspec.json.encode(image.meta))
+    if image.firmware.exists():
+        shutil.copyfile(image.own, folder / image.own.name)
+        return
+    _link(image.disk, folder / _BASE)
     with contextlib.closing(opening.open_disk(str(image.disk), readonly=True)) as template:
         least = template.size
     _check_size(size, least)

@@ -15,6 +15,7 @@ from typing import Any
 
 from qemu_user.backends.block.logged import LoggedDisk
 from qemu_user.backends.block.opening import open_disk
+from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.backends.chardev.chardev import Chardev
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
 from qemu_user.backends.chardev.hub import Hub
@@ -32,6 +33,7 @@ from qemu_user.devices.device import Device, FdtNode, Place
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.memory import GuestMemory
 from qemu_user.devices.ns16550a import Ns16550a
+from qemu_user.devices.pflash import Bank, Pflash
 from qemu_user.devices.syscon import Syscon
 from qemu_user.devices.virtio.balloon import VirtioBalloon
 from qemu_user.devices.virtio.blk import VirtioBlk
@@ -64,6 +66,8 @@ class Parts:
         self.transports: list[VirtioTransport] = []
         self.nodes: list[FdtNode] = []
         self.disks: list[LoggedDisk] = []
+        self.flash: list[BlockBackend] = []
+        """What the banks of the flash hold."""
         self.blocks: list[VirtioBlk] = []
         """The disks' devices, in the same order."""
         self.nets: list[NetBackend] = []
@@ -85,6 +89,8 @@ class Parts:
             self.chardevs[chardev.id] = self._open_chardev(chardev)
         for drive in self.config.drives:
             self.disks.append(LoggedDisk(open_disk(drive.file, drive.format, drive.readonly, drive.discard, lock_disks)))
+        for flash in self.config.flash:
+            self.flash.append(open_disk(flash.file, flash.format, flash.readonly, False, lock_disks))
         for net in self.config.nets:
             self.nets.append(open_net(net, self.config.name))
         if self.config.vsock is not None:
@@ -134,8 +140,10 @@ class Parts:
 
     # -- devices -----------------------------------------------------------------------------------
 
-    def build(self, interrupts: Interrupts, memory: GuestMemory, power: Power, kicks: Kicks) -> None:
-        """Make every device and put it in its place."""
+    def build(
+        self, interrupts: Interrupts, memory: GuestMemory, power: Power, kicks: Kicks, banks: list[Bank]
+    ) -> None:
+        """Make every device and put it in its place. `banks`: of the flash, [] without one."""
         places = virt.PLACES
         plic = places["plic"]
         here = Place(plic.base, plic.size, [], 0, PHANDLE_CONTROLLER)
@@ -152,6 +160,9 @@ class Parts:
         offset = self.config.rtc_offset * 1_000_000_000
         rtc = GoldfishRtc("rtc", interrupts.level(places["rtc"].irq), self.loop, _clock(offset))
         self._put_wired(rtc, places["rtc"], interrupts)
+        if banks:
+            flash = places["flash"]
+            self._put(Pflash("flash", banks), flash, Place(flash.base, flash.size, [], 0))
         self._put_virtio(interrupts, memory, kicks)
         self._make_debug_console()
 
@@ -295,7 +306,7 @@ class Parts:
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
-        closing: list[Any] = [*self.nets, *self.chardevs.values(), *self.disks, *self.shares]
+        closing: list[Any] = [*self.nets, *self.chardevs.values(), *self.disks, *self.flash, *self.shares]
         if self.vsock is not None:
             closing.append(self.vsock)
         for backend in closing:

@@ -37,6 +37,7 @@ from qemu_user.machine import boot, virt
 from qemu_user.machine.build import Parts
 from qemu_user.machine.cpu import Isa, read_isa, reset_state, set_boot_state
 from qemu_user.machine.fdt import flatten
+from qemu_user.machine.flash import FlashMemory
 from qemu_user.machine.irq import AiaInterrupts, PlicInterrupts
 from qemu_user.machine.keeper import Keeper, Predecessor
 from qemu_user.machine.kicks import Kicks
@@ -213,7 +214,8 @@ class Machine:
             self.interrupts = PlicInterrupts(self.vcpus)
         self._isa = read_isa(self.vcpus[0], aia is not None)
         self._kicks = Kicks(vm)
-        self.parts.build(self.interrupts, self.memory, self._power, self._kicks)
+        flash = FlashMemory(vm, self.parts.flash)
+        self.parts.build(self.interrupts, self.memory, self._power, self._kicks, flash.banks)
         if self.parts.balloon is not None:
             self.parts.balloon.changed = self._balloon_changed
         for index, vcpu in enumerate(self.vcpus):
@@ -281,7 +283,10 @@ class Machine:
         config, memory = self.config, self.memory
         assert self._isa is not None
         assert self.interrupts is not None
-        kernel = boot.load_kernel(config.boot.kernel, memory)
+        if config.boot.kernel:
+            kernel = boot.load_kernel(config.boot.kernel, memory)
+        else:  # as QEMU starts a KVM guest: in S-mode at the first instruction of the flash
+            kernel = boot.Loaded(virt.PLACES["flash"].base, virt.RAM_BASE)
         nodes = [*self.interrupts.nodes(), *self.parts.nodes]
 
         def tree(initrd: tuple[int, int]) -> bytes:

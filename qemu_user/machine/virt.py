@@ -28,6 +28,7 @@ MAP: tuple[Entry, ...] = (
     Entry("aplic", 0x0D00_0000, 0x4000),
     Entry("uart", 0x1000_0000, 0x100, 10),
     *(Entry(f"virtio{n}", 0x1000_1000 + 0x1000 * n, 0x1000, 1 + n) for n in range(VIRTIO_COUNT)),
+    Entry("flash", 0x2000_0000, 0x400_0000),
     Entry("imsic", 0x2800_0000, 0x1000),  # per hart
     Entry("pcie", 0x3000_0000, 0x1000_0000, 32),  # ECAM; INTA to INTD are the sources from 32 on
     Entry("pcie-memory", 0x4000_0000, 0x4000_0000),

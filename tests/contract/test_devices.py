@@ -153,7 +153,7 @@ def test_hostile_bytes_are_refused(name: str, bench: Bench) -> None:
 @pytest.mark.skipif(shutil.which("dtc") is None, reason="needs dtc (apt install device-tree-compiler)")
 def test_tree_node_is_clean_under_dtc(name: str, bench: Bench) -> None:
     device = BUILDERS[name](bench)
-    place = Place(0x1000_0000, type(device).region_size, [] if name in ("plic", "syscon") else [1], 1, 3)
+    place = Place(0x1000_0000, type(device).region_size, [] if name in ("plic", "syscon", "pflash") else [1], 1, 3)
     controller = {
         "compatible": "sifive,plic-1.0.0",
         "phandle": 1,

@@ -18,6 +18,7 @@ from qemu_user.devices.device import Device
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.ns16550a import Ns16550a
 from qemu_user.devices.pci.host import IO, MEMORY32, MEMORY64, PciHost, Window
+from qemu_user.devices.pflash import BANK_SIZE, Bank, Pflash
 from qemu_user.devices.plic import Plic
 from qemu_user.devices.syscon import Syscon
 from qemu_user.devices.virtio.balloon import VirtioBalloon
@@ -126,11 +127,17 @@ def _plic(bench: Bench) -> Device:
     return plic
 
 
+def _pflash(bench: Bench) -> Device:
+    banks = [Bank(memoryview(bytearray(BANK_SIZE)), None), Bank(memoryview(bytearray(BANK_SIZE)), None)]
+    return Pflash("flash", banks)
+
+
 BUILDERS: dict[str, Callable[[Bench], Device]] = {
     "ns16550a": lambda b: Ns16550a("uart", b.line, Chardev("null")),
     "goldfish_rtc": lambda b: GoldfishRtc("rtc", b.line, b.timers, lambda: b.now),
     "syscon": lambda b: Syscon("test", lambda what, status: b.power.append((what, status))),
     "plic": _plic,
+    "pflash": _pflash,
     "virtio_mmio": lambda b: VirtioMmio("empty", b.line, b.memory),
     "pci_host": lambda b: b.host(),
     "virtio_pci": lambda b: VirtioPci("disk", b.memory, VirtioBlk("disk", b.image()), b.vector),

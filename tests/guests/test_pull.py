@@ -71,7 +71,7 @@ def softkvm(cache: Path | str, where: str, *words: str) -> subprocess.CompletedP
 def left(cache: Path) -> list[str]:
     """What is in the cache of images, but for the lock."""
     folder = cache / "softkvm" / "images"
-    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock"]
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith(".lock")]
 
 
 @pytest.mark.parametrize(("cut", "reason"), [(0, b"sha256"), (1000, b"the connection ended after")])

@@ -71,4 +71,3 @@ def test_first_boot_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options_that_need_a_disk() -> None:
     assert system.given(options("--user", "u", "--disk-size", "9G")) == ["--user", "--disk-size"]
-    assert system.given(options("--ephemeral")) == ["--ephemeral"]

@@ -47,7 +47,7 @@ def short_files() -> Iterator[None]:
 
 
 def left(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {".lock"}
+    return {path.name for path in folder.iterdir()} - {".lock-small"}
 
 
 def test_built_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +93,8 @@ def test_remains_of_a_killed_build_go(tmp_path: Path, monkeypatch: pytest.Monkey
     source.write_bytes(b"kernel")
     catalogue(monkeypatch, source)
     images = Store(tmp_path / "images")
-    (images.folder / ".new-killed").mkdir(parents=True)
-    (images.folder / ".new-killed" / "kernel").write_bytes(b"half")
+    (images.folder / ".new-small-killed").mkdir(parents=True)
+    (images.folder / ".new-small-killed" / "kernel").write_bytes(b"half")
     images.ensure("small", quiet)
     assert left(images.folder) == {"small"}
 
@@ -107,5 +107,5 @@ def test_damaged_meta_is_no_image(tmp_path: Path, content: bytes) -> None:
 
 
 def test_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="no image 'nothing'; there are: busybox, debian"):
+    with pytest.raises(ImageError, match="no image 'nothing'; there are: busybox, debian, edk2"):
         Store(tmp_path).ensure("nothing", quiet)

@@ -1,0 +1,56 @@
+"""UEFI firmware from the flash: the shell, variables that stay, Linux from a disk by its EFI stub."""
+
+from __future__ import annotations
+
+import pytest
+
+from qemu_user.images.store import Store
+from tests.framework.fat import write_fat16
+from tests.framework.product import Product, have_image, read_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.net, pytest.mark.timeout(900), pytest.mark.usefixtures("busybox", "edk2")]
+
+
+@pytest.fixture(scope="module")
+def edk2() -> None:
+    if not have_image("edk2"):
+        with Product() as fetching:
+            done = fetching.run("pull", "edk2", seconds=300)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+
+
+def test_variables_stay(product: Product) -> None:
+    product.environment["XDG_DATA_HOME"] = str(product.runtime / "data")
+    shell = product.start("run", "edk2", "--name", "firmware")
+    assert shell.stdin is not None
+    read_until(shell, b"UEFI Interactive Shell", 300)
+    shell.stdin.write(b" ")
+    shell.stdin.flush()
+    read_until(shell, b"Shell>", 60)
+    shell.stdin.write(b"setvar kept -guid 12345678-1234-1234-1234-123456789abc -bs -nv =0102\r\n")
+    shell.stdin.flush()
+    read_until(shell, b"Shell>", 60)
+    shell.stdin.write(b"reset -s\r\n")
+    shell.stdin.flush()
+    shell.communicate(timeout=60)
+    assert shell.returncode == 0
+    variables = (product.runtime / "data/softkvm/vms/firmware/vars.fd").read_bytes()
+    assert "kept".encode("utf-16-le") in variables
+    assert b"edk2" in product.run("disks").stdout
+
+
+def test_linux_is_booted_from_a_disk(product: Product) -> None:
+    image = Store().find("busybox")
+    assert image is not None
+    disk = product.runtime / "esp.img"
+    files = {
+        "LINUX": image.kernel.read_bytes(), "INITRD": image.initrd.read_bytes(),
+        "STARTUP.NSH": b"fs0:\r\n\\LINUX initrd=\\INITRD console=ttyS0\r\n",
+    }  # fmt: skip
+    write_fat16(disk, files)
+    guest = product.start("run", "edk2", "-m", "1G", "--drive", f"file={disk},format=raw")
+    said = read_until(guest, b"reboot: Power down", 600)
+    assert b"efi: EFI v2.7" in said
+    assert b"Linux version" in said
+    guest.communicate(timeout=60)
+    assert guest.returncode == 0
