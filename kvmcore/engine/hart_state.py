@@ -46,8 +46,10 @@ TLB_BLOCK = FETCH_TLB_OFFSET + FETCH_TLB_ENTRIES * 16
 TLB_BANK = TLB_BLOCKS * TLB_BLOCK
 IMSIC_WORDS = 32
 """64-bit words of eip and eie: identities 0 to 2047."""
+SLICE = 20_000
+"""Instructions between two looks at time and other threads."""
 SAMPLES = 512
-"""One every routines.SLICE instructions; full, they are an exit."""
+"""One every SLICE instructions; full, they are an exit."""
 
 FIELDS: tuple[Field, ...] = (
     # -- what every instruction may touch --------------------------------------------------------------------

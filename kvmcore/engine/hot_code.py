@@ -31,6 +31,7 @@ from kvmcore.engine.translation import (
     Later,
     Message,
     Regions,
+    Totals,
     Translate,
     Used,
     Wanted,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvmcore.engine")
 
-#: Samples of one place before it is translated; each stands for routines.SLICE instructions.
+#: Samples of one place before it is translated; each stands for hart_state.SLICE instructions.
 THRESHOLD = 12
 #: Translations that may be under way at once.
 AT_ONCE = 2
@@ -92,8 +93,10 @@ class HotCode:
         """Identity of a page -> (offset of a head, offset in the arena): what was there when the arena began."""
         self._used: list[bytes] = []
         self._next_wishes = time.monotonic() + _WISHES
-        self.regions = 0
-        """Regions installed so far."""
+        self.regions = self.ready_made = self.translated = self.nanoseconds = 0
+        """Regions installed so far; those that were there already; those that the translator made for us, and its time."""
+        self.host = Totals()
+        """What the translator said last of itself."""
         machine.state.watch = 1  # until it is known what there is: the first page leads to the translator
 
     def take(self, hart: Hart) -> None:
@@ -252,6 +255,7 @@ class HotCode:
         page = self._pages[base] = HotPage(base, identity)
         found = self._index.get(identity)
         if found:
+            self.ready_made += len(found)
             self._put(page, found)
             self._used.append(identity)
         return page
@@ -293,6 +297,9 @@ class HotCode:
 
     def _install(self, message: Regions) -> None:
         """Let the records of the heads lead to the regions."""
+        self.host = message.host
+        self.nanoseconds += message.took
+        self.translated += message.took > 0
         if message.offset >= 0:
             self._under_way.pop((message.page, message.offset), None)
         page = self._pages.get(message.page)
@@ -302,6 +309,7 @@ class HotCode:
             return  # its bytes have changed since
         if message.offset >= 0:
             page.heads.add(message.offset)
+        self.ready_made += 0 if message.took else len(message.regions)
         self._put(page, message.regions)
 
     def _put(self, page: HotPage, regions: list[tuple[int, int]]) -> None:

@@ -16,9 +16,6 @@ from kvmcore.ir.value import select, u64
 from kvmcore.isa import imsic, traps
 from kvmcore.isa.hart import Hart
 
-#: Instructions between two looks at time and other threads.
-SLICE = 20_000
-
 
 def poll(h: HandlerHart) -> None:
     """(a0 pc): look at other threads, time and interrupts; then go on there."""
@@ -33,7 +30,7 @@ def poll_region(h: HandlerHart) -> None:
 
 
 def _look_around(h: HandlerHart) -> None:
-    store(h.address("limit"), h.ic + SLICE, "volatile")
+    store(h.address("limit"), h.ic + hart_state.SLICE, "volatile")
     tracer().effect("fence", (), 0, ("seq_cst",))
     attention = h.get("attention")
     if attention != 0:
@@ -73,7 +70,7 @@ def interrupts(h: HandlerHart) -> None:
 def sample(h: HandlerHart) -> None:
     """(a0 pc): note where time is spent, for the translator; then go on there.
 
-    One look every SLICE instructions sees loops and what is called often, at no cost elsewhere.
+    One look every hart_state.SLICE instructions sees loops and what is called often, at no cost elsewhere.
     """
     pc = param("a0")
     entry = h.tlb + (((pc >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) << 4)

@@ -75,10 +75,23 @@ class Wishes(msgspec.Struct, array_like=True):
     heads: list[tuple[int, int]]
 
 
+class Totals(msgspec.Struct, array_like=True, frozen=True):
+    """What the host's translator has done for all VMs since it was started, and has to do."""
+
+    regions: int = 0
+    nanoseconds: int = 0
+    """Of compiling them."""
+    waiting: int = 0
+    """Regions that somebody has asked for or wished for."""
+    arena: int = 0
+    """Bytes of the arena that are taken."""
+
+
 class Regions(msgspec.Struct, tag="regions", array_like=True):
     """Translator to VM: regions of a page, as (offset of the head in the page, offset of the code in the arena).
 
-    offset: what Translate asked for (it is done, even if there is no region), -1 after Known.
+    offset: what Translate asked for (it is done, even if there is no region), -1 after Known. took: nanoseconds of CPU time for
+    it; 0: it was there.
     """
 
     page: int
@@ -86,6 +99,8 @@ class Regions(msgspec.Struct, tag="regions", array_like=True):
     arena: int
     offset: int
     regions: list[tuple[int, int]]
+    took: int = 0
+    host: Totals = Totals()
 
 
 class Wanted(msgspec.Struct, tag="wanted", array_like=True):

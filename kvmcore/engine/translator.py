@@ -35,6 +35,7 @@ from kvmcore.engine.translation import (
     Later,
     Message,
     Regions,
+    Totals,
     Translate,
     Used,
     Wanted,
@@ -107,7 +108,8 @@ class Translator:
             self._arena.place(identity, offset, code)
         self._clients: set[Client] = set()
         self._work: queue.Queue[tuple[Client, Translate, Code, dict[int, bytes]]] = queue.Queue()
-        self._done: queue.Queue[tuple[Client, Translate, bytes, bytes]] = queue.Queue()
+        self._done: queue.Queue[tuple[Client, Translate, bytes, bytes, int]] = queue.Queue()
+        self._compiled = self._nanoseconds = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._idle = IdleWork(self._selector, self._offsets, self._finished_idly)
@@ -212,11 +214,13 @@ class Translator:
             self._asked[identity] = self._cache.find(identity)
         return self._asked[identity]
 
-    def _answer(self, client: Client, page: int, identity: bytes, offset: int) -> None:
+    def _answer(self, client: Client, page: int, identity: bytes, offset: int, took: int = 0) -> None:
         regions = list(self._arena.placed.get(identity, {}).items())
         if offset >= 0:
             regions = [(head, at) for head, at in regions if head == offset]
-        self._send(client, Regions(page, identity, self._arena.number, offset, regions))
+        waiting = self._work.qsize() + len(self._idle)
+        totals = Totals(self._compiled, self._nanoseconds, waiting, self._arena.used)
+        self._send(client, Regions(page, identity, self._arena.number, offset, regions, took, totals))
 
     def _translate(self, client: Client, message: Translate) -> None:
         identities = {number: identity_of(self._secret, content) for number, content in message.pages}
@@ -273,7 +277,7 @@ class Translator:
         """The second thread. A region that cannot be compiled is one that the interpreter keeps."""
         while True:
             client, message, code, identities = self._work.get()
-            blob = b""
+            blob, begun = b"", time.thread_time_ns()
             try:
                 region = discover(code)
                 if region is not None:
@@ -283,7 +287,7 @@ class Translator:
                     blob = compile_region(code, region, self._offsets, marks)
             except Exception:
                 log.exception("a region at offset %#x of its page is not translated", message.offset)
-            self._done.put((client, message, identities[0], blob))
+            self._done.put((client, message, identities[0], blob, time.thread_time_ns() - begun))
             os.write(self._wake_write, b"x")
 
     def _finished(self) -> None:
@@ -291,15 +295,17 @@ class Translator:
             os.read(self._wake_read, 4096)
         while True:
             try:
-                client, message, identity, code = self._done.get_nowait()
+                client, message, identity, code, took = self._done.get_nowait()
             except queue.Empty:
                 return
             client.waiting -= 1
+            self._compiled += 1
+            self._nanoseconds += took
             self._last_hot = time.monotonic()
             self._kept(identity)[message.offset] = code
             self._cache.store(identity, message.offset, code)
             if self._place(identity, message.offset, code):
-                self._answer(client, message.page, identity, message.offset)
+                self._answer(client, message.page, identity, message.offset, took)
 
     def _place(self, identity: bytes, offset: int, code: bytes) -> bool:
         """Into the arena; a full one is left to those who use it, and everybody is given a new one (False)."""

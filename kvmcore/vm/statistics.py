@@ -9,22 +9,24 @@ an exit down: no locks, no names looked up.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmcore.engine.hart_state import BY_NAME as HART_FIELDS
+from kvmcore.engine.hart_state import SLICE
 from kvmcore.vm.objects import StatsBase
 from protocol.abi import structs
 
 if TYPE_CHECKING:
-    from kvmcore.engine.machine import Hart
+    from kvmcore.engine.machine import Hart, Machine
     from kvmcore.vm.vcpu import Vcpu
     from kvmcore.vm.vm import Vm
 
 NAME_SIZE = 48
 HIST_BUCKETS = 32
 _CUMULATIVE, _INSTANT, _LOG_HIST = 0, 1, 4
-_NO_UNIT, _SECONDS, _BOOLEAN = 0x00, 0x20, 0x40
+_NO_UNIT, _BYTES, _SECONDS, _BOOLEAN = 0x00, 0x10, 0x20, 0x40
 _POW10 = 0x000
 
 
@@ -44,6 +46,10 @@ def _nanoseconds(name: str) -> Statistic:
 
 def _histogram(name: str) -> Statistic:
     return Statistic(name, _LOG_HIST | _SECONDS | _POW10, -9, HIST_BUCKETS)
+
+
+def _bytes(name: str) -> Statistic:
+    return Statistic(name, _INSTANT | _BYTES | _POW10)
 
 
 VM_STATISTICS = (Statistic("remote_tlb_flush"), Statistic("remote_tlb_flush_requests"))
@@ -76,6 +82,34 @@ VCPU_STATISTICS = (
 )
 LINUX_6_12_VCPU_STATISTICS = VCPU_STATISTICS[:20]
 """Linux 6.12 ends with `exits`."""
+
+_ENGINE_FIELDS = {
+    "guest_instructions": "icount",
+    "tlb_misses": "count_fill",
+    "fetch_tlb_misses": "count_fetch_fill",
+    "tlb_flushes": "count_flush",
+    "guest_traps": "count_trap",
+}
+"""Statistic -> the field of the hart's block that counts it."""
+ENGINE_STATISTICS = tuple(map(Statistic, _ENGINE_FIELDS))
+"""Of a vCPU, and of a VM the sums; ours, so only Compat.DEFAULT shows them (docs/deviations.md)."""
+_EXITS = ("exits", "ecall_exit_stat", "wfi_exit_stat", "mmio_exit_user", "mmio_exit_kernel", "csr_exit_user", "signal_exits")
+OWN_VM_STATISTICS = (
+    *ENGINE_STATISTICS,
+    *map(Statistic, _EXITS),
+    Statistic("emulated_instructions"),
+    Statistic("decoded_pages"),
+    _bytes("decoded_bytes"),
+    Statistic("regions"),
+    Statistic("regions_ready_made"),
+    Statistic("regions_translated"),
+    _nanoseconds("translation_ns"),
+    Statistic("host_regions_translated"),
+    _nanoseconds("host_translation_ns"),
+    Statistic("host_regions_waiting", _INSTANT | _NO_UNIT | _POW10),
+    _bytes("host_arena_bytes"),
+)
+"""Of a VM: what its vCPUs have done together, its code, and what the host's translator last said of itself."""
 
 
 class VmStats:
@@ -137,12 +171,69 @@ class VcpuStats:
         self.hart.state.halt_wait_hist[min(nanoseconds.bit_length(), HIST_BUCKETS - 1)] += 1
 
 
+class VcpuFigures:
+    """VcpuStats, and what the engine counts in the hart's block."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self._vcpu = vcpu
+
+    def __getattr__(self, name: str) -> Any:
+        return _engine_figure(self._vcpu.hart, name) if name in _ENGINE_FIELDS else getattr(self._vcpu.stats, name)
+
+
+class VmFigures:
+    """VmStats, sums over the vCPUs, and what the engine knows of the VM's code."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+
+    def __getattr__(self, name: str) -> Any:
+        vm = self._vm
+        if name in _ENGINE_FIELDS:
+            return sum(_engine_figure(vcpu.hart, name) for vcpu in vm.vcpus)
+        if name in _EXITS:
+            return sum(getattr(vcpu.stats, name) for vcpu in vm.vcpus)
+        if name in _VM_FIGURES:
+            return _VM_FIGURES[name](vm.machine) if vm.has_machine else 0
+        return getattr(vm.stats, name)
+
+
+def _engine_figure(hart: Hart, name: str) -> int:
+    value = int(getattr(hart.state, _ENGINE_FIELDS[name]))
+    # While a hart runs, its count is in a register; `limit` was SLICE ahead of it at the last poll.
+    return max(value, int(hart.state.limit) - SLICE) if name == "guest_instructions" else value
+
+
+def _hot(machine: Machine, name: str) -> int:
+    return int(getattr(machine.hot_code, name)) if machine.hot_code is not None else 0
+
+
+def _host(machine: Machine, name: str) -> int:
+    return int(getattr(machine.hot_code.host, name)) if machine.hot_code is not None else 0
+
+
+_VM_FIGURES: dict[str, Callable[[Machine], int]] = {
+    "emulated_instructions": lambda machine: sum(hart.emulated for hart in machine.harts),
+    "decoded_pages": lambda machine: sum(hart.state.count_page for hart in machine.harts),
+    "decoded_bytes": lambda machine: int(machine.state.pool_used),
+    "regions": lambda machine: _hot(machine, "regions"),
+    "regions_ready_made": lambda machine: _hot(machine, "ready_made"),
+    "regions_translated": lambda machine: _hot(machine, "translated"),
+    "translation_ns": lambda machine: _hot(machine, "nanoseconds"),
+    "host_regions_translated": lambda machine: _host(machine, "regions"),
+    "host_translation_ns": lambda machine: _host(machine, "nanoseconds"),
+    "host_regions_waiting": lambda machine: _host(machine, "waiting"),
+    "host_arena_bytes": lambda machine: _host(machine, "arena"),
+}
+
+
 class StatsFile(StatsBase):
     """What KVM_GET_STATS_FD makes: a read-only file over the counters of a VM or vCPU."""
 
     def __init__(
-        self, vm: Vm, label: str, statistics: tuple[Statistic, ...], counters: VmStats | VcpuStats
+        self, vm: Vm, label: str, statistics: tuple[Statistic, ...], counters: Any
     ) -> None:
+        """`counters` has an attribute for each of `statistics`."""
         super().__init__(vm)
         self._statistics = statistics
         self._counters = counters
@@ -196,10 +287,14 @@ def _head(label: str, statistics: tuple[Statistic, ...]) -> bytes:
 
 def vm_stats_file(vm: Vm) -> StatsFile:
     """KVM_GET_STATS_FD on a VM."""
-    return StatsFile(vm, vm.label, VM_STATISTICS, vm.stats)
+    if not vm.session.compat.extended:
+        return StatsFile(vm, vm.label, VM_STATISTICS, vm.stats)
+    return StatsFile(vm, vm.label, (*VM_STATISTICS, *OWN_VM_STATISTICS), VmFigures(vm))
 
 
 def vcpu_stats_file(vcpu: Vcpu) -> StatsFile:
     """KVM_GET_STATS_FD on a vCPU."""
-    statistics = LINUX_6_12_VCPU_STATISTICS if vcpu.session.compat.is_6_12 else VCPU_STATISTICS
-    return StatsFile(vcpu.vm, f"{vcpu.vm.label}/vcpu-{vcpu.id}", statistics, vcpu.stats)
+    label, compat = f"{vcpu.vm.label}/vcpu-{vcpu.id}", vcpu.session.compat
+    if compat.extended:
+        return StatsFile(vcpu.vm, label, (*VCPU_STATISTICS, *ENGINE_STATISTICS), VcpuFigures(vcpu))
+    return StatsFile(vcpu.vm, label, LINUX_6_12_VCPU_STATISTICS if compat.is_6_12 else VCPU_STATISTICS, vcpu.stats)

@@ -13,6 +13,7 @@ from protocol.abi.errors import KvmError
 from protocol.client.device import Device
 from protocol.client.handle import POINTEE, Handle
 from protocol.client.link import Channel, Link
+from protocol.client.stats import Stats
 from protocol.client.vcpu import Vcpu
 from protocol.codec import control
 from protocol.codec.session import Op
@@ -57,6 +58,7 @@ class Vm(Handle):
         """Where a successor knocks (Kvm.attach_vm); "" over tcp."""
         self._outlives = outlives
         self._owns_link = owns_link
+        self._stats: Stats | None = None
 
     @property
     def alive(self) -> bool:
@@ -70,6 +72,12 @@ class Vm(Handle):
     def enable_cap(self, capability: int, *args: int) -> None:
         """KVM_ENABLE_CAP."""
         self.call("ENABLE_CAP", cap=capability, args=[*args, 0, 0, 0, 0][:4])
+
+    def statistics(self) -> dict[str, int | list[int]]:
+        """KVM_GET_STATS_FD, read: the VM's counters now."""
+        if self._stats is None:
+            self._stats = Stats(self.link, self.channel, self.ioctl("GET_STATS_FD"))
+        return self._stats.read()
 
     # -- memory ------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import sys
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("run", "boot an image, a kernel or U-Boot; with -- COMMAND run just that command"),
     "ps": ("ps", "list running VMs"),
+    "top": ("top", "watch what VMs do: MIPS, exits, TLB misses, translated code"),
     "console": ("console", "attach the terminal to a VM's console"),
     "attach": ("attach", "give a VM a new device process when its own was killed"),
     "ssh": ("ssh", "log in to a VM, or run a command in it"),

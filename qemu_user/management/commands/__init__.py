@@ -22,6 +22,7 @@ MODULES = (
     "query_cpus_fast",
     "query_migrate",
     "query_name",
+    "query_stats",
     "query_status",
     "query_version",
     "quit",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvmcore.engine.hart_state import HartState
+from kvmcore.engine.hart_state import SLICE, HartState
 from kvmcore.vm.statistics import (
     LINUX_6_12_VCPU_STATISTICS,
     VCPU_STATISTICS,
@@ -15,8 +15,11 @@ from kvmcore.vm.statistics import (
     StatsFile,
     VcpuStats,
     VmStats,
+    vcpu_stats_file,
+    vm_stats_file,
 )
 from protocol.abi import structs
+from protocol.abi.compat import Compat
 
 
 def parse(data: bytes) -> tuple[str, dict[str, list[int]], tuple[int, ...]]:
@@ -70,4 +73,24 @@ def test_through_the_handle(kernel):
     number = kernel.call(kernel.vm, "GET_STATS_FD")
     label, values, _ = parse(kernel.session.table.handle(number).read(0, 4096))
     assert label == kernel.vm.label
-    assert set(values) == {"remote_tlb_flush", "remote_tlb_flush_requests"}
+    assert list(values)[:2] == ["remote_tlb_flush", "remote_tlb_flush_requests"], "Linux's come first"
+    assert {"guest_instructions", "tlb_misses", "exits", "regions", "translation_ns", "host_arena_bytes"} < set(values)
+    kernel.call(kernel.vm, "CREATE_VCPU", 0)
+    hart = kernel.vm.vcpus[0].hart
+    hart.state.icount, hart.state.limit = 5, 0
+    kernel.vm.vcpus[0].stats.exits = 3
+    _, values, _ = parse(kernel.session.table.handle(number).read(0, 8192))
+    assert (values["guest_instructions"], values["exits"], values["regions"]) == ([5], [3], [0])
+    hart.state.limit = SLICE + 7  # as while it runs
+    number = kernel.call(kernel.vm.vcpus[0], "GET_STATS_FD")
+    _, values, _ = parse(kernel.session.table.handle(number).read(0, 8192))
+    assert (values["guest_instructions"], values["exits"]) == ([7], [3])
+
+
+@pytest.mark.parametrize(("compat", "vm", "vcpu"), [(Compat.LINUX_7_2, 2, 25), (Compat.LINUX_6_12, 2, 20)])
+def test_what_is_ours_is_hidden_with_linux_compat(kernel, compat, vm, vcpu):
+    kernel.session.compat = compat
+    kernel.call(kernel.vm, "CREATE_VCPU", 0)
+    for handle, number in ((kernel.vm, vm), (kernel.vm.vcpus[0], vcpu)):
+        file = vm_stats_file(handle) if handle is kernel.vm else vcpu_stats_file(handle)
+        assert parse(file.contents())[2][0] == number
