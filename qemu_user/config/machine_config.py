@@ -187,6 +187,9 @@ class Chardev(Part, frozen=True, kw_only=True):
     server: bool = False
     wait: bool = False
     append: bool = False
+    logfile: str = ""
+    """Gets all output as well."""
+    logappend: bool = False
     input: int = -1
     output: int = -1
     """fd: descriptors of this process, left open at the end."""

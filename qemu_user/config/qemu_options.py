@@ -279,11 +279,12 @@ class Builder:
         if not name or name in self.chardevs:
             raise ConfigError(f"-chardev {text}: needs an id of its own")
         mux = values.take_switch("mux", False)
-        values.ignore("signal", "logfile", "logappend")
+        values.ignore("signal")
         self.chardevs[name] = self._chardev(values, name, kind, mux)
 
     def _chardev(self, values: KeyValues, name: str, kind: str, mux: bool) -> Chardev:
         fields: dict[str, Any] = {"id": name, "kind": kind}
+        fields.update(logfile=values.take("logfile"), logappend=values.take_switch("logappend", False))
         if kind in ("socket", "file"):
             fields["path"] = values.take("path")
         if kind == "file":
@@ -296,7 +297,7 @@ class Builder:
         if mux:
             if kind != "stdio":
                 raise ConfigError(f"chardev {name}: mux=on goes with stdio only")
-            return Chardev(id=name, kind="hub", stdio=True)
+            return Chardev(**{**fields, "kind": "hub"}, stdio=True)
         return Chardev(**fields)
 
     def serial(self, text: str) -> None:

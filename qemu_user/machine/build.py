@@ -17,6 +17,7 @@ from qemu_user.backends.block.logged import LoggedDisk
 from qemu_user.backends.block.opening import open_disk
 from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.backends.chardev.chardev import Chardev
+from qemu_user.backends.chardev.console_log import ConsoleLog
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
 from qemu_user.backends.chardev.hub import Hub
 from qemu_user.backends.chardev.null import NullChardev
@@ -56,7 +57,7 @@ Power = Callable[[str, int], None]
 class Parts:
     """The devices and back ends of one machine."""
 
-    def __init__(self, config: MachineConfig, threads: IoThreads, console_path: str) -> None:
+    def __init__(self, config: MachineConfig, threads: IoThreads, console_path: str, log_path: str = "") -> None:
         self.config, self.loop = config, threads.main
         self._threads = threads
         self._loops: dict[str, IoLoop] = {}
@@ -78,7 +79,7 @@ class Parts:
         self.balloon: VirtioBalloon | None = None
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
-        self._console_path = console_path
+        self._console_path, self._log_path = console_path, log_path
         self._directory = os.path.dirname(console_path)
 
     # -- back ends, before kvmcore is asked for anything -------------------------------------------
@@ -86,7 +87,7 @@ class Parts:
     def open_backends(self, lock_disks: bool = True) -> None:
         """BackendError if something that the user named cannot be had."""
         for chardev in self.config.chardevs:
-            self.chardevs[chardev.id] = self._open_chardev(chardev)
+            self.chardevs[chardev.id] = self._logged(self._open_chardev(chardev), chardev)
         for drive in self.config.drives:
             self.disks.append(LoggedDisk(open_disk(drive.file, drive.format, drive.readonly, drive.discard, lock_disks)))
         for flash in self.config.flash:
@@ -105,6 +106,11 @@ class Parts:
             raise BackendError("vsock: needs path=SOCKET")
         return os.path.join(self._directory, "vsock.sock")
 
+    def _logged(self, chardev: Chardev, config: ChardevConfig) -> Chardev:
+        if config.logfile and chardev.log is None:
+            chardev.log = ConsoleLog(config.logfile, 0, config.logappend)
+        return chardev
+
     def _open_chardev(self, config: ChardevConfig) -> Chardev:
         name = config.id
         if config.kind == "hub":
@@ -112,7 +118,11 @@ class Parts:
             if config.stdio:
                 terminal = _stdio(name, config.escape)
             path, self._console_path = self._console_path, ""
-            return Hub(name, terminal, path)
+            hub = Hub(name, terminal, path)
+            if self._log_path and not config.logfile:
+                hub.log = ConsoleLog(self._log_path)
+                self._log_path = ""
+            return hub
         if config.kind == "stdio":
             return _stdio(name, config.escape)
         if config.kind == "fd":

@@ -73,9 +73,10 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 
 class Machine:
-    """`endpoint`: kvmcore's. `console_path`: where others may attach to the console hub ("": nowhere)."""
+    """`endpoint`: kvmcore's. `console_path`: where others may attach to the console hub ("": nowhere);
+    `log_path`: where what it shows is kept."""
 
-    def __init__(self, config: MachineConfig, endpoint: str, console_path: str = "") -> None:
+    def __init__(self, config: MachineConfig, endpoint: str, console_path: str = "", log_path: str = "") -> None:
         if not config.uuid:
             config = msgspec.structs.replace(config, uuid=str(uuid.uuid4()))
         self.config = config
@@ -97,7 +98,7 @@ class Machine:
         self._life = threading.RLock()
         self._io = IoThreads(self._io_failed)
         self._loop = self._io.main
-        self.parts = Parts(config, self._io, console_path)
+        self.parts = Parts(config, self._io, console_path, log_path)
         self._gate = Gate()
         self._kvm: Any = None
         self.vm: Any = None

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from protocol.abi.errors import KvmError
+from qemu_user.backends.chardev import console_log
 from qemu_user.backends.errors import BackendError
 from qemu_user.config.background import for_background
 from qemu_user.config.machine_config import MachineConfig
@@ -21,7 +22,7 @@ from qemu_user.devices.device import StateError
 from qemu_user.machine.keeper import Predecessor, introduce
 from qemu_user.machine.machine import Machine, StartError
 from qemu_user.management.qmp_server import QmpServer
-from qemu_user.management.registry import ATTACH_FILE, NameTaken, Registration
+from qemu_user.management.registry import ATTACH_FILE, NameTaken, Registration, logs_folder
 
 
 class Instance:
@@ -39,7 +40,8 @@ class Instance:
             raise StartError(str(error)) from error
         directory = self._registration.directory
         self.config = config
-        self.machine = Machine(config, endpoint, str(directory / "console.sock"))
+        log = console_log.path_of(logs_folder(), config.name)
+        self.machine = Machine(config, endpoint, str(directory / "console.sock"), str(log))
         self._control = str(directory / "control.sock")
         self.machine.introduce = self._introduce
         self._qmp: QmpServer | None = None
@@ -54,6 +56,9 @@ class Instance:
     ) -> None:
         """StartError, with nothing left behind. The arguments are Machine.start()'s."""
         try:
+            if not arriving and predecessor is None:  # who goes on with a VM goes on with its log
+                running = frozenset(path.name for path in self._registration.directory.parent.iterdir())
+                console_log.begin(logs_folder(), self.config.name, running)
             paths = [self._control, *(qmp.path for qmp in self.config.qmp)]
             self._qmp = QmpServer(self.machine, paths)
             self.machine.start(arriving, lock_disks, ram_fd, predecessor)

@@ -85,6 +85,11 @@ def _vms() -> Path:
     return made_folder("vms")
 
 
+def logs_folder() -> Path:
+    """Where the consoles' logs are (backends/chardev/console_log.py)."""
+    return made_folder("logs")
+
+
 def made_folder(kind: str) -> Path:
     """The runtime directory's folder of running things of a kind: `vms`, `switches`."""
     folder = made_runtime_directory() / kind

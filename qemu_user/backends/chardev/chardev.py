@@ -12,6 +12,7 @@ import threading
 import time
 from typing import Protocol
 
+from qemu_user.backends.chardev.console_log import ConsoleLog
 from qemu_user.backends.io_loop import IoLoop
 
 OUTPUT_LIMIT = 64 * 1024
@@ -80,6 +81,8 @@ class Chardev:
         self._output = bytearray()
         self._starved = False
         self._scheduled = False
+        self.log: ConsoleLog | None = None
+        """Gets all output as well; closed with the chardev."""
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -90,11 +93,15 @@ class Chardev:
     def start(self, loop: IoLoop) -> None:
         """Open what there is to open and begin to read. BackendError with a sentence for the user."""
         self._loop = loop
+        if self.log is not None:
+            self.log.start(loop)
         if self._output:
             loop.call_soon(self._flush)
 
     def close(self) -> None:
         """Give everything back; terminals are put as they were. Idempotent."""
+        if self.log is not None:
+            self.log.close()
 
     def drain(self, seconds: float) -> None:
         """At the machine's end, the I/O thread being gone: write out what waits, for at most `seconds`."""
@@ -115,11 +122,25 @@ class Chardev:
             self._starved |= taken < len(data)
             if taken:
                 self._output += data[:taken]
+                if self.log is not None:
+                    self.log.write(data[:taken])
             if self._scheduled or not taken:
                 return taken
             self._scheduled = True
         self._schedule()
         return taken
+
+    def room(self, last: bool = False) -> int:
+        """Bytes that write() would take now. Any thread."""
+        return max(0, (LAST_LIMIT if last else OUTPUT_LIMIT) - len(self._output)) if self.connected else LAST_LIMIT
+
+    def await_room(self) -> None:
+        """write() is called no more until output_ready(). Any thread."""
+        with self._lock:
+            self._starved = len(self._output) > OUTPUT_LIMIT // 2
+            if self._starved:
+                return
+        self.poke()
 
     @property
     def connected(self) -> bool:

@@ -140,6 +140,7 @@ class DescriptorChardev(Chardev):
             poll.poll(seconds * 1000)
 
     def close(self) -> None:
+        super().close()
         self._pause()
         self._stop_writer()
         for fd in {self._in, self._out_fd}:

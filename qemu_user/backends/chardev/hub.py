@@ -2,9 +2,9 @@
 scrollback.
 
 The UART, hvc0 and SBI's debug console each get a channel; our own terminal and whoever attaches to
-console.sock are the terminals. All see all output; what is typed goes to the device that wrote last, for that
-is where the prompt is. The terminal that the VM was started from may hold the guest back, an attached one
-that does not read is dropped.
+console.sock are the terminals. All see all output and all may type; what is typed goes to the device that wrote last, for
+that is where the prompt is; the window's size is that of the terminal that changed last. Terminals hold the guest back; an
+attached one that takes nothing for STALL_SECONDS is dropped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 
 from qemu_user.backends.chardev.attach import FrameError, FrameReader
 from qemu_user.backends.chardev.chardev import Chardev, Frontend, NoFrontend
@@ -20,6 +21,7 @@ from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.io_loop import IoLoop
 
 SCROLLBACK = 64 * 1024
+STALL_SECONDS = 2.0
 
 
 class Channel(Chardev):
@@ -51,6 +53,20 @@ class Attached(DescriptorChardev):
         super().__init__("attached", fd, fd, own=True)
         self._hub = hub
         self._frames = FrameReader()
+        self.connect(_AttachedFront(hub))
+        self.taken_at = time.monotonic()
+        """When it last took something, or had nothing to take."""
+
+    def _emit(self, data: bytes) -> int:
+        sent = super()._emit(data)
+        if sent:
+            self.taken_at = time.monotonic()
+        return sent
+
+    def write(self, data: bytes | bytearray | memoryview, last: bool = False) -> int:
+        if not self.pending:
+            self.taken_at = time.monotonic()
+        return super().write(data, last)
 
     def _input_room(self) -> int:
         # A frame cannot be cut: take one when what it may hold fits somewhere, else leave it in the socket.
@@ -75,6 +91,16 @@ class Attached(DescriptorChardev):
         return count
 
 
+class _AttachedFront(NoFrontend):
+    """What an attached terminal tells the hub: that it takes output again."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def output_ready(self) -> None:
+        self._hub.output_ready()
+
+
 class Hub(Chardev):
     """`terminal`: our own, if any; `socket_path`: where others attach."""
 
@@ -89,6 +115,7 @@ class Hub(Chardev):
         self._scrollback = bytearray()
         self._listener: socket.socket | None = None
         self._size = (0, 0)
+        self._watching = False
         if terminal is not None:
             terminal.connect(self)
 
@@ -101,7 +128,7 @@ class Hub(Chardev):
         return channel
 
     def start(self, loop: IoLoop) -> None:
-        self._loop = loop
+        super().start(loop)
         if self._socket_path:
             self._listener = listen_unix(self._socket_path, f"chardev {self.name}")
             self._listener.setblocking(False)
@@ -116,21 +143,36 @@ class Hub(Chardev):
         if channel is not self._active_channel:
             self._active_channel = channel
             self.resume_terminals()
-        if self.terminal is not None:
-            data = memoryview(data)[: self.terminal.write(data, last)]
-        with self._lock:
+        with self._lock:  # all get the same, or none
+            terminals: list[Chardev] = [*self._attached] if self.terminal is None else [self.terminal, *self._attached]
+            full = [terminal for terminal in terminals if terminal.room(last) < len(data)]
+            data = memoryview(data)[: min((terminal.room(last) for terminal in full), default=len(data))]
+            for terminal in terminals:
+                terminal.write(data, last)
             self._scrollback += data
             if len(self._scrollback) > 2 * SCROLLBACK:
                 del self._scrollback[:-SCROLLBACK]
-            attached = tuple(self._attached)
-        for other in attached:
-            if other.write(data, last) < len(data):
-                self._drop_soon(other)
+            if self.log is not None:
+                self.log.write(data)
+        for terminal in full:
+            terminal.await_room()
+        if full and not self._watching and self._loop is not None:
+            self._watching = True
+            self._loop.call_later(STALL_SECONDS / 4, self._watch)
         return len(data)
 
-    def _drop_soon(self, other: Attached) -> None:
-        if self._loop is not None:
-            self._loop.call_soon(lambda: self.detach(other))
+    def _watch(self) -> None:
+        """While the guest waits for terminals: drop those that do not read."""
+        self._watching = False
+        now = time.monotonic()
+        waiting = [other for other in self._attached if other.pending]
+        for other in waiting:
+            if now - other.taken_at > STALL_SECONDS:
+                self.detach(other)
+                self.output_ready()
+        if waiting and not self._watching and self._loop is not None:
+            self._watching = True
+            self._loop.call_later(STALL_SECONDS / 4, self._watch)
 
     def output_ready(self) -> None:
         for channel in self._channels:
@@ -234,6 +276,7 @@ class Hub(Chardev):
                 terminal.drain(min(seconds, 1.0) if terminal is not self.terminal else seconds)
 
     def close(self) -> None:
+        super().close()
         if self.terminal is not None:
             self.terminal.close()
         for other in tuple(self._attached):

@@ -15,9 +15,11 @@ import pytest
 
 from protocol.codec.ethernet_stream import FrameReader, StreamError, header
 from qemu_user.backends.block.raw import RawImage
+from qemu_user.backends.chardev import console_log
 from qemu_user.backends.chardev.attach import Attachment, FrameError, keys_frames, size_frame
 from qemu_user.backends.chardev.attach import FrameReader as AttachReader
 from qemu_user.backends.chardev.chardev import NoFrontend
+from qemu_user.backends.chardev.console_log import ConsoleLog, Follower
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
 from qemu_user.backends.chardev.escape import EscapeFilter
 from qemu_user.backends.chardev.hub import Hub
@@ -254,6 +256,82 @@ def test_hub_shares_a_console(loop: Loop, tmp_path: Path) -> None:
     hub.close()
     assert attachment.receive() == b""
     assert not os.path.exists(path)
+
+
+def test_a_slow_terminal_holds_the_guest_back_a_stopped_one_is_dropped(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qemu_user.backends.chardev.hub.STALL_SECONDS", 0.4)
+    hub = Hub("console", None, str(tmp_path / "console.sock"))
+    front = Front()
+    hub.channel("hvc0").connect(front)
+    hub.start(loop)
+    (channel,) = hub._channels
+    slow, stopped = (Attachment(str(tmp_path / "console.sock")) for _ in range(2))
+    loop.until(lambda: len(hub._attached) == 2)
+    data = bytes(range(256)) * 4096
+    slow._socket.setblocking(False)
+    got, sent = b"", 0
+    end = time.monotonic() + 20
+    while len(got) < len(data):
+        assert time.monotonic() < end
+        taken = channel.write(data[sent : sent + 50_000])
+        sent += taken
+        loop.turn(0.01)
+        with contextlib.suppress(BlockingIOError):
+            got += slow._socket.recv(20_000)
+    assert got == data
+    assert len(hub._attached) == 1, "the one that took nothing was dropped"
+    assert "ready" in front.log
+    hub.close()
+    slow.close()
+    stopped.close()
+
+
+def test_console_log(loop: Loop, tmp_path: Path) -> None:
+    path = console_log.begin(tmp_path / "logs", "vm", frozenset())
+    hub = Hub("console")
+    hub.log = ConsoleLog(str(path), limit=1000)
+    channel = hub.channel("hvc0")
+    hub.start(loop)
+    assert not path.exists(), "no output, no file"
+    channel.write(b"first\n")
+    loop.until(path.exists)
+    follower = Follower(path)
+    assert follower.past() == b"first\n"
+    for number in range(40):
+        channel.write(b"%040d\n" % number)
+        loop.until(lambda: not hub.log or not hub.log._pending)
+    seen = b""
+    while data := follower.more():
+        seen += data
+    assert seen.endswith(b"%040d\n" % 39)
+    hub.close()
+    past = Follower(path).past()
+    assert past is not None
+    assert past.endswith(b"%040d\n" % 39)
+    assert 1000 < len(past) <= 2000
+    assert path.stat().st_mode & 0o777 == 0o600
+    for number in range(40):
+        other = console_log.begin(tmp_path / "logs", f"other{number}", frozenset(("vm",)))
+        other.write_text("x")
+        os.utime(other, (time.time() - 100 + number,) * 2)
+    left = {file.stem for file in (tmp_path / "logs").glob("*.console")}
+    assert "vm" in left, "the log of a VM that runs stays"
+    assert len(left) == 1 + console_log.KEPT
+    assert "other0" not in left
+    console_log.begin(tmp_path / "logs", "vm", frozenset(("vm",)))
+    assert not path.exists(), "a new VM begins a new log"
+
+
+def test_a_log_that_cannot_be_written_harms_nothing(loop: Loop, tmp_path: Path) -> None:
+    hub = Hub("console")
+    hub.log = ConsoleLog(str(tmp_path / "nowhere" / "x"))
+    channel = hub.channel("hvc0")
+    hub.start(loop)
+    for _ in range(3):
+        assert channel.write(b"x" * 300_000) == 300_000
+    hub.close()
 
 
 def test_attach_frames_in_pieces() -> None:
