@@ -31,6 +31,10 @@ MAX_FLASH = 2
 MMIO_SLOTS, PCI_SLOTS = 8, 31
 """virtio-mmio slots 0 to 7; PCI slots 1 to 31, 0 being the bridge."""
 DISK_FORMATS = ("raw", "qcow2")
+DISK_CACHES = ("writeback", "none", "writethrough", "directsync", "unsafe")
+_LIMITED = tuple(f"{what}-{which}" for what in ("iops", "bps") for which in ("total", "read", "write"))
+DISK_LIMITS = (*_LIMITED, *(f"{kind}{more}" for kind in _LIMITED for more in ("-max", "-max-length")), "iops-size")
+"""QEMU's throttling options."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
@@ -76,6 +80,19 @@ class Drive(Part, frozen=True, kw_only=True):
     """A path, or the address of an NBD server's disk."""
     format: str = ""
     """"": qcow2 if its name says so, raw if its content does not say otherwise."""
+    members: tuple[str, ...] = ()
+    """The disks, named as `file` is, that make up a `layout`; `file` is then the first of them."""
+    layout: Literal["", "mirror", "stripe"] = ""
+    chunk: int = 64 << 10
+    """stripe: bytes that go to one member before the next has its turn."""
+    degraded: bool = False
+    """mirror: starts without members that are not there."""
+    cache: str = "writeback"
+    detect_zeroes: str = "off"
+    limits: dict[str, int] = {}
+    """Of throttling, by QEMU's names: iops-total, bps-read-max..."""
+    reconnect: float = 10
+    """Seconds for which requests wait for an NBD server that has gone."""
     readonly: bool = False
     discard: bool = False
     serial: str = ""
@@ -362,6 +379,7 @@ def _check_devices(config: MachineConfig) -> None:
         _demand(bool(share.folder), f"shared folder {share.tag}: needs a path")
     for drive in config.drives:
         _demand(bool(drive.file), "drive: needs file=IMAGE")
+        _check_drive(drive)
         _demand(drive.format in ("", *DISK_FORMATS), f"format={drive.format}: one of {', '.join(DISK_FORMATS)}")
         _demand(drive.queues is None or 0 < drive.queues <= MAX_QUEUES, f"num-queues={drive.queues}: 1 to {MAX_QUEUES}")
         for what, number, least, most in (
@@ -372,6 +390,34 @@ def _check_devices(config: MachineConfig) -> None:
             power = number & (number - 1) == 0
             _demand(power and least <= number <= most, f"{what}={number}: a power of two from {least} to {most}")
         _demand(len(drive.serial.encode()) <= 20, f"serial={drive.serial}: at most 20 bytes")
+
+
+def _check_drive(drive: Drive) -> None:
+    name = drive.id or drive.file
+    _demand(drive.cache in DISK_CACHES, f"cache={drive.cache}: one of {', '.join(DISK_CACHES)}")
+    _demand(drive.detect_zeroes in ("off", "on", "unmap"), f"detect-zeroes={drive.detect_zeroes}: off, on or unmap")
+    _demand(drive.detect_zeroes != "unmap" or drive.discard, f"drive {name}: detect-zeroes=unmap needs discard=unmap")
+    _demand(bool(drive.layout) == bool(drive.members), f"drive {name}: several files need driver=mirror or driver=stripe")
+    if drive.layout:
+        _demand(len(drive.members) >= 2, f"driver={drive.layout}: needs file=IMAGE twice or more")
+        _demand(len(set(drive.members)) == len(drive.members), f"driver={drive.layout}: two members are the same")
+        power = drive.chunk & (drive.chunk - 1) == 0
+        _demand(power and 4096 <= drive.chunk <= 16 * MIB, f"chunk={drive.chunk}: a power of two from 4K to 16M")
+    for what, value in drive.limits.items():
+        _demand(what in DISK_LIMITS, f"throttling.{what}: there is {', '.join(DISK_LIMITS)}")
+        _demand(0 <= value < 1 << 50, f"throttling.{what}={value}: 0 to 2^50")
+        average = what.removesuffix("-length").removesuffix("-max")
+        if average != what:
+            _demand(drive.limits.get(average, 0) > 0, f"throttling.{what}: needs throttling.{average}")
+        if what.endswith("-max") and value:
+            _demand(value >= drive.limits[average], f"throttling.{what}={value}: less than throttling.{average}")
+        if what.endswith("-length"):
+            _demand(value > 0, f"throttling.{what}: at least 1 second")
+            _demand(drive.limits.get(f"{average}-max", 0) > 0, f"throttling.{what}: needs throttling.{average}-max")
+    for unit in ("iops", "bps"):
+        both = [part for part in ("read", "write") if drive.limits.get(f"{unit}-{part}")]
+        _demand(not (both and drive.limits.get(f"{unit}-total")), f"throttling.{unit}-total and -{both[:1]}: one or the other")
+    _demand(0 <= drive.reconnect <= 3600, f"reconnect-delay={drive.reconnect}: 0 to 3600 seconds")
 
 
 def _check_chardevs(config: MachineConfig) -> None:

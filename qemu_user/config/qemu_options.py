@@ -15,6 +15,7 @@ import msgspec
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size
 from qemu_user.config.machine_config import (
+    DISK_LIMITS,
     NET_FEATURES,
     Balloon,
     Boot,
@@ -130,18 +131,31 @@ class Builder:
     def drive(self, text: str) -> None:
         values = KeyValues("-drive", text, "file")
         interface = values.take_choice("if", ("virtio", "none", "pflash"), "virtio")
-        format = values.take_choice("format", ("", "raw", "qcow2"))
-        values.ignore("media", "cache", "aio", "index", "detect-zeroes", "werror", "rerror", "copy-on-read")
+        driver = values.take_choice("driver", ("", "raw", "qcow2", "nbd", "mirror", "stripe"))
+        format = values.take_choice("format", ("", "raw", "qcow2"), driver if driver in ("raw", "qcow2") else "")
+        values.ignore("media", "aio", "index", "werror", "rerror", "copy-on-read")
         if interface == "pflash":
+            values.ignore("cache", "detect-zeroes")
             self._flash(values, format)
             return
+        layout = driver if driver in ("mirror", "stripe") else ""
+        files = values.take_all("file")
+        chunk = values.take("chunk", "64K")
         name = values.take("id") or f"drive{len(self.drives)}"
         if name in self.drives:
             raise ConfigError(f"-drive {text}: there is a drive {name} already")
+        settings: dict[str, Any] = {"layout": layout, "members": tuple(files) if layout or len(files) > 1 else ()}
         self.drives[name] = Drive(
             id=name,
-            file=values.take("file"),
+            file=files[0] if files else "",
             format=format,
+            chunk=parse_size("chunk", chunk, "B"),
+            degraded=values.take_switch("degraded", False),
+            cache=values.take("cache", "writeback"),
+            detect_zeroes=values.take("detect-zeroes", "off"),
+            limits=_limits(values),
+            reconnect=values.take_number("reconnect-delay", 10) or 0,
+            **settings,
             readonly=values.take_switch("readonly", False),
             discard=values.take_choice("discard", ("unmap", "on", "ignore", "off"), "ignore")
             in ("unmap", "on"),
@@ -502,6 +516,17 @@ _PORTS: dict[str, Callable[[Builder, KeyValues], None]] = {
     "virtconsole": Builder._console_device,
     "virtserialport": Builder._port_device,
 }
+
+
+def _limits(values: KeyValues) -> dict[str, int]:
+    """What a drive is limited to: throttling.* and the older names of the same."""
+    limits = {}
+    for name in DISK_LIMITS:
+        old = name.replace("-total", "").replace("-read", "_rd").replace("-write", "_wr").replace("-", "_")
+        for key in (f"throttling.{name}", old):
+            if text := values.take(key):
+                limits[name] = parse_size(key, text, "B")
+    return limits
 
 
 def _bus_of(driver: str) -> tuple[str, Literal["pci", "mmio"]]:

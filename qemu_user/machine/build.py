@@ -46,6 +46,7 @@ from qemu_user.devices.virtio.transport import VirtioTransport
 from qemu_user.machine import virt
 from qemu_user.machine.bus import Bus
 from qemu_user.machine.debug_console import DebugConsole
+from qemu_user.machine.drives import open_drive
 from qemu_user.machine.irq import PHANDLE_CONTROLLER, PHANDLE_TEST, Interrupts
 from qemu_user.machine.kicks import Kicks
 from qemu_user.machine.networks import open_net
@@ -89,7 +90,7 @@ class Parts:
         for chardev in self.config.chardevs:
             self.chardevs[chardev.id] = self._logged(self._open_chardev(chardev), chardev)
         for drive in self.config.drives:
-            self.disks.append(LoggedDisk(open_disk(drive.file, drive.format, drive.readonly, drive.discard, lock_disks)))
+            self.disks.append(LoggedDisk(open_drive(drive, lock_disks)))
         for flash in self.config.flash:
             self.flash.append(open_disk(flash.file, flash.format, flash.readonly, False, lock_disks))
         for net in self.config.nets:
@@ -275,8 +276,12 @@ class Parts:
 
     # -- life --------------------------------------------------------------------------------------
 
-    def start_backends(self, warn: Callable[[str], None], quit_now: Callable[[int], None]) -> None:
-        """Begin to talk to the host. BackendError."""
+    def start_backends(
+        self, warn: Callable[[str], None], quit_now: Callable[[int], None], disk_news: Callable[[str, str, str], None]
+    ) -> None:
+        """Begin to talk to the host; `disk_news` is called with (drive, QMP event, text for the user). BackendError."""
+        for number, (drive, disk) in enumerate(zip(self.config.drives, self.disks, strict=True)):
+            disk.report = partial(disk_news, _label(drive, number))
         for config in self.config.chardevs:
             chardev = self.chardevs[config.id]
             leaf = chardev.terminal if isinstance(chardev, Hub) else chardev

@@ -136,7 +136,7 @@ class Machine:
                 self.status = INMIGRATE
             else:
                 self._load()
-            self.parts.start_backends(self.warn, self.quit)
+            self.parts.start_backends(self.warn, self.quit, self._disk_news)
         except (BackendError, boot.BootError) as error:
             self.close()
             raise StartError(str(error)) from error
@@ -573,6 +573,11 @@ class Machine:
         """A line on stderr that names the VM."""
         sys.stderr.write(f"softkvm: VM {self.config.name}: {sentence}\n")
         sys.stderr.flush()
+
+    def _disk_news(self, drive: str, event: str, text: str) -> None:
+        """Something has happened to a disk; from any thread."""
+        self.warn(f"disk {drive}: {text}")
+        self._tell(event, device=drive, message=text)
 
     def _tell(self, event: str, **data: Any) -> None:
         for listener in tuple(self.listeners):

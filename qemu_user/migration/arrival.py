@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from qemu_user.cli.daemon import DaemonError, ensure
 from qemu_user.config.background import for_background
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
+from qemu_user.machine.drives import open_drive
 from qemu_user.machine.machine import PAUSED, Machine, StartError
 from qemu_user.management.instance import Instance
 from qemu_user.migration import identity, machine_state
@@ -108,9 +110,12 @@ def restored(order: Restore, name: str) -> Instance:
             config = identity.renewed(config)
         for index, drive in enumerate(config.drives):
             if not drive.readonly:
-                if not is_nbd(drive.file):
+                if drive.layout or is_nbd(drive.file):
+                    with closing(open_drive(msgspec.structs.replace(drive, limits={}))) as disk:
+                        snapshot.write_over(f"disk{index}", disk)
+                else:
                     Path(drive.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                snapshot.write_disk(f"disk{index}", drive.file)
+                    snapshot.write_disk(f"disk{index}", drive.file)
     except (SnapshotError, BackendError, OSError) as error:
         raise StartError(str(error)) from error
     instance = Instance(config, order.endpoint)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from qemu_user.backends.block.opening import format_by_name
+from qemu_user.backends.block.opening import format_by_name, is_nbd
 from qemu_user.config.machine_config import Drive, MachineConfig
 from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.machine.build import default_mac
@@ -31,8 +31,8 @@ def renewed(config: MachineConfig) -> MachineConfig:
 
 def placed(drive: Drive, path: str) -> Drive:
     """The same drive with another file, whose name tells its format."""
-    format = format_by_name(drive.file, drive.format)
-    return msgspec.structs.replace(drive, file=f"{path}.{format}", format=format)
+    format = "raw" if drive.layout or is_nbd(drive.file) else format_by_name(drive.file, drive.format)
+    return msgspec.structs.replace(drive, file=f"{path}.{format}", format=format, layout="", members=(), degraded=False)
 
 
 def tell(machine: Machine) -> None:

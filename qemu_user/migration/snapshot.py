@@ -16,15 +16,15 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from qemu_user.backends.block.opening import backing_path, is_nbd, open_disk, qcow2_of
+from qemu_user.backends.block.opening import backing_path, open_disk, qcow2_of
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.block.qcow2.image import Qcow2Image
+from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.devices.device import State, StateError, decode_state, encode_state, require
 from qemu_user.holes import with_data
 from qemu_user.migration import machine_state, pages, sections
@@ -296,12 +296,9 @@ class Snapshot:
 
     def write_disk(self, name: str, path: str) -> None:
         """Make `path` the disk that was saved as `name`: a file is replaced as a whole, at once; a block device is
-        written over, and so is an NBD server's disk. SnapshotError, BackendError, OSError.
+        written over. SnapshotError, OSError.
         """
         size, _ = self.contents.files[name]
-        if is_nbd(path):
-            self._write_over(name, path, size)
-            return
         target = os.path.realpath(path)
         device = os.path.exists(target) and stat.S_ISBLK(os.stat(target).st_mode)
         if device:
@@ -322,11 +319,13 @@ class Snapshot:
         finally:
             os.close(fd)
 
-    def _write_over(self, name: str, path: str, size: int) -> None:
+    def write_over(self, name: str, disk: BlockBackend) -> None:
+        """Make an open disk what was saved as `name`. SnapshotError, OSError."""
+        size, _ = self.contents.files[name]
         buffer = memoryview(bytearray(CLUSTER))
-        with closing(open_disk(path, "raw")) as disk, self.opened(name) as clusters:
+        with self.opened(name) as clusters:
             if disk.size != size:
-                raise SnapshotError(f"{path}: has {disk.size} bytes now, the disk that was saved {size}")
+                raise SnapshotError(f"the disk has {disk.size} bytes now, the one that was saved {size}")
             disk.zero(0, size, unmap=True)
             for offset in clusters.offsets():
                 part = buffer[: min(CLUSTER, size - offset)]

@@ -73,15 +73,16 @@ def verify(found: bytes, seed: int, flushed: int, begun: int, before: bytes) -> 
 def main() -> None:
     """Run until killed."""
     from qemu_user.backends.block.logged import LoggedDisk
-    from qemu_user.backends.block.opening import open_disk
+    from qemu_user.config.machine_config import Drive
     from qemu_user.devices.virtio import blk
     from qemu_user.devices.virtio.blk import VirtioBlk
     from qemu_user.devices.virtio.mmio import VirtioMmio
+    from qemu_user.machine.drives import open_drive
     from tests.framework.virtio_driver import Driver, Line, make_memory
 
     seed, file, options = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     memory, _ = make_memory()
-    device = VirtioBlk("disk", LoggedDisk(open_disk(file, **options)))
+    device = VirtioBlk("disk", LoggedDisk(open_drive(Drive(file=file, discard=True, **options))))
     driver = Driver(VirtioMmio("disk", Line(), memory, device), memory).start()
     ring = driver.queues[0]
     kinds = {"write": blk.OUT, "flush": blk.FLUSH, "discard": blk.DISCARD, "zero": blk.WRITE_ZEROES}

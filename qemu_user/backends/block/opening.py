@@ -12,36 +12,56 @@ import re
 from contextlib import closing
 from typing import Any
 
+from qemu_user.backends.block.direct import DirectImage
+from qemu_user.backends.block.filter import Filter
 from qemu_user.backends.block.logged import LoggedDisk
-from qemu_user.backends.block.nbd.disk import NbdDisk
+from qemu_user.backends.block.nbd.disk import RECONNECT_SECONDS, NbdDisk
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.block.qcow2.header import CORRUPT, DIRTY, MAGIC
 from qemu_user.backends.block.qcow2.image import Qcow2Image, read_header
 from qemu_user.backends.block.raw import SECTOR, BlockBackend, RawImage, unheard
+from qemu_user.backends.block.write_through import WriteThrough
 from qemu_user.backends.errors import BackendError
 
 FORMATS = ("raw", "qcow2")
+CACHES = ("writeback", "none", "writethrough", "directsync", "unsafe")
+"""QEMU's cache modes: none and directsync go past the host's page cache, writethrough and directsync have every write on the
+disk when it is done, unsafe ignores flushes."""
 MAX_CHAIN = 200
 """Images over each other."""
 
 
 def open_disk(
-    file: str, format: str = "", readonly: bool = False, discard: bool = True, locked: bool = True
+    file: str,
+    format: str = "",
+    readonly: bool = False,
+    discard: bool = True,
+    locked: bool = True,
+    cache: str = "writeback",
+    reconnect: float = RECONNECT_SECONDS,
 ) -> BlockBackend:
     """A disk from what a user calls it. Not `locked`: somebody else still has it, and nothing is written before lock().
-    BackendError.
+    `cache`: of CACHES. `reconnect`: seconds for which requests wait for an NBD server that has gone. BackendError.
     """
-    return _open(file, format, readonly, discard, locked, [])
-
-
-def _open(
-    file: str, format: str, readonly: bool, discard: bool, locked: bool, chain: list[tuple[int, int]]
-) -> BlockBackend:
     if is_nbd(file):
         if format not in ("", "raw"):
             raise BackendError(f"disk {file}: what an NBD server has is raw: the server reads {format}")
-        return NbdDisk(file, readonly, discard)
-    image = RawImage(file, readonly, discard, locked)
+        return NbdDisk(file, readonly, discard, cache in ("writethrough", "directsync"), reconnect)
+    disk = _open(file, format, readonly, discard, locked, [], cache)
+    return WriteThrough(disk) if cache in ("writethrough", "directsync") and not readonly else disk
+
+
+def _open(
+    file: str,
+    format: str,
+    readonly: bool,
+    discard: bool,
+    locked: bool,
+    chain: list[tuple[int, int]],
+    cache: str = "writeback",
+) -> BlockBackend:
+    image = (DirectImage if cache in ("none", "directsync") else RawImage)(file, readonly, discard, locked)
+    image.syncs = cache != "unsafe"
     try:
         format = format or probe(image)
         if format == "raw":
@@ -110,7 +130,10 @@ def probe(image: RawImage) -> str:
 
 def qcow2_of(disk: LoggedDisk) -> Qcow2Image | None:
     """The image of a VM's disk, if it is a qcow2 one."""
-    return disk.image if isinstance(disk.image, Qcow2Image) else None
+    image = disk.image
+    while isinstance(image, Filter):
+        image = image.image
+    return image if isinstance(image, Qcow2Image) else None
 
 
 def format_by_name(file: str, format: str) -> str:

@@ -96,20 +96,23 @@ def unheard(event: str, text: str) -> None:
 class RawImage:
     """A BlockBackend over a raw file or block device."""
 
+    open_flags = 0
+    """Beyond those that everybody needs."""
+
     def __init__(self, path: str, readonly: bool = False, discard: bool = True, locked: bool = True) -> None:
         """BackendError if it cannot be opened, is no disk, or is in use. Not `locked`: somebody else still has it, and
         nothing is written before lock()."""
         self.path, self.readonly, self.discard = path, readonly, discard and not readonly
         self.report: Callable[[str, str], None] = unheard
-        flags = os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR)
+        self.syncs = True
+        """Whether flushes are passed on to the device (cache=unsafe: not)."""
+        flags = os.O_CLOEXEC | self.open_flags | (os.O_RDONLY if readonly else os.O_RDWR)
         try:
             self._fd = os.open(path, flags)
         except OSError as error:
-            hint = (
-                "; use readonly=on to open it for reading"
-                if error.errno in (errno.EACCES, errno.EROFS)
-                else ""
-            )
+            hint = "; use readonly=on to open it for reading" if error.errno in (errno.EACCES, errno.EROFS) else ""
+            if self.open_flags and error.errno == errno.EINVAL:
+                hint = ": the file system cannot do without the page cache; leave cache=none out"
             raise BackendError(f"disk image {path}: {error.strerror}{'' if readonly else hint}") from error
         self._lock_fd = self._fd
         """Whose open file has the lock: locks go by open files (locks.py)."""
@@ -183,7 +186,7 @@ class RawImage:
             views = _after(views, done)
 
     def flush(self) -> None:
-        if not self.readonly:
+        if not self.readonly and self.syncs:
             os.fdatasync(self._fd)
 
     def with_data(self, unit: int, chain: bool = True) -> bytearray:

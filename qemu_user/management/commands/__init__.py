@@ -16,6 +16,7 @@ MODULES = (
     "cont",
     "migrate",
     "migrate_cancel",
+    "mirror_resync",
     "query_balloon",
     "query_chardev",
     "query_counters",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import threading
 import zlib
 from collections import OrderedDict
@@ -54,8 +53,9 @@ class Inflated:
                 self._kept.move_to_end(entry)
                 return found
         offset, length = self.place(entry)
-        packed = os.pread(self._store.fd, length, offset)
-        content = self._inflate(packed, self._store.cluster)
+        packed = bytearray(min(length, self._store.file.end - offset))
+        self._store.file.read(offset, [memoryview(packed)])
+        content = self._inflate(bytes(packed), self._store.cluster)
         if len(content) != self._store.cluster:
             raise OSError(errno.EIO, "a compressed cluster is damaged")
         with self._lock:

@@ -48,13 +48,12 @@ class Store:
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file; CorruptImage where it ends before."""
-        data = b""
-        while len(data) < length:
-            part = os.pread(self.fd, length - len(data), offset + len(data))
-            if not part:
-                raise self.damaged(f"the file is cut off at {offset + len(data):#x}")
-            data += part
-        return data
+        end = self.file.end
+        if offset + length > end:
+            raise self.damaged(f"the file is cut off at {end:#x}")
+        data = bytearray(length)
+        self.file.read(offset, [memoryview(data)])
+        return bytes(data)
 
     def read_table(self, offset: int, entries: int) -> array[int]:
         """64-bit entries."""

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from qemu_user.backends.block.mirror import GOOD, MirrorDisk
 from qemu_user.backends.block.opening import open_disk
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.block.raw import BlockBackend, RawImage
+from qemu_user.config.machine_config import Drive
+from qemu_user.machine.drives import open_drive
 from tests.framework.disk_crash import SECTORS, content, steps, verify
 from tests.framework.disk_tools import check, needs_qemu_img
 
@@ -41,7 +44,18 @@ def _overlay(folder: Path) -> tuple[str, dict[str, Any], bytes]:
     return str(folder / "d.qcow2"), {}, before
 
 
-DISKS: dict[str, Callable[[Path], tuple[str, dict[str, Any], bytes]]] = {"raw": _raw, "qcow2": _qcow2, "overlay": _overlay}
+def _mirror(folder: Path) -> tuple[str, dict[str, Any], bytes]:
+    (folder / "a.raw").write_bytes(bytes(SIZE))
+    create_qcow2(folder / "b.qcow2", SIZE, cluster_bits=12)
+    return str(folder / "a.raw"), {"layout": "mirror", "members": (str(folder / "a.raw"), str(folder / "b.qcow2"))}, bytes(SIZE)
+
+
+def _opened(file: str, options: dict[str, Any]) -> BlockBackend:
+    return open_drive(Drive(file=file, discard=True, **options))
+
+
+Maker = Callable[[Path], tuple[str, dict[str, Any], bytes]]
+DISKS: dict[str, Maker] = {"raw": _raw, "qcow2": _qcow2, "overlay": _overlay, "mirror": _mirror}
 
 
 def whole(disk: BlockBackend) -> bytes:
@@ -81,8 +95,16 @@ def _kills(folder: Path, kind: str, times: int) -> None:
         flushed, begun = _kill_once(file, options, seed, dice)
         if file.endswith(".qcow2"):
             check(Path(file), leaks=True)
-        disk = open_disk(file, **options)
+        disk = _opened(file, options)
         found = whole(disk)
+        if isinstance(disk, MirrorDisk):
+            end = time.monotonic() + 20
+            while any(role != GOOD for _, role in disk.status()):
+                assert time.monotonic() < end, "members are not brought up to date"
+                time.sleep(0.01)
+            for member in disk.members:
+                assert member.disk is not None
+                assert whole(member.disk) == found, f"{member.name} differs from the mirror"
         disk.close()
         verify(found, seed, flushed, begun, before)
         before = found
@@ -162,7 +184,7 @@ def test_power_failures_lose_nothing_that_was_flushed(
     file, options, before = DISKS[kind](tmp_path)
     platter = Platter(monkeypatch, Path(file))
     dice = random.Random(seed)
-    disk = open_disk(file, **options)
+    disk = _opened(file, options)
     flushed = 0
     crashes: list[tuple[bytes, int, int]] = []
     stages: list[bytes] = []
