@@ -31,7 +31,8 @@ def _f(name: str, bits: int, doc: str, count: int = 0, shared: bool = False) -> 
 X0_SINK = 32
 """Index in x[] of the slot that takes what instructions write to x0."""
 DATA_TLB_ENTRIES = 512
-"""Entries of 32 bytes: tag for loads, tag for stores, host minus guest address, unused."""
+"""Entries of 32 bytes: tag for loads, tag for stores, host minus guest address, mask of the memory around that has all
+this in common (softmmu.reach)."""
 FETCH_TLB_ENTRIES = 256
 """Entries of 16 bytes: tag, and what turns pc * 4 into a record's address."""
 TLB_BLOCKS = 3

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from kvmcore.engine import hart_state, machine_state
 from kvmcore.engine.region_hart import trace
+from kvmcore.engine.region_pointers import Pointer, Pointers, access_of
 from kvmcore.engine.regions import Block, Code, Region, Step
 from kvmcore.ir.llvm_text import HANDLER_PARAMETERS, Emitter, literal, typed
 from kvmcore.ir.trace import Block as TraceBlock
@@ -34,22 +35,10 @@ _METADATA = """
 !7 = !{!"guest", !5}
 !8 = !{!"tlb", !5}
 """
-#: In the place of a page's address: no aligned address masked to its page equals it.
-_NO_PAGE = 0x800
-#: Pointers whose page is kept, at most.
-_KEPT = 10
 #: Return sites that a return is compared with at most.
 _COMPARED = 6
 _DATA_MASK = (hart_state.DATA_TLB_ENTRIES - 1) << 5
 _FETCH_MASK = hart_state.FETCH_TLB_ENTRIES - 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """The page of a pointer register, kept in the variables cb.NAME (its address) and ca.NAME (host minus guest)."""
-
-    name: str
-    writes: bool
 
 
 @dataclass(slots=True)
@@ -75,7 +64,13 @@ class RegionEmitter(Emitter):
         self._traces = {step.delta: trace(step, f"i{_label(step.delta)}.") for step in region.steps}
         self._written = {delta: _registers(blocks, "setreg") for delta, blocks in self._traces.items()}
         self._dirty_in = self._dataflow()
-        self._caches = self._choose_caches()
+        self._pointers = Pointers(region, self._traces, self._written, self._successors, self._in_loops())
+        self._peeled = self._inner_loop()
+        self._copy = ""
+        self._checked: set[str] = set()
+        """Pointers that have been looked up since this block began, or since they were set."""
+        self._void: set[str] = set()
+        """Pointers that have been set since, and not looked up."""
         self._asked_first = any(_asks(self._traces[step.delta]) for step in region.blocks[0].steps)
         self._fp_in = self._fp_dataflow()
         self._fp_known = False
@@ -93,8 +88,12 @@ class RegionEmitter(Emitter):
             self._place = _Place(head, head.steps[0], 0, frozenset(), "entry")
             self._fp_ready()
         self._first, self._lines = self._lines, []
-        for block in self._region.blocks.values():
-            self._block(block)
+        peeled = self._peeled
+        for copy in ("e", ""):
+            self._copy = copy
+            for block in self._region.blocks.values():
+                if not copy or block.start in peeled:
+                    self._block(block)
         entry = ["entry:", "  %pc4 = sub i64 %ip, %ab", "  %pc0 = ashr i64 %pc4, 2", "  %icv = alloca i64"]
         entry.append("  store i64 %ic, ptr %icv")
         for name in sorted(used):
@@ -102,10 +101,10 @@ class RegionEmitter(Emitter):
             entry += [f"  %{name} = alloca {kind}", *(f"  {line}" for line in self._register(name, f"init.{name}"))]
             entry += [f"  %init.{name} = load {kind}, ptr %init.{name}.p, {_STATE}"]
             entry += [f"  store {kind} %init.{name}, ptr %{name}"]
-        for key in sorted({key.name for key in self._caches.values()}):
-            entry += [f"  %cb.{key} = alloca i64", f"  %ca.{key} = alloca i64"]
-            entry += [f"  store i64 {_NO_PAGE}, ptr %cb.{key}", f"  store i64 0, ptr %ca.{key}"]
-        body = "\n".join([*entry, *self._first, "  br label %B0", *self._lines])
+        for pointer in self._pointers.all:
+            for variable in ("gd", "cb", "cs", "ca") if pointer.kept else ("gd",):
+                entry += [f"  %{variable}.{pointer.name} = alloca i64", f"  store i64 0, ptr %{variable}.{pointer.name}"]
+        body = "\n".join([*entry, *self._first, f"  br label %{'e' if peeled else ''}B0", *self._lines])
         self.raw(f"define preserve_nonecc void @region({_PARAMETERS}) #0 {{\n{body}\n}}\n")
         return self.module() + _METADATA
 
@@ -124,27 +123,6 @@ class RegionEmitter(Emitter):
                     waiting.append(successor)
         return found
 
-    def _choose_caches(self) -> dict[int, _Key]:
-        """For accesses in loops, which kept page they try: one for a pointer that is only moved along, else their own."""
-        loops = self._in_loops()
-        sites: dict[int, list[tuple[int, bool]]] = {}
-        for block in self._region.blocks.values():
-            for step in block.steps if block.start in loops else ():
-                kinds = {op.opcode for part in self._traces[step.delta] for op in part.ops}
-                if kinds & {"gload", "gstore"}:
-                    sites.setdefault(step.operands["rs1"], []).append((step.delta, "gstore" in kinds))
-        moved = {register for step in self._region.steps for register in _loaded(step, self._written[step.delta])}
-        chosen: dict[int, _Key] = {}
-        count = 0
-        for register, accesses in sorted(sites.items(), key=lambda item: -len(item[1])):
-            groups = [[access] for access in accesses] if f"x{register}" in moved else [accesses]
-            for group in groups:
-                if count < _KEPT:
-                    count += 1
-                    key = _Key(f"k{count}", any(write for _, write in group))
-                    chosen.update({delta: key for delta, _ in group})
-        return chosen
-
     def _in_loops(self) -> set[int]:
         """Starts of the blocks that can be reached from themselves."""
         blocks = self._region.blocks
@@ -161,6 +139,36 @@ class RegionEmitter(Emitter):
             if start in seen:
                 found.add(start)
         return found
+
+    def _inner_loop(self) -> set[int]:
+        """The blocks of the innermost loop around the head, where that is in another loop too; else none.
+
+        The region's entry has a copy of them. Without it LLVM would see one loop, for what begins in the middle of a loop is
+        its beginning, and would not know what is done most often. Compilers put a loop in one piece: it is from the target of
+        a branch back to the branch.
+        """
+        blocks = self._region.blocks
+        before: dict[int, list[int]] = {start: [] for start in blocks}
+        loops = []
+        for start, block in blocks.items():
+            last = block.steps[-1]
+            for successor in self._successors(last):
+                if successor in blocks:
+                    before[successor].append(start)
+                    if successor <= 0 <= last.delta and last.kind != "jalr":
+                        loops.append((last.delta - successor, successor, last.delta))
+        if not loops:
+            return set()
+        _, first, end = min(loops)
+        body = {start for start in blocks if first <= start <= end}
+        seen: set[int] = set()
+        waiting = list(before[0])
+        while waiting:
+            at = waiting.pop()
+            if at not in seen:
+                seen.add(at)
+                waiting += before[at]
+        return body if seen - body else set()
 
     def _fp_dataflow(self) -> set[int]:
         """Blocks that are reached only through floating-point instructions, so that fpready holds at their start."""
@@ -196,19 +204,20 @@ class RegionEmitter(Emitter):
     def _block(self, block: Block) -> None:
         dirty = self._dirty_in[block.start]
         self._fp_known = block.start in self._fp_in
-        self._label(f"B{_label(block.start)}")
+        self._checked, self._void = set(), set()
+        self._label(f"{self._copy}B{_label(block.start)}")
         for index, step in enumerate(block.steps):
-            prefix = f"i{_label(step.delta)}"
+            prefix = f"{self._copy}i{_label(step.delta)}"
             self._place = _Place(block, step, index, dirty, prefix)
             self._out(f"br label %{prefix}.b0")
-            self._step(self._traces[step.delta])
+            self._step(trace(step, f"{prefix}.") if self._copy else self._traces[step.delta])
             dirty |= self._written[step.delta]
             if index + 1 < len(block.steps):
                 self._label(f"{prefix}.next")
         last = block.steps[-1]
         if last.kind in ("plain", "branch"):  # falls out of the block's end
-            self._place = _Place(block, last, len(block.steps), dirty, f"i{_label(last.delta)}")
-            self._label(f"i{_label(last.delta)}.next")
+            self._place = _Place(block, last, len(block.steps), dirty, f"{self._copy}i{_label(last.delta)}")
+            self._label(f"{self._place.prefix}.next")
             self._go_to(last.next, taken=False)
 
     def _step(self, blocks: list[TraceBlock]) -> None:
@@ -224,7 +233,17 @@ class RegionEmitter(Emitter):
                 weights = ""
                 if _leaves(block.if_true) != _leaves(block.if_false):
                     weights = ", " + (_UNLIKELY if _leaves(block.if_true) else _LIKELY)
+                elif self._copy and self._ends_loop(block.if_true) != self._ends_loop(block.if_false):
+                    weights = ", " + (_UNLIKELY if self._ends_loop(block.if_true) else _LIKELY)
                 self._out(f"br i1 {literal(block.condition)}, {yes}, {no}{weights}")
+
+    def _ends_loop(self, block: TraceBlock) -> bool:
+        """Whether a path of a step leads out of the loop that the region begins with."""
+        step = self._place.step
+        if not block.ops or block.ops[-1].opcode not in ("goto", "next"):
+            return False
+        last = block.ops[-1]
+        return (step.next if last.opcode == "next" else step.delta + int(str(last.attrs[0]))) not in self._peeled
 
     def _operation(self, op: Op) -> None:
         name = op.result.name if op.result is not None else ""
@@ -288,6 +307,7 @@ class RegionEmitter(Emitter):
 
         The head's page is what the region was entered by, and translations change only outside of regions.
         """
+        copy = self._copy if delta in self._peeled else ""
         page = self._code.page(delta)
         if page not in (0, self._code.page(self._place.step.delta)):
             n = self.fresh()
@@ -306,7 +326,7 @@ class RegionEmitter(Emitter):
             self._spill()
             self._dispatch_at(target, n, count)
             self._label(f"{n}.in")
-        self._out(f"store i64 {count}, ptr %icv", f"br label %B{_label(delta)}")
+        self._out(f"store i64 {count}, ptr %icv", f"br label %{copy}B{_label(delta)}")
 
     def _address(self, delta: int) -> str:
         pc = self.fresh()
@@ -447,6 +467,11 @@ class RegionEmitter(Emitter):
     def _set_register(self, name: str, value: Value) -> None:
         if name[0] == "x":
             self._out(f"store {typed(value)}, ptr %{name}")
+            pointer = self._pointers.set.get((self._place.step.delta, int(name[1:])))
+            if pointer is not None:
+                self._out(f"store i64 0, ptr %gd.{pointer.name}")
+                self._checked.discard(pointer.name)
+                self._void.add(pointer.name)
             return
         n = self.fresh()
         self._out(f"%{n} = bitcast {typed(value)} to double", f"store double %{n}, ptr %{name}")
@@ -476,57 +501,118 @@ class RegionEmitter(Emitter):
     def _lookup(self, address: str, size: int, write: bool, n: str) -> None:
         """Branches to n.fast, where %n.hp is the pointer, or to n.slow.
 
-        In a loop, the page that this pointer register was in the last time is tried before the TLB; pages do not
-        move while a region runs. An address that is not aligned never equals what is kept.
+        By what is known of the pointer since it was set; else, for all accesses by it at once, by the memory that it was in
+        the last time, which does not move while a region runs, or by the TLB. If these lie on two pages, or may be read and
+        not written, each access is looked up alone.
         """
-        key = self._caches.get(self._place.step.delta)
-        if key is not None:
+        pointer = self._pointers.at.get(self._place.step.delta)
+        if pointer is None:
+            self._look_alone(address, size, write, f"{n}.1", f"{n}.slow")
+            self._found(address, n, [f"{n}.1"])
+            return
+        ways = []
+        if pointer.name not in self._void:
+            ways.append(f"{n}.0")
             self._out(
-                f"%{n}.ck = and i64 {address}, {-4096 | size - 1}",
-                f"%{n}.cb = load i64, ptr %cb.{key.name}",
-                f"%{n}.ch = icmp eq i64 %{n}.ck, %{n}.cb",
-                f"br i1 %{n}.ch, label %{n}.kept, label %{n}.look, {_LIKELY}",
+                f"%{n}.0.d = load i64, ptr %gd.{pointer.name}",
+                f"%{n}.0.c = icmp ne i64 %{n}.0.d, 0",
+                f"br i1 %{n}.0.c, label %{n}.0.found, label %{n}.ask, {_LIKELY}",
             )
-            self._label(f"{n}.kept")
-            self._out(f"%{n}.cd = load i64, ptr %ca.{key.name}", f"br label %{n}.fast")
-            self._label(f"{n}.look")
+            self._label(f"{n}.0.found")
+            self._out(f"br label %{n}.fast")
+            self._label(f"{n}.ask")
+        if pointer.name in self._checked:
+            self._look_alone(address, size, write, f"{n}.1", f"{n}.slow")
+            self._found(address, n, [*ways, f"{n}.1"])
+            return
+        self._void.discard(pointer.name)
+        self._checked.add(pointer.name)
+        self._look_together(address, pointer, n, ways)
+        if pointer.high - pointer.low > size:
+            self._label(f"{n}.alone")
+            self._look_alone(address, size, write, f"{n}.1", f"{n}.slow")
+            ways.append(f"{n}.1")
+        self._found(address, n, ways)
+
+    def _found(self, address: str, n: str, ways: list[str]) -> None:
+        """Each of the ways has the difference in its .d, and comes here from its .found."""
+        self._label(f"{n}.fast")
         self._out(
-            f"%{n}.i = lshr i64 {address}, 7",
+            f"%{n}.d = phi i64 " + ", ".join(f"[ %{way}.d, %{way}.found ]" for way in ways),
+            f"%{n}.host = add i64 {address}, %{n}.d",
+            f"%{n}.hp = inttoptr i64 %{n}.host to ptr",
+        )
+
+    def _probe(self, first: str, last: int, write: bool, n: str, miss: str) -> None:
+        """The TLB, for the bytes from `first` to `last` ones behind it; goes to n.hit. On two pages it is a miss:
+        the entry of the one cannot hold the other."""
+        self._out(
+            f"%{n}.i = lshr i64 {first}, 7",
             f"%{n}.m = and i64 %{n}.i, {_DATA_MASK}",
             f"%{n}.e = add i64 %tlb, %{n}.m",
             f"%{n}.ta = add i64 %{n}.e, {8 if write else 0}",
             f"%{n}.tp = inttoptr i64 %{n}.ta to ptr",
             f"%{n}.t = load i64, ptr %{n}.tp, {_TLB}",
-            f"%{n}.l = add i64 {address}, {size - 1}",
+            f"%{n}.l = add i64 {first}, {last}",
             f"%{n}.g = and i64 %{n}.l, -4096",
             f"%{n}.h = icmp eq i64 %{n}.t, %{n}.g",
-            f"br i1 %{n}.h, label %{n}.found, label %{n}.slow, {_LIKELY}",
+            f"br i1 %{n}.h, label %{n}.hit, label %{miss}, {_LIKELY}",
         )
-        self._label(f"{n}.found")
+        self._label(f"{n}.hit")
         self._out(
             f"%{n}.da = add i64 %{n}.e, 16",
             f"%{n}.dp = inttoptr i64 %{n}.da to ptr",
             f"%{n}.d = load i64, ptr %{n}.dp, {_TLB}",
         )
-        if key is not None:
-            page = f"%{n}.g"
-            if key.writes and not write:  # kept only if it may be written as well
-                self._out(
-                    f"%{n}.wa = add i64 %{n}.e, 8",
-                    f"%{n}.wp = inttoptr i64 %{n}.wa to ptr",
-                    f"%{n}.wt = load i64, ptr %{n}.wp, {_TLB}",
-                    f"%{n}.ww = icmp eq i64 %{n}.wt, %{n}.g",
-                    f"%{n}.wk = select i1 %{n}.ww, i64 %{n}.g, i64 {_NO_PAGE}",
-                )
-                page = f"%{n}.wk"
-            self._out(f"store i64 {page}, ptr %cb.{key.name}", f"store i64 %{n}.d, ptr %ca.{key.name}")
+
+    def _look_alone(self, address: str, size: int, write: bool, n: str, miss: str) -> None:
+        self._probe(address, size - 1, write, n, miss)
+        self._out(f"br label %{n}.found")
+        self._label(f"{n}.found")
+        self._out(f"br label %{n.rpartition('.')[0]}.fast")
+
+    def _look_together(self, address: str, pointer: Pointer, n: str, ways: list[str]) -> None:
+        """For all accesses by a pointer; misses go to n.alone, or to n.slow if this is the only one."""
+        access = access_of(self._traces[self._place.step.delta])
+        assert access is not None
+        only = pointer.high - pointer.low == access.size
+        first = address
+        if pointer.low != access.offset:
+            first = f"%{n}.first"
+            self._out(f"{first} = add i64 {address}, {pointer.low - access.offset}")
+        if pointer.kept:
+            ways.append(f"{n}.2")
+            self._out(
+                f"%{n}.2.cb = load i64, ptr %cb.{pointer.name}",
+                f"%{n}.2.cs = load i64, ptr %cs.{pointer.name}",
+                f"%{n}.2.cd = sub i64 {first}, %{n}.2.cb",
+                f"%{n}.2.ch = icmp ult i64 %{n}.2.cd, %{n}.2.cs",
+                f"br i1 %{n}.2.ch, label %{n}.2.found, label %{n}.look, {_LIKELY}",
+            )
+            self._label(f"{n}.2.found")
+            self._out(
+                f"%{n}.2.d = load i64, ptr %ca.{pointer.name}",
+                f"store i64 %{n}.2.d, ptr %gd.{pointer.name}",
+                f"br label %{n}.fast",
+            )
+            self._label(f"{n}.look")
+        ways.append(f"{n}.3")
+        self._probe(first, pointer.high - pointer.low - 1, pointer.writes, f"{n}.3", f"{n}.slow" if only else f"{n}.alone")
+        self._out(f"store i64 %{n}.3.d, ptr %gd.{pointer.name}")
+        if pointer.kept:
+            self._out(
+                f"%{n}.3.ma = add i64 %{n}.3.e, 24",
+                f"%{n}.3.mp = inttoptr i64 %{n}.3.ma to ptr",
+                f"%{n}.3.mask = load i64, ptr %{n}.3.mp, {_TLB}",
+                f"%{n}.3.cb = and i64 {first}, %{n}.3.mask",
+                f"%{n}.3.cs = sub i64 {1 - (pointer.high - pointer.low)}, %{n}.3.mask",
+                f"store i64 %{n}.3.cb, ptr %cb.{pointer.name}",
+                f"store i64 %{n}.3.cs, ptr %cs.{pointer.name}",
+                f"store i64 %{n}.3.d, ptr %ca.{pointer.name}",
+            )
+        self._out(f"br label %{n}.3.found")
+        self._label(f"{n}.3.found")
         self._out(f"br label %{n}.fast")
-        self._label(f"{n}.fast")
-        delta = f"%{n}.d"
-        if key is not None:
-            delta = f"%{n}.any"
-            self._out(f"{delta} = phi i64 [ %{n}.cd, %{n}.kept ], [ %{n}.d, %{n}.found ]")
-        self._out(f"%{n}.host = add i64 {address}, {delta}", f"%{n}.hp = inttoptr i64 %{n}.host to ptr")
 
     def _call(self, function: str, arguments: str, n: str) -> None:
         """A routine of the image, from a slow path; an access that it could not do is the interpreter's."""

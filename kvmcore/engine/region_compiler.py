@@ -14,10 +14,15 @@ from kvmcore.engine.link import link
 from kvmcore.engine.region_code import RegionEmitter
 from kvmcore.engine.regions import Code, Region
 
+#: Constant hoisting hides from instruction selection that addw is an addition and a sign extension. Loop strength reduction
+#: sees every exit's addresses as worth a register.
+_OPTIONS = ("--disable-constant-hoisting", "--disable-lsr")
+
 
 @cache
 def _machine() -> llvm.TargetMachine:
-    llvm.set_option("", "--disable-constant-hoisting")  # it hides that addw is an addition and a sign extension
+    for option in _OPTIONS:
+        llvm.set_option("", option)
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(

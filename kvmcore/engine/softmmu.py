@@ -20,6 +20,7 @@ from kvmcore.isa.hart import Hart
 
 NEVER = (1 << 64) - 1
 """A tag that no address has."""
+LARGE = 1 << 21
 ABSENT = 1
 """What find_memory gives in place of a host address for a page that has yet to come."""
 
@@ -128,6 +129,17 @@ def note_superpage(h: Code, va: Value) -> None:
         h.set_at("large_high", half, select(va > high, va, high))
 
 
+def reach(h: Code, slot: Value, gpa: Value) -> Value:
+    """The mask of the aligned memory around a page that is translated as the page is: 2 MiB of a superpage, or the page.
+
+    Nothing is known of its other pages where writes are logged or pages have yet to come.
+    """
+    low, high = gpa & -LARGE, gpa | (LARGE - 1)
+    inside = (low >= slot_field(slot, "start")) & (high < slot_field(slot, "end"))
+    plain = (slot_field(slot, "dirty") | slot_field(slot, "userfault")) == 0
+    return select((h.get("walk_level") != 0) & inside & plain, u64(-LARGE), u64(PAGE_MASK))
+
+
 def host_for_function(write: bool) -> Callable[[FunctionHart], None]:
     access = "store" if write else "load"
 
@@ -174,6 +186,7 @@ def host_for_function(write: bool) -> Callable[[FunctionHart], None]:
             store(entry, tag)
             store(entry + 8, select(writable & plain, tag, u64(NEVER)))
         store(entry + 16, host - va)
+        store(entry + 24, reach(h, slot, gpa))
         note_fill(h, "data", entry)
         note_superpage(h, va)
         returns(host)
