@@ -32,9 +32,15 @@ class GuestMemory:
             ((gpa, gpa + len(view), view.cast("B")) for gpa, view in regions), key=lambda r: r[0]
         )
         self._starts = [start for start, _, _ in self._regions]
+        self._only = self._regions[0] if len(self._regions) == 1 else None
         self.absent: AbsentPages | None = None
         """Of the first region: pages that come when they are touched."""
         self._logs = [WriteLog(end - start, PAGE) for start, end, _ in self._regions]
+
+    @property
+    def flat(self) -> tuple[int, int, memoryview] | None:
+        """(first address, end, bytes) of RAM when it is one region and all of it is there: for those who look themselves."""
+        return self._only if self.absent is None else None
 
     def view(self, gpa: int, length: int) -> memoryview:
         """The bytes themselves (no copy). OutOfRange."""
@@ -111,4 +117,4 @@ class GuestMemory:
         """Let go of the mappings (the views handed out must be gone)."""
         for _, _, view in self._regions:
             view.release()
-        self._regions, self._starts = [], []
+        self._regions, self._starts, self._only = [], [], None

@@ -131,11 +131,13 @@ class VirtioBlk(VirtioDevice):
         buffers.
         """
         kind, sector = _HEADER.unpack(chain.take(_HEADER.size))
-        writable = chain.writable_bytes
+        writable = chain.writable
         if not writable:
             raise QueueError("virtio-blk: a request without a status byte")
-        data, status_view = split(chain.writable, writable - 1)
-        chain.writable = data
+        if len(writable[-1]) == 1:  # as drivers do it
+            status_view = [writable.pop()]
+        else:
+            chain.writable, status_view = split(writable, chain.writable_bytes - 1)
         try:
             status, written = self._perform(kind, sector, chain)
         except OSError:

@@ -216,6 +216,8 @@ class Queue:
             if flags & INDIRECT:
                 if indirect or flags & NEXT or size & 15 or not size or not self.indirect:
                     raise QueueError(f"queue {self.index}: a bad indirect descriptor")
+                if (chain := self._straight(head, view, memory)) is not None:
+                    return chain
                 table, length, index, indirect = view, size // 16, 0, True
                 left = max(self.size, LONGEST_INDIRECT)
                 continue
@@ -233,6 +235,48 @@ class Queue:
             if not flags & NEXT:
                 return Chain(head, readable, writable, targets)
             index = following
+
+    def _straight(self, head: int, table: memoryview, memory: GuestMemory) -> Chain | None:
+        """The chain of an indirect table whose descriptors follow one another and keep the rules, as drivers make them, with
+        one look at each. Buffers that touch become one. None: anything else, which _chain() judges.
+        """
+        if memory.flat is None:
+            return None
+        base, end, ram = memory.flat
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        targets: list[tuple[int, int]] = []
+        start = stop = 0
+        kind, total, expected, most = -1, 0, 1, max(self.size, LONGEST_INDIRECT)
+        for address, size, flags, following in _DESCRIPTOR.iter_unpack(table):
+            after, way = address + size, flags & WRITE
+            if address < base or after > end or flags & ~(NEXT | WRITE) or way < kind or expected > most:
+                return None
+            if address == stop and way == kind:
+                stop = after
+            elif size:
+                if kind == WRITE:
+                    writable.append(ram[start - base : stop - base])
+                    targets.append((start, stop - start))
+                elif kind == 0:
+                    readable.append(ram[start - base : stop - base])
+                start, stop, kind = address, after, way
+            total += size
+            if not flags & NEXT:
+                break
+            if following != expected:
+                return None
+            expected += 1
+        else:
+            return None
+        if total > MAX_CHAIN_BYTES:
+            return None
+        if kind == WRITE:
+            writable.append(ram[start - base : stop - base])
+            targets.append((start, stop - start))
+        elif kind == 0:
+            readable.append(ram[start - base : stop - base])
+        return Chain(head, readable, writable, targets)
 
     def unpop(self, chain: Chain) -> None:
         """`chain`, the last one that pop() gave, has not been looked at: it will be given again. Of several the last first."""
