@@ -113,7 +113,8 @@ def _softkvm(kernel: Path, initrd: Path, disk: Path, append: str, network: bool)
 
 def _qemu(kernel: Path, initrd: Path, disk: Path, append: str) -> list[str]:
     command = [QEMU, "-M", "virt", "-m", "1024M", "-nographic", "-monitor", "none", "-no-reboot", "-kernel", str(kernel)]
-    command += ["-initrd", str(initrd), "-drive", f"file={disk},format=raw,if=virtio", "-nic", "user,model=virtio-net-pci"]
+    command += ["-initrd", str(initrd), "-drive", f"file={disk},format=raw,if=virtio", "-netdev", "user,id=n"]
+    command += ["-device", "virtio-net-pci,netdev=n,romfile="]
     return [*command, "-append", f"console=ttyS0 bench.console=ttyS0 {append}"]
 
 

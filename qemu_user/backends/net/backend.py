@@ -54,7 +54,9 @@ class NetBackend:
     may be left open and TCP segments be up to 64 KiB.
     """
     trusted = False
-    """Whether the frames that come cannot have been damaged on the way: their checksums need not be verified."""
+    """Whether frames cannot be damaged on the way, in either direction, and the far end knows: checksums of TCP and UDP need
+    not be verified, so they need not be there.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name

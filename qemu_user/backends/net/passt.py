@@ -30,6 +30,7 @@ MISSING = (
 _FORWARD = re.compile(r"(tcp|udp|):([^:\[\]]*|\[[0-9a-fA-F:]+\]):(\d+)-([^:]*):(\d+)\Z")
 _GRACE_SECONDS = 2.0
 _KEPT_WORDS = 2000
+_BURST = 8 << 20
 _RESTARTS, _RESTARTS_SECONDS = 3, 60.0
 """So often within so long passt is started again."""
 _RESTART_SECONDS = 0.2
@@ -144,6 +145,9 @@ class PasstNet(SocketNet):
         self._loop = loop
         self._starts.append(time.monotonic())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        # passt drops what does not fit, which its TCP notices only by a timeout: a window's worth has to.
+        with contextlib.suppress(OSError):
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BURST)
         errors, theirs_errors = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         # As root it would become nobody, which a container may not allow. It needs no privilege: it stays who

@@ -101,6 +101,8 @@ class VirtioNet(VirtioDevice):
             features |= F_MTU
         if backend.virtio_header or self._mtu <= SMALL_MTU:
             features |= F_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
+        elif backend.trusted:
+            features |= F_CSUM
         if backend.virtio_header:
             features |= GUEST_OFFLOAD_BITS | F_CTRL_GUEST_OFFLOADS
         elif backend.trusted:
@@ -226,7 +228,7 @@ class VirtioNet(VirtioDevice):
             if not self._backend.send([memoryview(header.pack(0)), *frame]):
                 return False
             self._count("tx", length)
-        elif header.gso_type == GSO_NONE and not header.flags & NEEDS_CSUM:
+        elif header.gso_type == GSO_NONE and (self._backend.trusted or not header.flags & NEEDS_CSUM):
             if not self._backend.send(frame):
                 return False
             self._count("tx", length)

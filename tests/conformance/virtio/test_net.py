@@ -487,3 +487,12 @@ def test_packets_wait_for_a_full_wire(bench: Bench) -> None:
     wire.frontend.sent()
     assert [frame[0] for frame in wire.frames] == [0, 1, 2]
     assert len(driver.queues[1].returned()) == 3
+
+
+def test_5_1_6_2_where_nothing_can_be_damaged_checksums_are_left_open(bench: Bench) -> None:
+    card = Card(bench, Wire(trusted=True, mtu=65520))
+    assert card.device.features & net.F_CSUM
+    assert not card.device.features & net.F_HOST_TSO4  # the far end takes frames as long as TCP makes them
+    frame, tcp = tcp_packet(30000)
+    card.send(frame, net_offload.Header(flags=net_offload.NEEDS_CSUM, start=tcp, offset=16))
+    assert card.wire.frames == [frame]
