@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     from qemu_user.images.errors import ImageError
 
     parser = argparse.ArgumentParser(prog="softkvm bench", description="Measure what softkvm promises.")
-    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "smp", "io", "migration"))
+    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "debian", "smp", "io", "migration"))
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side, alternated (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="all but migration: for each kernel in a run (default: 1)")
@@ -26,7 +26,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="migration: of the guest (default: 512)")
     options = parser.parse_args(arguments)
     try:
-        measure = {"boot": _boot, "smp": _smp, "io": _io, "migration": _migration}.get(options.what, _processor)
+        groups = {"boot": _boot, "debian": _debian, "smp": _smp, "io": _io, "migration": _migration}
+        measure = groups.get(options.what, _processor)
         figures = measure(options)
     except (BenchError, RuntimeError, ImageError, OSError) as error:
         sys.stderr.write(f"softkvm bench: {error}\n")
@@ -56,6 +57,15 @@ def _boot(options: argparse.Namespace) -> dict[str, Any]:
     _progress("")
     print(processor.table(kernels))
     return {"boot": processor.figures(kernels)}
+
+
+def _debian(options: argparse.Namespace) -> dict[str, Any]:
+    from qemu_user.bench import processor, system
+
+    kernels = system.boots(options.rounds, _progress)
+    _progress("")
+    print(processor.table(kernels))
+    return {"debian": processor.figures(kernels)}
 
 
 def _smp(options: argparse.Namespace) -> dict[str, Any]:

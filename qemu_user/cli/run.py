@@ -305,6 +305,8 @@ def _boot(
         instance.start()
     except StartError as error:
         return _fail(str(error)), False
+    for disk in disks if not command else ():
+        disk.booted()
     _tell_ready()
     listener = threading.Thread(target=_listen, args=(ours, outcome), daemon=True)
     if not options.bare:

@@ -29,6 +29,7 @@ from qemu_user.images.store import DISK, Image, Store, load
 _NEW = ".new-"
 _SECTOR = 512
 _BASE = "base.qcow2"
+_BOOTED = "booted"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class VmDisk:
     """Of firmware: its variables."""
     new: bool
     kept: bool
+
+    def booted(self) -> None:
+        """The system on it has begun to boot: its first boot is over."""
+        if self.kept:
+            (self.disk.parent / _BOOTED).touch()
 
     def discard(self) -> None:
         """The VM has ended: a throw-away disk goes."""
@@ -89,7 +95,7 @@ def open_disk(image: Image, name: str, keep: bool, size: int) -> VmDisk:
         if keep and (there := find_kept(name)) is not None:
             if there.disk.exists():
                 _grow(there.disk, size)
-            return VmDisk(there, there.own, False, True)
+            return VmDisk(there, there.own, not (there.folder / _BOOTED).exists(), True)
         folder = kept_folder() if keep else Store().folder.with_name("scratch")
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder, keep)

@@ -6,7 +6,7 @@ mount --bind /dev /tools/dev
 # The disk is a fresh sparse file: it reads as zeroes already.
 chroot /tools /usr/sbin/mke2fs -q -t ext4 -L softkvm-root -O ^metadata_csum_seed -E assume_storage_prezeroed=1 /dev/vda
 mkdir -p /target
-mount -t ext4 -o noatime,noinit_itable /dev/vda /target
+mount -t ext4 -o noatime,noinit_itable,nobarrier,commit=600 /dev/vda /target
 echo "phase unpacking packages"
 tar -x -f /dev/vdb -C /target
 mount -t proc proc /target/proc

@@ -70,6 +70,7 @@ def test_a_kept_vm_needs_neither_image_nor_cache(image: Image) -> None:
     assert first.new
     with contextlib.closing(open_disk(str(first.disk))) as disk:
         disk.write(0, [memoryview(b"mine")])
+    first.booted()
     first.discard()
     for path in image.folder.iterdir():
         path.unlink()
@@ -78,6 +79,14 @@ def test_a_kept_vm_needs_neither_image_nor_cache(image: Image) -> None:
     assert again.image.kernel.read_text() == "kernel"
     assert again.image.extra("ext4").read_text() == "modules-ext4"
     assert [vm.name for vm in vm_disk.kept()] == ["web"]
+
+
+def test_a_command_is_no_first_boot(image: Image) -> None:
+    vm_disk.open_disk(image, "web", keep=True, size=0)
+    again = vm_disk.open_disk(image, "web", keep=True, size=0)
+    assert again.new
+    again.booted()
+    assert not vm_disk.open_disk(image, "web", keep=True, size=0).new
 
 
 def test_disks_grow_and_never_shrink(image: Image) -> None:
