@@ -272,7 +272,13 @@ class RegionEmitter(Emitter):
                 self._go_to(place.step.delta + int(str(op.attrs[0])), taken=True)
                 place.done -= 1
             case "jump":
-                self._jump(literal(op.args[0]))
+                if place.step.known is None:
+                    self._jump(literal(op.args[0]))
+                else:
+                    place.done += 1
+                    place.dirty |= self._written[place.step.delta]
+                    self._go_to(place.step.known, taken=True)
+                    place.done -= 1
             case "aside":
                 self._aside()
             case "load" | "store":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvmcore.isa import rv64a, rv64d, rv64f, rv64i, rv64m, zba, zbb, zbs
 from kvmcore.isa.describe import Insn
@@ -20,6 +20,8 @@ PAGE = 4096
 LIMIT = 160
 #: Calls followed into one another at most; deeper ones leave the region.
 CALL_DEPTH = 4
+#: Bytes that an auipc and a jalr may go far, as a jal may.
+_NEAR = 1 << 20
 
 _TRANSLATED = frozenset(module.__name__ for module in (rv64i, rv64m, rv64a, rv64f, rv64d, zba, zbb, zbs))
 _LINKS = (1, 5)
@@ -29,12 +31,16 @@ _CONDITIONAL = frozenset(("beq", "bne", "blt", "bge", "bltu", "bgeu"))
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One instruction of a region."""
+    """One instruction of a region.
+
+    known: where a jalr goes to, if the auipc before it says so.
+    """
 
     delta: int
     raw: int
     row: Insn
     operands: dict[str, int]
+    known: int | None = None
 
     @property
     def kind(self) -> str:
@@ -42,6 +48,8 @@ class Step:
         name = self.row.function.__name__
         if self.row.function.__module__ != rv64i.__name__:
             return "plain"
+        if self.known is not None:
+            return "jal"
         return "branch" if name in _CONDITIONAL else name if name in ("jal", "jalr") else "plain"
 
     @property
@@ -50,7 +58,7 @@ class Step:
 
     @property
     def target(self) -> int:
-        return self.delta + self.operands["imm"]
+        return self.known if self.known is not None else self.delta + self.operands["imm"]
 
     @property
     def calls(self) -> bool:
@@ -141,6 +149,7 @@ def discover(code: Code, limit: int = LIMIT) -> Region | None:
     waiting: list[tuple[int, int, int]] = [(0, 0, 0)]  # distance, depth of calls, delta
     while waiting and len(steps) < limit:
         distance, depth, delta = heapq.heappop(waiting)
+        before: Step | None = None
         while len(steps) < limit:
             if delta in steps:
                 leaders.add(delta)
@@ -148,7 +157,9 @@ def discover(code: Code, limit: int = LIMIT) -> Region | None:
             step = code.step(delta)
             if step is None:
                 break
-            steps[delta] = step
+            if before is not None:
+                step = _together(before, step)
+            steps[delta] = before = step
             if step.kind == "plain":
                 delta = step.next
                 continue
@@ -172,6 +183,15 @@ def discover(code: Code, limit: int = LIMIT) -> Region | None:
     return Region(_blocks(steps, leaders), sorted(site for site in return_sites if site in steps))
 
 
+def _together(first: Step, second: Step) -> Step:
+    """A jalr behind the auipc that it belongs to, which is how calls are made that the linker has not made a jal."""
+    if second.kind != "jalr" or first.row.function is not rv64i.auipc or first.operands["rd"] != second.operands["rs1"]:
+        return second
+    far = (first.operands["imm"] + (1 << 31)) % (1 << 32) - (1 << 31)
+    target = (first.delta + far + second.operands["imm"]) & ~1
+    return replace(second, known=target) if abs(target) < _NEAR else second
+
+
 def _blocks(steps: dict[int, Step], leaders: set[int]) -> dict[int, Block]:
     """Cut the steps at leaders. A step in the middle of another one's bytes begins a block of its own."""
     follows = {step.next for step in steps.values() if step.kind in ("plain", "branch")}
@@ -181,6 +201,8 @@ def _blocks(steps: dict[int, Step], leaders: set[int]) -> dict[int, Block]:
         if step.kind == "plain":
             reached[step.next] = reached.get(step.next, 0) + 1
     starts |= {delta for delta, ways in reached.items() if ways > 1 and delta in steps}
+    for start in starts:  # what is jumped to may come without the auipc
+        steps[start] = replace(steps[start], known=None)
     blocks = {}
     for start in sorted(starts):
         block = Block(start)

@@ -213,7 +213,7 @@ def branch(here: Surroundings) -> str:
     """Branches over something, loops that count down, jumps back and forth, calls."""
     rng = here.rng
     a, b, c = here.label(), here.label(), here.label()
-    kind = rng.randrange(8)
+    kind = rng.randrange(9)
     inner = compute(here)
     if kind == 0:
         return f"{rng.choice(_BRANCHES)} x{source(here)}, x{source(here)}, {a}\n{inner}\n{a}:"
@@ -240,6 +240,11 @@ def branch(here: Surroundings) -> str:
         base = register(here, nonzero=True)
         name = rng.choice(("c.jr", "c.jalr")) if 1 not in here.reserved else "c.jr"
         return f"la x{base}, {a}\n{name} x{base}\n{inner}\n{a}:"
+    if kind == 7:  # auipc and jalr as a linker leaves them, the jalr reached with and without the auipc
+        base = register(here, nonzero=True)
+        over = f"{rng.choice(_BRANCHES)} x{source(here)}, x{source(here)}, {c}"
+        pair = f"{b}: auipc x{base}, 0\n{c}: jalr x{register(here)}, {a} - {b}(x{base})"
+        return f"la x{base}, {b}\n{over}\n{pair}\n{inner}\n{a}:"
     if kind == 6:  # into the middle of an instruction: the upper half of a lui is c.li or c.addi
         hidden = encode(rng.choice(("c.li", "c.addi")), [register(here, nonzero=True), rng.randint(1, 31)])
         return f"j {a} + 2\n{a}: .word {hidden << 16 | 0x037:#x}\n"

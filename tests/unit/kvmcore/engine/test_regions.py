@@ -223,3 +223,53 @@ def test_discovery_stays_in_its_bounds() -> None:
     last = Code({0: nops}, 4094)
     assert discover(last) is not None
     assert last.wanted == {1}
+
+
+FAR_CALLS = """
+    .option norvc
+    li a0, 0
+    li a1, 50
+loop:
+    andi t1, a1, 3
+    la ra, elsewhere
+    beqz t1, second
+first:
+    auipc ra, 0
+second:
+    jalr ra, 24(ra)
+    addi a1, a1, -1
+    bnez a1, loop
+    ecall
+    nop
+    addi a0, a0, 1
+    ret
+elsewhere:
+    nop
+    nop
+    nop
+    nop
+    nop
+    nop
+    addi a0, a0, 100
+    ret
+"""
+
+
+def test_a_call_of_two_instructions(guest) -> None:
+    """auipc and jalr are followed as a jal is; the jalr that is jumped to on its own goes where its register says."""
+    g = guest(FAR_CALLS)
+    assert g.run() == ExitKind.ECALL
+    assert g.harts[0].state.x[10] == 38 + 12 * 100
+    steps = g.harts[0].state.icount
+    symbols = g.program.symbols
+    regions = Regions(g.machine, g.machine.image)
+    page = regions.pages()[0]
+    region = discover(Code({0: regions.content(page)}, symbols["first"] - RAM))
+    assert region is not None
+    assert 24 in region.blocks, "what is called"
+    for label in ("loop", "first", "second"):
+        assert regions.install(page, symbols[label] - RAM)
+        before = g.harts[0].state.icount
+        assert again(g) == ExitKind.ECALL
+        assert g.harts[0].state.x[10] == 38 + 12 * 100
+        assert g.harts[0].state.icount - before == steps
