@@ -152,6 +152,8 @@ FIELDS: tuple[Field, ...] = (
     _f("pending_access", 64, "what the next RUN completes (completion.packed); 0: no MMIO exit"),
     _f("spin", 64, "score of spinning at the doorbell (running.FAILED_SPIN), signed"),
     _f("halt_spin", 64, "the same in WFI"),
+    _f("pauses", 64, "of the loop that the hart waits in (running.relax)"),
+    _f("paused_at", 64, "icount of the last of them"),
     _f("timeout", 64, "scratch: a struct timespec", 2),
     _f("exits", 64, "statistics (vm/statistics.py), here and below"),
     _f("mmio_exit_user", 64, ""),

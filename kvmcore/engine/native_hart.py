@@ -363,6 +363,9 @@ class HandlerHart(Atomics):
         if status != OK:
             self.failed(status)
 
+    def pause(self) -> None:
+        call("relax", self.s, self.ic)
+
     def fence_i(self) -> None:
         call("flush_fetch", self.s)
         self._refetch = True

@@ -306,6 +306,9 @@ class ReferenceHart:
     def fence(self, pred: Value, succ: Value) -> None:
         pass
 
+    def pause(self) -> None:
+        pass
+
     def fence_i(self) -> None:
         self._hart.flush_icache()  # native code may run next
 

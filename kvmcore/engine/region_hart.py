@@ -76,6 +76,9 @@ class RegionHart(Atomics):
     def exit(self, kind: str) -> NoReturn:
         self._end("aside")
 
+    def pause(self) -> None:
+        self._end("aside")
+
     # -- virtual memory --------------------------------------------------------------------------------------
     def load(self, address: Value, size: int) -> Value:
         return tracer().effect("gload", (address,), 8 * size)

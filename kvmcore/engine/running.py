@@ -37,6 +37,10 @@ FAILED_SPIN = 1000
 """A spin that was in vain makes the score so negative; short sleeps raise it by one each; from 0 on waits spin first."""
 GAP_SHIFT = 2
 """A quarter of the spin without us running: somebody else needs the core, so it was in vain."""
+_LOOP = 1000
+"""Instructions between two pauses of one loop, at most."""
+_MANY_PAUSES, _FEW_PAUSES, _NAP_TICKS = 2048, 64, 300
+"""From so many pauses on a hart sleeps, then after each so many more, for so long: 30 us."""
 _FUTEX_WAIT, _FUTEX_WAKE, _EVERYBODY = 0, 1, 0x7FFFFFFF
 _LONGEST_SLEEP = 3600 * 10_000_000
 _LOOK_TICKS = 10_000_000
@@ -120,6 +124,24 @@ def spin_for_wake(h: FunctionHart) -> None:
         returns(u64(0), EXITED)
     pause()
     returns(*call("spin_for_wake", h.s, p1(), p2(), now))
+
+
+def relax(h: FunctionHart) -> None:
+    """(icount) of a `pause`: a hart that waits in a loop for long leaves its core to whom it waits for, a while at a time.
+
+    What KVM does on pause-loop exits. Whoever wakes the hart, or has an interrupt for it, ends that.
+    """
+    now, before = p1(), h.get("pauses")
+    pauses = select(now - h.get("paused_at") < _LOOP, before + 1, u64(0))
+    h.set("paused_at", now)
+    h.set("pauses", pauses)
+    if pauses < _MANY_PAUSES:
+        returns(u64(0))
+    h.set("pauses", u64(_MANY_PAUSES - _FEW_PAUSES))
+    seen = load(h.address("wake"), 32, "atomic").zext(64)
+    if load(h.address("attention"), 32, "volatile") == 0:
+        call("sleep_hart", h.s, seen, u64(_NAP_TICKS))
+    returns(u64(0))
 
 
 # -- running -------------------------------------------------------------------------------------------------
@@ -283,6 +305,7 @@ FUNCTIONS = {
     "serve_irqfds": (1, native_bus.serve_irqfds),
     "set_timeout": (2, set_timeout),
     "sleep_hart": (3, sleep_hart),
+    "relax": (2, relax),
     "halt": (2, halt),
     "spin_for_wake": (4, spin_for_wake),
     "run_on": (1, run_on),

@@ -104,6 +104,9 @@ class Hart(Protocol):
     def fence(self, pred: Value, succ: Value) -> None:
         """Order memory accesses; bits of 8-bit pred and succ: 1 write, 2 read, 4 output, 8 input."""
 
+    def pause(self) -> None:
+        """A hint, and nothing else: the hart waits for another one, or for a device."""
+
     def fence_i(self) -> None:
         """Later fetches of this hart see earlier stores."""
 

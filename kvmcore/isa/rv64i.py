@@ -290,4 +290,5 @@ def fence(h: Hart, pred: Value, succ: Value) -> None:
 
 @insn("pause", "0000 0001 0000 00000 000 00000 0001111")
 def pause(h: Hart) -> None:
-    """Zihintpause: the fence with pred = W and succ = 0. A hint."""
+    """Zihintpause: the fence with pred = W and succ = 0. A hint: this hart waits for something in a loop."""
+    h.pause()

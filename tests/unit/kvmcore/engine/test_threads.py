@@ -273,3 +273,40 @@ def test_no_msi_is_lost_on_the_way_to_sleep(guest):
     for thread in threads:
         thread.join()
     assert g.harts[1].state.x[19] == 2000
+
+
+def test_a_loop_of_pauses_gives_the_core_away_and_goes_on(guest):
+    """Hart 0 waits in a pause loop until the host, which has seen it asleep meanwhile, has written."""
+    g = guest(f"""li s0, {COUNTER}
+        1: ld t0, 0(s0)
+        pause
+        beqz t0, 1b
+        ecall""")
+    seen = threading.Event()
+
+    def host() -> None:
+        until = time.monotonic() + 10
+        while not g.harts[0].state.sleeping and time.monotonic() < until:
+            pass
+        if g.harts[0].state.sleeping:
+            seen.set()
+        g[COUNTER] = 1
+
+    thread = threading.Thread(target=host)
+    thread.start()
+    assert g.run(20) == ExitKind.ECALL
+    thread.join()
+    assert seen.is_set()
+
+
+def test_pauses_far_apart_are_no_loop(guest):
+    g = guest("""li s0, 3000
+        1: pause
+        li t0, 600
+        2: addi t0, t0, -1
+        bnez t0, 2b
+        addi s0, s0, -1
+        bnez s0, 1b
+        ecall""")
+    assert g.run(20) == ExitKind.ECALL
+    assert g.harts[0].state.pauses == 0
