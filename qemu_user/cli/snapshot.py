@@ -13,10 +13,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="softkvm snapshot", description="Keep a VM as it is now.")
     parser.add_argument("name")
     parser.add_argument("tag", help="what the snapshot is called")
+    parser.add_argument("--full", action="store_true", help="store all of it, also what the snapshot before has already")
     options = parser.parse_args(arguments)
     try:
         with connect(options.name) as client:
-            on(client, options.name, "softkvm-snapshot-save", tag=options.tag)
+            on(client, options.name, "softkvm-snapshot-save", tag=options.tag, full=options.full)
             numbers = wait_for_job(client, options.name, "snapshot")
     except VerbError as error:
         return fail("snapshot", error)

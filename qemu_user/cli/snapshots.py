@@ -25,11 +25,11 @@ def main(arguments: list[str]) -> int:
 
         sys.stdout.write(json.dumps(to_builtins(rows)) + "\n")
         return 0
-    lines = [("NAME", "TAG", "CREATED", "MEMORY", "CPUS", "STORED", "PAUSE")]
+    lines = [("NAME", "TAG", "CREATED", "MEMORY", "CPUS", "STORED", "PAUSE", "PARENT")]
     for meta in rows:
         made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(meta.created))
         memory, stored = f"{meta.memory >> 20} MiB", f"{meta.stored / 1e6:.0f} MB"
-        lines.append((meta.name, meta.tag, made, memory, str(meta.cpus), stored, f"{meta.downtime * 1000:.1f} ms"))
+        lines.append((meta.name, meta.tag, made, memory, str(meta.cpus), stored, f"{meta.downtime * 1000:.1f} ms", meta.parent))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         sys.stdout.write("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() + "\n")

@@ -8,6 +8,7 @@ built under another name and renamed when everything is on the disk, so a snapsh
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -21,13 +22,13 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from qemu_user.backends.block.opening import backing_path, open_disk, qcow2_of
+from qemu_user.backends.block.opening import backing_path, format_by_name, open_disk, qcow2_of
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.block.qcow2.image import Qcow2Image
 from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.devices.device import State, StateError, decode_state, encode_state, require
 from qemu_user.holes import with_data
-from qemu_user.migration import machine_state, pages, sections
+from qemu_user.migration import increments, machine_state, pages, places, sections
 from qemu_user.migration.job import DEVICE, Job, JobError
 from qemu_user.migration.precopy import Precopy
 from qemu_user.migration.sections import Section, SectionError
@@ -48,11 +49,14 @@ class SnapshotError(Exception):
     """A snapshot that is not there, not whole, or cannot be used; the text is for the user."""
 
 
-class Contents(State, frozen=True, tag="contents", kw_only=True):
-    """Sizes and CRC-32 of every 64 KiB cluster of `memory` and the disks, u32 each; 0 where there is a hole."""
+class Contents(State, frozen=True, tag="contents", kw_only=True, omit_defaults=True):
+    """Sizes and CRC-32 of every 64 KiB cluster of `memory` and the disks, u32 each; 0 where all is zero. Version 2 has a
+    `parent`, the tag of a snapshot beside this one, and bitmaps of the pages that are in its file and not in ours."""
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     files: dict[str, tuple[int, bytes]]
+    parent: str = ""
+    inherited: dict[str, bytes] = {}
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +71,8 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on the disk."""
     downtime: float
     """Seconds that the guest stood."""
+    parent: str = ""
+    """The snapshot that has what is not stored here."""
 
 
 class _Files:
@@ -128,24 +134,24 @@ def _same_kind(image: Qcow2Image, path: Path) -> Qcow2Image:
     return made
 
 
-def save(machine: Machine, root: Path, tag: str, job: Job) -> None:
-    """Make the snapshot root/tag. JobError, Cancelled; the VM goes on in any case."""
+def save(machine: Machine, root: Path, tag: str, job: Job, incremental: bool = False) -> None:
+    """Make the snapshot root/tag. `incremental`: pages that the last one in `root` has are not stored again. JobError,
+    Cancelled; the VM goes on in any case.
+    """
     if (root / tag).exists():
         raise JobError(f"VM {machine.config.name} has a snapshot {tag}; delete it first, or choose another name")
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _clear_leftovers(root)
     folder = Path(tempfile.mkdtemp(prefix=_NEW, dir=root))
     try:
-        _save_into(machine, folder, tag, job)
-        os.rename(folder, root / tag)
-        _sync_directory(root)
+        _save_into(machine, folder, tag, job, root if incremental else None)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     job.result = f"{tag}: {job.downtime * 1000:.1f} ms pause"
 
 
-def _save_into(machine: Machine, folder: Path, tag: str, job: Job) -> None:
+def _save_into(machine: Machine, folder: Path, tag: str, job: Job, family: Path | None) -> None:
     disks = writable_disks(machine)
     copied = [disk for disk in disks if not _can_clone(disk, folder)]
     volumes: list[Ram | Disk] = [Ram(machine), *copied]
@@ -166,18 +172,48 @@ def _save_into(machine: Machine, folder: Path, tag: str, job: Job) -> None:
         sink.complete()
         files = {name: os.stat(folder / name).st_size for name in ["memory", *(disk.name for disk in disks)]}
         contents = Contents(files={name: (size, _checksums(folder / name, size)) for name, size in files.items()})
-        parts.append(Section("contents", contents.version, encode_state(contents)))
-        _write(folder / "state", sections.encode(parts))
-        stored = sum(512 * path.stat().st_blocks for path in folder.iterdir())
-        meta = Meta(
-            name=machine.config.name, tag=tag, created=time.time(), memory=machine.config.memory,
-            cpus=machine.config.cpus, stored=stored, downtime=job.downtime,
-        )  # fmt: skip
-        _write(folder / "meta.json", msgspec.json.encode(meta))
-        _sync_directory(folder)
+        with increments.locked(folder.parent):
+            if family is not None:
+                whole = {volume.name for volume in volumes if volume.number not in sink.images}
+                contents = _without_parents(folder, contents, whole, family)
+            parts.append(Section("contents", contents.version, encode_state(contents)))
+            _write(folder / "state", sections.encode(parts))
+            meta = Meta(
+                name=machine.config.name, tag=tag, created=time.time(), memory=machine.config.memory,
+                cpus=machine.config.cpus, stored=_stored(folder), downtime=job.downtime, parent=contents.parent,
+            )  # fmt: skip
+            _write(folder / "meta.json", msgspec.json.encode(meta))
+            _sync_directory(folder)
+            os.rename(folder, folder.parent / tag)
+            _sync_directory(folder.parent)
     finally:
         copy.close()
         sink.close()
+
+
+def _stored(folder: Path) -> int:
+    """Bytes that it takes on the disk."""
+    return sum(512 * path.stat().st_blocks for path in folder.iterdir())
+
+
+def _without_parents(folder: Path, contents: Contents, names: set[str], family: Path) -> Contents:
+    """Take out of the files `names` what the last snapshot of the family has. One that is damaged is no parent."""
+    last = listed(family)[-1:]
+    if not last:
+        return contents
+    try:
+        parent = Snapshot(family / last[0].tag)
+        if parent.depth >= increments.MAX_DEPTH:
+            return contents
+        inherited = {}
+        for name in sorted(names):
+            size, sums = contents.files[name]
+            if parent.contents.files.get(name, (0, b""))[0] == size and parent.is_plain(name):
+                with Clusters(folder / name, size, sums) as ours, parent.opened(name) as theirs:
+                    inherited[name] = increments.inherit(ours, theirs)
+    except SnapshotError:
+        return contents
+    return msgspec.structs.replace(contents, version=2, parent=last[0].tag, inherited=inherited)
 
 
 def _can_clone(disk: Disk, folder: Path) -> bool:
@@ -259,27 +295,63 @@ def delete(folder: Path) -> None:
     if not (folder / "meta.json").is_file():
         raise SnapshotError(f"there is no {folder.name} in {folder.parent}")
     aside = Path(tempfile.mkdtemp(prefix=_NEW, dir=folder.parent))
-    os.rename(folder, aside / "old")  # gone at once, whole
+    with increments.locked(folder.parent):
+        for meta in listed(folder.parent):
+            if meta.parent == folder.name:
+                _hand_down(folder.parent / meta.tag, meta, Snapshot(folder))
+        os.rename(folder, aside / "old")  # gone at once, whole
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _hand_down(folder: Path, meta: Meta, gone: Snapshot) -> None:
+    """`gone`, the parent of the snapshot in `folder`, is about to be deleted: the child keeps what it needs of it. Its state
+    is replaced at once, when that is there; until then it is its parent's child."""
+    child = Snapshot(folder)
+    inherited = {}
+    for name, bits in child.contents.inherited.items():
+        theirs = gone.contents.inherited.get(name, b"")
+        left = increments.hand_down(folder / name, bits, gone.folder / name, theirs)
+        if any(left):
+            inherited[name] = left
+    parent = gone.contents.parent if inherited else ""
+    contents = msgspec.structs.replace(child.contents, version=2 if parent else 1, parent=parent, inherited=inherited)
+    kept = {**child.sections, "contents": Section("contents", contents.version, encode_state(contents))}
+    meta = msgspec.structs.replace(meta, parent=parent, stored=_stored(folder))
+    for name, data in (("state", sections.encode(list(kept.values()))), ("meta.json", msgspec.json.encode(meta))):
+        (folder / f".{name}").unlink(missing_ok=True)
+        _write(folder / f".{name}", data)
+        os.rename(folder / f".{name}", folder / name)
+    _sync_directory(folder)
 
 
 class Snapshot:
     """One that is there, opened for reading. SnapshotError when it is not, or its state is damaged."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, _depth: int = 0) -> None:
         self.folder = folder
+        self._parent: Snapshot | None = None
         try:
             self.sections = sections.decode((folder / "state").read_bytes())
             self.config: MachineConfig = machine_state.read_config(self.sections)
             self.contents = decode_state(Contents, machine_state.find(self.sections, "contents").payload)
-            self._check()
+            self._check(_depth)
+            self.depth: int = 0
+            if self.contents.parent:
+                self._parent = Snapshot(folder.parent / self.contents.parent, _depth + 1)
+                self.depth = 1 + self._parent.depth
         except FileNotFoundError as error:
             raise SnapshotError(f"there is no snapshot in {folder}") from error
         except (OSError, SectionError, StateError) as error:
             raise SnapshotError(f"the snapshot in {folder} cannot be used: {error}") from error
 
-    def _check(self) -> None:
+    def _check(self, _depth: int = 0) -> None:
         require("memory" in self.contents.files, "it has no memory")
+        parent = self.contents.parent
+        require(not parent or places.is_name(parent), "its parent has no name that a snapshot can have")
+        require(_depth <= increments.MAX_DEPTH, "too many snapshots over each other")
+        for name, bits in self.contents.inherited.items():
+            size = self.contents.files.get(name, (-1, b""))[0]
+            require(bool(parent) and len(bits) == increments.bitmap_size(size), f"{name}: a bitmap of another size")
         for name, (size, sums) in self.contents.files.items():
             require(name == "memory" or (name.startswith("disk") and name[4:].isdigit()), f"a file called {name!r}")
             require(len(sums) == 4 * -(-size // CLUSTER), f"{name}: wrong number of checksums")
@@ -337,6 +409,8 @@ class Snapshot:
         with self.opened(name) as clusters:
             if not device:
                 try:
+                    if name in self.contents.inherited:
+                        raise OSError(errno.EOPNOTSUPP, "not all of it is in one file")
                     fcntl.ioctl(fd, _FICLONE, clusters.fd)
                     return
                 except OSError:
@@ -350,7 +424,19 @@ class Snapshot:
     def opened(self, name: str) -> Clusters:
         """A file of the snapshot, cluster by cluster."""
         size, sums = self.contents.files[name]
-        return Clusters(self.folder / name, size, sums)
+        bits = self.contents.inherited.get(name, b"")
+        parent = self._parent.opened(name) if bits and self._parent is not None else None
+        return Clusters(self.folder / name, size, sums, bits, parent)
+
+    def is_plain(self, name: str) -> bool:
+        """Whether byte n of the file is the disk's byte n."""
+        return name == "memory" or machine_is_raw(self.config, name)
+
+
+def machine_is_raw(config: MachineConfig, name: str) -> bool:
+    """Whether the disk that is saved as `name` is a raw image."""
+    drive = config.drives[int(name.removeprefix("disk"))]
+    return format_by_name(drive.file, drive.format) == "raw"
 
 
 class Clusters:
@@ -358,8 +444,10 @@ class Clusters:
 
     cluster = CLUSTER
 
-    def __init__(self, path: Path, size: int, sums: bytes) -> None:
+    def __init__(self, path: Path, size: int, sums: bytes, inherited: bytes = b"", parent: Clusters | None = None) -> None:
+        """`inherited`: the bitmap of the pages that are in the `parent` instead, which is closed with this one."""
         self.path, self.size = path, size
+        self._inherited, self._parent = inherited, parent
         self.sums = memoryview(sums).cast("I")
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -371,13 +459,28 @@ class Clusters:
         """Fill `into` with the cluster at `offset`. SnapshotError when it is damaged."""
         wanted = self.sums[offset // CLUSTER]
         done = os.preadv(self.fd, [into], offset)
+        if self._parent is not None:
+            self._read_inherited(offset, into)
         if wanted and (done != len(into) or (zlib.crc32(into) or 1) != wanted):
             raise SnapshotError(f"{self.path}: damaged at offset {offset:#x} (checksum does not match)")
+
+    def _read_inherited(self, offset: int, into: memoryview) -> None:
+        assert self._parent is not None
+        first = offset // increments.PAGE
+        wanted = increments.inherited_pages(self._inherited, first, -(-len(into) // increments.PAGE))
+        if wanted:
+            theirs = memoryview(bytearray(len(into)))
+            self._parent.read(offset, theirs)
+            for page in wanted:
+                at = (page - first) * increments.PAGE
+                into[at : at + increments.PAGE] = theirs[at : at + increments.PAGE]
 
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        if self._parent is not None:
+            self._parent.close()
 
     def __enter__(self) -> Clusters:
         return self

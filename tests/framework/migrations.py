@@ -105,7 +105,8 @@ def _run(
         stood = float(done.stderr.decode().split("the guest stood ")[1].split()[0])
         downtimes.setdefault(" ".join(way) or "given", []).append(stood)
         at = 1 - at
-        _wait_for_progress(folder, before)
+        if number % 5 == 4 or number + 1 == options.count:
+            _wait_for_progress(folder, before)
         if (number + 1) % 10 == 0:
             rate = (number + 1) / (time.monotonic() - began)
             print(f"{number + 1} moves, {rate:.2f} a second, {_progress(folder)}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -131,3 +132,66 @@ def test_shorter_memory_and_strange_files_are_refused(endpoint: str, tmp_path: P
         file.truncate(4096)
     with pytest.raises(SnapshotError, match="4096 bytes instead"):
         Snapshot(folder)
+
+
+def content(folder: Path, name: str = "memory") -> bytes:
+    """A file of a snapshot, whole."""
+    kept = Snapshot(folder)
+    data = bytearray(kept.contents.files[name][0])
+    kept.read(name, memoryview(data))
+    return bytes(data)
+
+
+def test_only_what_has_changed_is_stored_again(endpoint: str, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    disk = memory_guest.drive(tmp_path / "disk")
+    machine = Machine(memory_guest.config(tmp_path, "vm", pages=64, drives=(disk,)), endpoint)
+    machine.start()
+    machine.memory.write(0x8200_0000, random.Random(1).randbytes(16 << 20))
+    root = tmp_path / "kept"
+    whole = {}
+    for tag in ("one", "two", "three", "four"):
+        goes_on("vm")
+        machine.pause()
+        job = jobs.Job("snapshot", tag)
+        jobs.start(machine, job, partial(snapshot.save, machine, root, tag, incremental=True))
+        assert job.finished.wait(60)
+        assert job.status == "completed", job.error
+        whole[tag] = bytes(machine.memory.regions[0][1])
+        machine.resume()
+    machine.close()
+    metas = {meta.tag: meta for meta in snapshot.listed(root)}
+    assert [metas[tag].parent for tag in whole] == ["", "one", "two", "three"]
+    assert metas["one"].stored > 16 << 20
+    assert all(metas[tag].stored < 8 << 20 for tag in ("two", "three", "four"))
+    for gone in ("two", "one", "three", ""):
+        for tag in whole:
+            assert content(root / tag) == whole[tag], (tag, gone)
+            assert content(root / tag, "disk0") == Path(disk.file).read_bytes()
+        if gone:
+            snapshot.delete(root / gone)
+            del whole[gone]
+    (last,) = snapshot.listed(root)
+    assert (last.tag, last.parent, last.stored > 16 << 20) == ("four", "", True)
+
+
+def test_a_parent_that_is_missing_or_damaged_is_named(endpoint: str, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    machine = Machine(memory_guest.config(tmp_path, "vm", pages=64), endpoint)
+    machine.start()
+    root = tmp_path / "kept"
+    for tag in ("one", "two"):
+        goes_on("vm")
+        job = jobs.Job("snapshot", tag)
+        snapshot.save(machine, root, tag, job, incremental=True)
+    machine.close()
+    assert Snapshot(root / "two").depth == 1
+    (root / "one").rename(root / "elsewhere")
+    with pytest.raises(SnapshotError, match=r"there is no snapshot in .*one"):
+        Snapshot(root / "two")
+    (root / "elsewhere").rename(root / "one")
+    inherited = Snapshot(root / "two").contents.inherited["memory"]
+    page = next(index for index in range(8 * len(inherited)) if inherited[index >> 3] >> (index & 7) & 1)
+    with (root / "one" / "memory").open("r+b") as file:
+        file.seek(4096 * page + 5)
+        file.write(b"spoilt")
+    with pytest.raises(SnapshotError, match="damaged at offset"):
+        content(root / "two")

@@ -89,6 +89,15 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
+def fallocate_punch(fd: int, offset: int, length: int) -> None:
+    """A hole in a file, where the file system has any; else nothing changes. OSError."""
+    try:
+        _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
 def unheard(event: str, text: str) -> None:
     """Nobody listens yet."""
 

@@ -12,10 +12,12 @@ from qemu_user.migration import places, snapshot
 
 
 class SaveArguments(Arguments, frozen=True, kw_only=True):
-    """`folder`: where to put it instead of among the VM's snapshots (templates, clones)."""
+    """`folder`: where to put it instead of among the VM's snapshots (templates, clones). `full`: store what earlier ones have
+    once more."""
 
     tag: str
     folder: str = ""
+    full: bool = False
 
 
 def run(machine: Machine, arguments: SaveArguments) -> Result:
@@ -23,9 +25,10 @@ def run(machine: Machine, arguments: SaveArguments) -> Result:
     if not places.is_name(arguments.tag):
         raise CommandError(f"tag {arguments.tag!r}: letters, digits, '.', '_' and '-', the first a letter or digit")
     root = Path(arguments.folder) if arguments.folder else places.snapshots(machine.config.name)
+    incremental = not arguments.folder and not arguments.full
     job = jobs.Job("snapshot", arguments.tag)
     try:
-        jobs.start(machine, job, partial(snapshot.save, machine, root, arguments.tag))
+        jobs.start(machine, job, partial(snapshot.save, machine, root, arguments.tag, incremental=incremental))
     except jobs.JobError as error:
         raise CommandError(str(error)) from error
     return Result()
