@@ -260,7 +260,7 @@ def _boot(
     from qemu_user.management.instance import Instance
 
     name = options.name or _free_name()
-    words = ["-m", options.memory, "-smp", options.smp, "-name", name]
+    words = ["-m", options.memory, "-smp", options.smp, "-name", name, "-device", "vmgenid"]
     ours, theirs = socket.socketpair()
     try:
         if options.image in GUESTS and not options.bare:

@@ -259,6 +259,8 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     """chardev of hvc0; "" for no console port 0."""
     ports: tuple[ConsolePort, ...] = ()
     console_slot: Slot = Slot()
+    vmgenid: bool = False
+    """A generation id, which tells the guest that it has become another VM (devices/vmgenid.py)."""
     rng: bool = True
     rng_slot: Slot = Slot()
     no_reboot: bool = False

@@ -357,6 +357,11 @@ class Builder:
             handler(self, values)
             values.done()
             return
+        if driver == "vmgenid":
+            self.fields["vmgenid"] = True
+            values.ignore("id", "guid")
+            values.done()
+            return
         name, bus = _bus_of(driver)
         plug = _DEVICES.get(name)
         if plug is None:
@@ -594,7 +599,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         ("device",),
         "NAME[,..]",
-        "virtio-{blk,net,rng,serial,9p,vsock,balloon}-pci[,addr=] or -device, virtconsole, virtserialport",
+        "virtio-{blk,net,rng,serial,9p,vsock,balloon}-pci[,addr=] or -device, virtconsole, virtserialport, vmgenid",
         Builder.device,
     ),
     Option(("chardev",), "KIND,id=..", "stdio, pty, socket, file, null", Builder.chardev),

@@ -13,6 +13,7 @@ from qemu_user.devices.plic import Plic
 from qemu_user.devices.syscon import Syscon
 from qemu_user.devices.virtio.mmio import VirtioMmio
 from qemu_user.devices.virtio.pci import VirtioPci
+from qemu_user.devices.vmgenid import VmGenId
 
 DEVICES: dict[str, type[Device]] = {
     "ns16550a": Ns16550a,
@@ -23,4 +24,5 @@ DEVICES: dict[str, type[Device]] = {
     "virtio_mmio": VirtioMmio,
     "pci_host": PciHost,
     "virtio_pci": VirtioPci,
+    "vmgenid": VmGenId,
 }

@@ -81,6 +81,19 @@ exec 3<>"$control"
     while read -r verb argument <&3; do
         case "$verb" in
             signal) kill -"$argument" -"$(cat /run/command)" ;;
+            identity)
+                # We are a clone from now on: UUID, name and addresses of our own.
+                set -- $argument
+                hostname "$2"
+                [ ! -d /etc ] || echo "$1" >/etc/machine-id
+                shift 2
+                number=0
+                for address in "$@"; do
+                    ip link set "eth$number" down
+                    ip link set "eth$number" address "$address"
+                    ip link set "eth$number" up
+                    number=$((number + 1))
+                done ;;
             powerdown)
                 kill -TERM -"$(cat /run/command)"
                 sleep 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,6 +44,7 @@ from qemu_user.devices.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
 from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.devices.virtio.pci import VirtioPci
 from qemu_user.devices.virtio.transport import VirtioTransport
+from qemu_user.devices.vmgenid import VmGenId
 from qemu_user.machine import virt
 from qemu_user.machine.bus import Bus
 from qemu_user.machine.debug_console import DebugConsole
@@ -78,6 +80,7 @@ class Parts:
         self.shares: list[Server] = []
         self.vsock: UnixVsock | None = None
         self.balloon: VirtioBalloon | None = None
+        self.vmgenid: VmGenId | None = None
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
         self._console_path, self._log_path = console_path, log_path
@@ -174,6 +177,10 @@ class Parts:
         if banks:
             flash = places["flash"]
             self._put(Pflash("flash", banks), flash, Place(flash.base, flash.size, [], 0))
+        if self.config.vmgenid:
+            generation = uuid.UUID(self.config.uuid or str(uuid.uuid4())).bytes_le
+            self.vmgenid = VmGenId("vmgenid", interrupts.edge(places["vmgenid"].irq), generation)
+            self._put_wired(self.vmgenid, places["vmgenid"], interrupts, edge=True)
         self._put_virtio(interrupts, memory, kicks)
         self._make_debug_console()
 

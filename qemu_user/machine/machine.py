@@ -426,13 +426,17 @@ class Machine:
 
     def request_powerdown(self) -> bool:
         """Ask the guest to shut down, through its control port; False if it has nobody listening there."""
+        return self.tell_agent("powerdown")
+
+    def tell_agent(self, line: str) -> bool:
+        """Say a line to the image's agent; False if nobody listens."""
         from qemu_user.devices.virtio.console import VirtioConsole
 
         for transport in self.parts.transports:
             if isinstance(transport.virtio, VirtioConsole):
                 for port in transport.virtio.ports.values():
                     if port.name == _POWER_PORT and port.guest_open and port.input_room():
-                        port.receive(b"powerdown\n")
+                        port.receive(line.encode() + b"\n")
                         return True
         return False
 

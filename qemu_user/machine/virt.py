@@ -23,6 +23,7 @@ VIRTIO_COUNT = 8
 MAP: tuple[Entry, ...] = (
     Entry("test", 0x0010_0000, 0x1000),
     Entry("rtc", 0x0010_1000, 0x1000, 11),
+    Entry("vmgenid", 0x0010_2000, 0x1000, 12),  # where and if: ours, QEMU's machine has none
     Entry("pcie-io", 0x0300_0000, 0x1_0000),
     Entry("plic", 0x0C00_0000, 0x60_0000),
     Entry("aplic", 0x0D00_0000, 0x4000),

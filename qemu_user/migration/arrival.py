@@ -124,6 +124,7 @@ def restored(order: Restore, name: str) -> Instance:
     job.started = began
     try:
         load(instance.machine, snapshot, order.fill)
+        identity.tell_generation(instance.machine)
         if order.new:
             identity.tell(instance.machine)
     except (SnapshotError, StateError, PageLost, OSError) as error:

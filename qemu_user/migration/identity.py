@@ -35,8 +35,18 @@ def placed(drive: Drive, path: str) -> Drive:
     return msgspec.structs.replace(drive, file=f"{path}.{format}", format=format, layout="", members=(), degraded=False)
 
 
+def tell_generation(machine: Machine) -> None:
+    """A VM that was saved goes on, perhaps not for the first time: its random numbers must not come twice."""
+    if machine.parts.vmgenid is not None:
+        machine.parts.vmgenid.renew(uuid.uuid4().bytes_le)
+
+
 def tell(machine: Machine) -> None:
-    """The restored devices have the addresses of the VM that was saved: give them their own."""
+    """The restored devices have the addresses of the VM that was saved: give them their own. The image's agent, if the guest
+    has one that listens, hears of them, of the name and of the uuid: `identity UUID NAME MAC...`.
+    """
     devices = [transport.virtio for transport in machine.parts.transports]
     for number, device in enumerate(device for device in devices if isinstance(device, VirtioNet)):
         device.change_mac(default_mac(machine.config.name, number))
+    macs = [device.mac.hex(":") for device in devices if isinstance(device, VirtioNet)]
+    machine.tell_agent(" ".join(("identity", machine.config.uuid.replace("-", ""), machine.config.name, *macs)))

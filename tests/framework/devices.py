@@ -31,6 +31,7 @@ from qemu_user.devices.virtio.p9 import VirtioP9
 from qemu_user.devices.virtio.pci import VirtioPci
 from qemu_user.devices.virtio.rng import VirtioRng
 from qemu_user.devices.virtio.vsock import VirtioVsock
+from qemu_user.devices.vmgenid import VmGenId
 from tests.framework.virtio_driver import Driver, Line, PciDriver, make_memory
 
 
@@ -140,6 +141,7 @@ BUILDERS: dict[str, Callable[[Bench], Device]] = {
     "pflash": _pflash,
     "virtio_mmio": lambda b: VirtioMmio("empty", b.line, b.memory),
     "pci_host": lambda b: b.host(),
+    "vmgenid": lambda b: VmGenId("vmgenid", b.line, bytes(range(16))),
     "virtio_pci": lambda b: VirtioPci("disk", b.memory, VirtioBlk("disk", b.image()), b.vector),
     "virtio-blk": lambda b: b.virtio(VirtioBlk("disk", b.image(), "serial-1")),
     "virtio-net": lambda b: b.virtio(VirtioNet("net", NetBackend("none"), b"\x52\x54\0\x12\x34\x56")),

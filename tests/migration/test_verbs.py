@@ -90,6 +90,9 @@ def test_clones_and_templates_of_linux(user: Product, busybox: None) -> None:
     for name in ("copy-3", "copy-1"):
         on_console(user, name, b"cat /tmp/state\n", b"known\r\n")
         on_console(user, name, f"echo of {name} > /tmp/state; cat /tmp/state\n".encode(), f"of {name}\r\n".encode())
+        # Linux's driver of the generation id has seen it, and the image's agent has heard who we are.
+        on_console(user, name, b"dmesg | grep -c 'crng reseeded due to virtual machine fork'\n", b"\n1\r\n")
+        on_console(user, name, b"echo I am $(hostname)\n", f"I am {name}\r\n".encode())
     client.stdin.write(b"cat /tmp/state\n")
     client.stdin.flush()
     read_until(client, b"known\r\n")
