@@ -25,7 +25,7 @@ from qemu_user.images.store import Image, settings
 from qemu_user.management.qmp_client import QmpClient
 
 QEMU = "qemu-system-riscv64"
-_READY_SECONDS = 60.0
+_READY_SECONDS = 300.0
 _SETTLE_SECONDS = 3.0
 _DISK = 1 << 20
 _PROBE = Path(__file__).parent / "kernels" / "probe.bin"

@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "template": ("template", "golden VMs, of which others are made"),
     "migrate": ("migrate", "hand a VM over to another host, while it runs"),
     "switch": ("switch", "a virtual switch for VMs, taps, other hosts: run, show, set, capture"),
+    "upgrade": ("upgrade", "hand a VM over to new processes of this host"),
     "host": ("host", "take VMs in that others hand over; keys for that"),
     "bench": ("bench", "measure what softkvm promises"),
     "fuzz": ("fuzz", "fuzz the ioctl protocol"),

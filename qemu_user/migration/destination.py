@@ -32,6 +32,7 @@ from qemu_user.migration import job as jobs
 from qemu_user.migration import journal as journals
 from qemu_user.migration.announce import announce
 from qemu_user.migration.channel import Channel, ChannelError, Frame
+from qemu_user.migration.delta import xor
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
 from qemu_user.migration.recovery import Door, Hopeless
@@ -261,7 +262,7 @@ class Incoming:
             available = psutil.virtual_memory().available
             if config.memory > available:
                 raise Refused(f"not enough memory: the VM has {config.memory >> 20} MiB, {available >> 20} MiB are free")
-        self._features = [name for name in hello.features if name == "zstd" and zstandard is not None]
+        self._features = [name for name in hello.features if name in ("zstd", "delta") and zstandard is not None]
         self._features += ["memory-fd"] if ram_fd >= 0 else []
         self._features += [name for name in hello.features if name == "postcopy" and ram_fd < 0]
         config = self._make_disks(config, hello)
@@ -312,7 +313,7 @@ class Incoming:
         while True:
             frame = channel.receive(None)
             assert frame is not None
-            if frame.kind in (messages.DATA, messages.PACKED, messages.ZEROES):
+            if frame.kind in (messages.DATA, messages.PACKED, messages.DELTA, messages.ZEROES):
                 volume, start = messages.placed(frame.a)
                 if volume == 0 and "memory-fd" not in self._features:
                     self._take_memory(frame, ram, start)
@@ -355,6 +356,8 @@ class Incoming:
             self._channel.read_into(view)
         elif frame.kind == messages.PACKED:
             view[:] = self._unpack(len(view))
+        elif frame.kind == messages.DELTA:
+            view[:] = xor(view, self._unpack(len(view)))
         else:
             for at in range(0, len(view), len(_ZEROES)):
                 part = view[at : at + len(_ZEROES)]
@@ -363,7 +366,7 @@ class Incoming:
     def _take_disk(self, frame: Frame, disk: Disk, start: int) -> None:
         offset = start * disk.unit
         length = min(frame.b * disk.unit, disk.size - offset)
-        if not 0 < frame.b <= _MOST_UNITS or length <= 0 or frame.kind == messages.ZEROES:
+        if not 0 < frame.b <= _MOST_UNITS or length <= 0 or frame.kind in (messages.ZEROES, messages.DELTA):
             raise ChannelError("a block beyond the disk's end")
         data = self._unpack(length) if frame.kind == messages.PACKED else self._channel.read()
         if len(data) != length:

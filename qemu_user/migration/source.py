@@ -17,6 +17,7 @@ from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
 from qemu_user.migration import journal as journals
 from qemu_user.migration import machine_state, messages, sections, steps
 from qemu_user.migration.channel import Channel, ChannelError, ZmqChannel
+from qemu_user.migration.delta import Sent, xor
 from qemu_user.migration.job import DEVICE, POSTCOPY, POSTCOPY_PAUSED, Job, JobError
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
@@ -59,13 +60,22 @@ class Options(NamedTuple):
 class _Wire:
     """A Sink that sends units to the destination."""
 
-    def __init__(self, channel: Channel, packed: bool, job: Job) -> None:
+    def __init__(self, channel: Channel, packed: bool, delta: bool, job: Job) -> None:
         self._channel, self._job = channel, job
         self._packer = zstandard.ZstdCompressor(level=1) if packed and zstandard is not None else None
+        self._sent = Sent() if delta else None
         self._round = 0
 
     def data(self, volume: Ram | Disk, first: int, count: int, content: memoryview) -> int:
         place = messages.place(volume.number, first)
+        if self._packer is not None and self._sent is not None and isinstance(volume, Ram):
+            content = memoryview(bytes(content))  # the guest writes on: what is sent and what is remembered must be one
+            before = self._sent.before(first, count)
+            self._sent.now(first, content.obj)  # type: ignore[arg-type]
+            if before is not None:
+                packed = self._packer.compress(xor(before, content))
+                if len(packed) < len(content) // 2:
+                    return self._channel.send(messages.DELTA, place, count, packed)
         if self._packer is not None:
             packed = self._packer.compress(content)
             if len(packed) < len(content) * 7 // 8:
@@ -75,6 +85,8 @@ class _Wire:
     def zeroes(self, volume: Ram | Disk, first: int, count: int, fresh: bool) -> int:
         if fresh:
             return 0  # the destination's memory is zero until something is said about it
+        if self._sent is not None and isinstance(volume, Ram):
+            self._sent.forget(first, count)
         return self._channel.send(messages.ZEROES, messages.place(volume.number, first), count)
 
     def end_of_round(self) -> None:
@@ -142,7 +154,8 @@ class Outgoing:
                 volumes = [Ram(machine)]
             volumes += self._disks if self._options.with_disks else []
             slow = 0 < self._options.bandwidth < _PACK_BELOW
-            wire = _Wire(self._channel, slow and "zstd" in accepted.features, job)
+            packed = slow and "zstd" in accepted.features
+            wire = _Wire(self._channel, packed, packed and "delta" in accepted.features, job)
             options = self._options
             self._postcopy = "postcopy" in accepted.features
             copy = Precopy(machine, volumes, wire, job, options.max_downtime, options.bandwidth, self._postcopy)
@@ -175,7 +188,7 @@ class Outgoing:
         steps.reached("source:connected", self._channel.cut)
         with machine.standing():
             state = sections.encode(machine_state.capture(machine))
-        features = ["zstd"] if zstandard is not None else []
+        features = ["zstd", "delta"] if zstandard is not None else []
         features += ["memory-fd"] if options.hand_memory else []
         features += ["postcopy"] if options.postcopy and not options.hand_memory else []
         hello = Hello(

@@ -52,3 +52,22 @@ def test_guest_goes_on_after_each_of_three_kills(
     assert host.softkvm("attach", "vm").returncode == 1
     assert host.softkvm("kill", "vm").returncode == 0
     assert host.names() == []
+
+
+def test_upgrade_hands_over_to_new_processes(host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    old = host.boot("vm", options=("-keep",), drives=(memory_guest.drive(tmp_path / "disk"),))
+    goes_on("vm")
+    before = row(host)
+    done = host.softkvm("upgrade", "vm")
+    assert done.returncode == 0, done.stderr.decode()
+    assert old.wait(10) == 0
+    host.wait_for_names(["vm"])
+    goes_on("vm")
+    after = row(host)
+    assert before["pid"] != after["pid"]
+    assert before["vm_pid"] != after["vm_pid"]
+    kill_device_process(host)  # what it was made to outlive, it outlives there too
+    assert host.softkvm("attach", "vm").returncode == 0
+    goes_on("vm")
+    assert host.softkvm("upgrade", "nobody").returncode == 1
+    assert not list((host.runtime / "softkvm").glob("upgrade-*"))
