@@ -57,6 +57,7 @@ _TOOLS = {
 _OWN = {
     "second-stage": "second-stage.sh",
     "etc/systemd/system/softkvm-agent.service": "softkvm-agent.service",
+    "usr/lib/softkvm/agent": "softkvm-agent.sh",
     "etc/systemd/system/sshd-extra@.service.d/softkvm.conf": "sshd-extra.conf",
     "etc/systemd/network/80-softkvm.network": "80-softkvm.network",
     "etc/apt/sources.list.d/debian.sources": "debian.sources",

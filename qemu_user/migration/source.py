@@ -220,6 +220,8 @@ class Outgoing:
         assert self._journal is not None
         was = machine.status
         job.status = DEVICE
+        for disk in self._disks:
+            disk.disk.flush()  # most of it while the guest still runs
         with machine.standing():
             stopped = time.monotonic()
             steps.reached("source:standing", channel.cut)
