@@ -114,8 +114,11 @@ class Wire:
             self._send(known, frame)
 
     def _send(self, sock: socket.socket, frame: bytes) -> None:
-        with contextlib.suppress(OSError):
-            sock.sendall(header(len(frame)) + frame)
+        data = header(len(frame)) + frame
+        with contextlib.suppress(OSError):  # who takes nothing loses it, as on any wire
+            sent = sock.send(data, socket.MSG_DONTWAIT)
+            if sent < len(data):
+                sock.sendall(data[sent:])
 
     # -- the host ----------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ class Outgoing:
         self._disks = writable_disks(machine)
         self._journal: Journal | None = None
         self._peer_journal = self._recover = ""
-        self._unlocked = self._postcopy = False
+        self._unlocked = self._postcopy = self._given = False
         channel.look = job.check
 
     def run(self) -> None:
@@ -150,6 +150,7 @@ class Outgoing:
             accepted = self._offer()
             if "memory-fd" in accepted.features:
                 volumes: list[Ram | Disk] = []
+                self._given = True
             else:
                 volumes = [Ram(machine)]
             volumes += self._disks if self._options.with_disks else []
@@ -234,7 +235,8 @@ class Outgoing:
                 if self._postcopy:
                     channel.send(messages.ABSENT, payload=_pieces(left, machine.config.memory))
                 for disk in self._disks:
-                    disk.disk.flush()
+                    if not (self._given and disk.disk.descriptor is not None):  # a file of this machine is one for both sides
+                        disk.disk.flush()
                 self._unlocked = True
                 for image in machine.parts.disks:
                     image.unlock()
