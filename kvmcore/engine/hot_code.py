@@ -88,6 +88,7 @@ class HotCode:
         self._where: dict[tuple[int, int], tuple[int, int]] = {}
         """Place -> (a virtual address of it, the TLBs of the hart that was there)."""
         self._under_way: dict[tuple[int, int], float] = {}
+        self._expected = b""
         self._flushes = 0
         self._index: dict[bytes, list[tuple[int, int]]] = {}
         """Identity of a page -> (offset of a head, offset in the arena): what was there when the arena began."""
@@ -105,6 +106,8 @@ class HotCode:
             if not self._connected():
                 hart.state.sample_count = hart.state.fresh_page = 0
                 return
+            if self._expected:
+                self._expect()
             self._read()
             if self._flushes != self._machine.flushes_of_pool:  # what the fetch TLBs say is void, too
                 self._forget()
@@ -332,8 +335,18 @@ class HotCode:
             place for place, times in self._heat.most_common(MAX_LATER)
             if times >= _SEEN and place in self._where and (page := self._page(place[0])) and place[1] not in page.heads
         ]  # fmt: skip
-        if not places:
-            return
+        if places and self._say_later(encode_wishes(self._wishes(places))):
+            for place in places:
+                del self._heat[place]
+
+    def _say_later(self, wishes: bytes) -> bool:
+        fd = in_memory("softkvm-wishes", wishes)
+        try:
+            return self._send(Later(), [fd])
+        finally:
+            os.close(fd)
+
+    def _wishes(self, places: list[tuple[int, int]]) -> Wishes:
         spaces: dict[int, int] = {}
         pages: dict[int, int] = {}
         wishes = Wishes([], [])
@@ -345,13 +358,36 @@ class HotCode:
                 pages[base] = len(wishes.pages)
                 wishes.pages.append((space, va >> 12, self._content(base)))
             wishes.heads.append((pages[base], offset))
-        fd = in_memory("softkvm-wishes", encode_wishes(wishes))
+        return wishes
+
+    # -- another host's ----------------------------------------------------------------------------------------
+    def hot_elsewhere(self, wishes: bytes) -> None:
+        """Encoded Wishes: what was hot where this VM comes from. Asked for as soon as there is a translator."""
+        with self._machine.gate:
+            self._expected = wishes
+            if self._connected():
+                self._expect()
+
+    def _expect(self) -> None:
+        wishes, self._expected = self._expected, b""
+        if wishes and not self._say_later(wishes):
+            self._expected = wishes
+
+    def hot_here(self) -> bytes:
+        """Encoded Wishes: the places that have regions, then those that were seen; b"" if there are none."""
+        if not self._machine.gate.acquire(timeout=0.1):
+            return b""
         try:
-            if self._send(Later(), [fd]):
-                for place in places:
-                    del self._heat[place]
+            if self._flushes != self._machine.flushes_of_pool:
+                return b""
+            heads = [
+                place for place in self._where if (page := self._pages.get(place[0])) is not None and place[1] in page.heads
+            ]  # fmt: skip
+            seen = [place for place, times in self._heat.most_common(MAX_LATER) if times >= _SEEN and place in self._where]
+            places = list(dict.fromkeys(heads + seen))[:MAX_LATER]
+            return encode_wishes(self._wishes(places)) if places else b""
         finally:
-            os.close(fd)
+            self._machine.gate.release()
 
 
 def _blocks(hart: Hart) -> int:

@@ -17,12 +17,14 @@ from kvmcore.server.handles import HandleTable
 from kvmcore.server.quotas import Quotas
 from kvmcore.vm.address_space import AddressSpace
 from kvmcore.vm.objects import Handle, HostFile
+from kvmcore.vm.vm import Vm
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing
-from protocol.channel.shared_memory import is_sealed
+from protocol.channel.shared_memory import create_memfd, is_sealed
 from protocol.codec.session import Message, Op
 
+MAX_HOT = 16 << 20
 MAX_KEPT = 64
 """Descriptors that a client may leave for its successor."""
 
@@ -59,6 +61,7 @@ class ClientSession:
         self.dead = False
         self.outlives = False
         """Whether the VM goes on when the client dies."""
+        self._shared_hot = -1
         self._kept: dict[int, int] = {}
         """What the client has left for who attaches after it: key -> descriptor."""
         self.last_seen = time.monotonic()
@@ -119,6 +122,8 @@ class ClientSession:
                 self.outlives = bool(message.a)
             case Op.KEEP:
                 self._keep(message.a, fds)
+            case Op.HOT:
+                return self._hot(message, fds)
             case Op.KEPT:
                 return [self._kept[message.a]] if message.a in self._kept else []
             case Op.VDSO:
@@ -137,6 +142,26 @@ class ClientSession:
             raise KvmError(EMFILE, reason="too many segments")
         self.mm.map(message.a, message.b, fds[0], message.c, message.d)
         self._segments_left -= 1
+
+    def _hot(self, message: Message, fds: list[int]) -> list[int]:
+        vm = self.table.handle(message.a)
+        if not isinstance(vm, Vm):
+            raise KvmError(EINVAL, reason="hot code is a VM's")
+        if fds:
+            _exactly_one(fds)
+            if not is_sealed(fds[0]) or os.fstat(fds[0]).st_size > MAX_HOT:
+                raise KvmError(EINVAL, reason=f"a sealed memfd of at most {MAX_HOT} bytes")
+            vm.hot_elsewhere(os.pread(fds[0], MAX_HOT, 0))
+            return []
+        if self._shared_hot >= 0:
+            os.close(self._shared_hot)
+            self._shared_hot = -1
+        hot = vm.hot_here()
+        if not hot:
+            return []
+        self._shared_hot = create_memfd("hot-code", len(hot))
+        os.pwrite(self._shared_hot, hot, 0)
+        return [self._shared_hot]
 
     def _keep(self, key: int, fds: list[int]) -> None:
         if len(fds) > 1:

@@ -205,6 +205,17 @@ class Vm(Handle):
                     self.eventfds.publish()
         return self._machine
 
+    def hot_here(self) -> bytes:
+        """What code is hot, in the translator's words, for another host that is to run this VM; b"" if there is none."""
+        code = self._machine.hot_code if self._machine is not None else None
+        return code.hot_here() if code is not None else b""
+
+    def hot_elsewhere(self, wishes: bytes) -> None:
+        """What was hot on the host that ran this VM before: translated when there is time, like what earlier VMs left."""
+        code = self._machine.hot_code if self._machine is not None else None
+        if code is not None:
+            code.hot_elsewhere(wishes)
+
     @property
     def has_machine(self) -> bool:
         """Whether the engine's half exists yet; memslot changes before that need no vCPU to be stopped."""

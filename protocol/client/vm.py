@@ -10,6 +10,7 @@ from errno import EOPNOTSUPP
 
 from protocol.abi import structs
 from protocol.abi.errors import KvmError
+from protocol.channel.shared_memory import create_memfd
 from protocol.client.device import Device
 from protocol.client.handle import POINTEE, Handle
 from protocol.client.link import Channel, Link
@@ -170,6 +171,27 @@ class Vm(Handle):
         """What was left under a key, ours to close; -1: nothing."""
         fds = self.link.say(Op.KEPT, "kept", key)
         return fds[0] if fds else -1
+
+    # -- hot code ----------------------------------------------------------------------------------
+
+    def hot_here(self) -> bytes:
+        """What code is hot, for the kvmcore of another host (hot_elsewhere()); b"" if nothing is."""
+        fds = self.link.say(Op.HOT, "hot", self.number)
+        if not fds:
+            return b""
+        try:
+            return os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
+        finally:
+            os.close(fds[0])
+
+    def hot_elsewhere(self, hot: bytes) -> None:
+        """Tell the VM, before it runs, what was hot elsewhere: it is translated when there is time. KvmError."""
+        fd = create_memfd("hot-code", len(hot))
+        try:
+            os.pwrite(fd, hot, 0)
+            self.link.say(Op.HOT, "hot", self.number, fds=[fd])
+        finally:
+            os.close(fd)
 
     # -- vCPUs and devices -------------------------------------------------------------------------
 

@@ -40,6 +40,9 @@ class Op(IntEnum):
     """a = 1: the VM goes on when its client dies, until another one of the same user attaches; 0: it ends then, as always."""
     KEEP = 8
     """a = key, one descriptor: hold it for who attaches, in place of an earlier one; without a descriptor: let go of it."""
+    HOT = 10
+    """a = a VM's handle. Without a descriptor: the answer carries a memfd that says what code is hot, if any is. With one: what
+    was hot on the host that ran the VM before."""
     KEPT = 9
     """a = key. The answer carries the descriptor that KEEP left, if there is one."""
     VDSO = 10

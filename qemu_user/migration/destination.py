@@ -264,6 +264,8 @@ class Incoming:
                 raise Refused(f"not enough memory: the VM has {config.memory >> 20} MiB, {available >> 20} MiB are free")
         self._features = [name for name in hello.features if name in ("zstd", "delta") and zstandard is not None]
         self._features += ["memory-fd"] if ram_fd >= 0 else []
+        if ram_fd < 0 and "hot" in hello.features:  # else the translations themselves are on this machine's disk
+            self._features.append("hot")
         self._features += [name for name in hello.features if name == "postcopy" and ram_fd < 0]
         config = self._make_disks(config, hello)
         instance = Instance(config, self._endpoint, provisional=True)
@@ -326,6 +328,9 @@ class Incoming:
                     steps.reached("destination:data", channel.cut)
             elif frame.kind == messages.ROUND:
                 channel.send(messages.ROUND, frame.a)
+            elif frame.kind == messages.HOT and "hot" in self._features:
+                with suppress(KvmError):  # a promise of speed, no more
+                    machine.vm.hot_elsewhere(channel.read())
             elif frame.kind == messages.ABSENT and "postcopy" in self._features:
                 self._leave_pages(machine, ram, channel.read(), hello)
             elif frame.kind == messages.STATE:

@@ -30,11 +30,12 @@ HELLO, ACCEPT, REJECT = 1, 2, 3
 DATA, PACKED, ZEROES, ROUND = 4, 5, 6, 7
 STATE, PREPARED, COMMIT, RUNNING, ABORT = 8, 9, 10, 11, 12
 ABSENT, FETCH, PAGE, DONE = 13, 14, 15, 16
-RESUME, RESUMED, DELTA = 17, 18, 19
+RESUME, RESUMED, DELTA, HOT = 17, 18, 19, 20
 """DATA: a = volume << 56 | first unit, b = units, payload: their bytes. PACKED: the same, zstd. DELTA: the same, of memory, as
 exclusive or with what was sent before. ZEROES: without payload. ROUND: a = number. COMMIT, RUNNING: a = generation. ABSENT:
 payload: a byte per PIECE of memory, 1: it stays behind. FETCH, PAGE: a = offset in memory, a multiple of PIECE; PAGE's payload
-are its bytes. RESUME, RESUMED: a = generation; RESUME's payload is the VM's uuid."""
+are its bytes. RESUME, RESUMED: a = generation; RESUME's payload is the VM's uuid. HOT, once, right
+behind ACCEPT: what kvmcore says of hot code (Vm.hot_here)."""
 PIECE = 32 << 10
 """Bytes of memory that post-copy moves at once: 8 pages, a byte of the userfault bitmap."""
 _VOLUME_SHIFT = 56
@@ -63,8 +64,8 @@ class Hello(Record, frozen=True, kw_only=True):
     generation: int
     state: bytes
     features: list[str]
-    """What the source can do beside the rules above: "zstd"; "delta"; "memory-fd": the guest's memory itself comes with this
-    message, as a descriptor, and is not to be touched before COMMIT; "postcopy": the VM runs before all of its memory has
+    """What the source can do beside the rules above: "zstd", "delta", "hot"; "memory-fd": the guest's memory itself comes with
+    this message, as a descriptor, and is not to be touched before COMMIT; "postcopy": the VM runs before all of its memory has
     come."""
     disks: dict[int, int]
     """Disks that travel along: volume number -> bytes."""

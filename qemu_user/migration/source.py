@@ -189,7 +189,7 @@ class Outgoing:
         steps.reached("source:connected", self._channel.cut)
         with machine.standing():
             state = sections.encode(machine_state.capture(machine))
-        features = ["zstd", "delta"] if zstandard is not None else []
+        features = ["hot", "zstd", "delta"] if zstandard is not None else ["hot"]
         features += ["memory-fd"] if options.hand_memory else []
         features += ["postcopy"] if options.postcopy and not options.hand_memory else []
         hello = Hello(
@@ -212,6 +212,8 @@ class Outgoing:
         except msgspec.MsgspecError as error:
             raise ChannelError(f"the destination's answer makes no sense: {error}") from error
         self._peer_journal, self._recover = accepted.journal, accepted.recover
+        if "hot" in accepted.features and (hot := machine.vm.hot_here()):
+            self._channel.send(messages.HOT, payload=hot)
         return accepted
 
     # -- the hand-over proper ----------------------------------------------------------------------

@@ -180,6 +180,32 @@ def test_what_was_seen_is_translated_in_idle_time(translator: Process, monkeypat
     assert not hot.regions, "the one who wished for it is not given it"
 
 
+def test_what_is_hot_goes_along_to_another_host(translator: Process, tmp_path: Path) -> None:
+    here = fresh(translator.path)
+    run_until_regions(here)
+    assert here.machine.hot_code is not None
+    hot = here.machine.hot_code.hot_here()
+    assert hot
+    other = Process(tmp_path / "other")
+    try:
+        moved = fresh(other.path)
+        assert moved.machine.hot_code is not None
+        assert moved.machine.hot_code.hot_here() == b""
+        moved.machine.hot_code.hot_elsewhere(hot)  # it has not run a single instruction there
+        end = time.monotonic() + 60
+        with sqlite3.connect(other.database) as database:
+            while not database.execute("SELECT count(*) FROM regions WHERE code != x''").fetchone()[0]:
+                assert time.monotonic() < end, "nothing was translated"
+                time.sleep(0.1)
+        run_until_regions(moved)
+        assert moved.machine.hot_code.translated == 0, "it was there already"
+        assert moved.machine.hot_code.ready_made > 0
+        moved.machine.hot_code.hot_elsewhere(b"noise")  # the translator hangs up; the guest goes on
+        assert moved.run(0.1) == ExitKind.KICK
+    finally:
+        other.kill()
+
+
 def test_wishes_that_cannot_be(translator: Process) -> None:
     """The translator hangs up and goes on serving others."""
     page = bytes(4096)
