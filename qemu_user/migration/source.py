@@ -41,6 +41,8 @@ _ASK_SECONDS = 0.05
 _RELOCK_SECONDS = 30.0
 _LINGER_SECONDS = 0.3
 """How long the process stays to be asked how it went."""
+_PACKS_WELL = 8
+"""Memory that compresses so many times is not worth a delta."""
 _PACK_BELOW = 200e6
 """Bytes per second: slower links are worth the time that compressing takes."""
 
@@ -68,19 +70,21 @@ class _Wire:
 
     def data(self, volume: Ram | Disk, first: int, count: int, content: memoryview) -> int:
         place = messages.place(volume.number, first)
-        if self._packer is not None and self._sent is not None and isinstance(volume, Ram):
-            content = memoryview(bytes(content))  # the guest writes on: what is sent and what is remembered must be one
-            before = self._sent.before(first, count)
-            self._sent.now(first, content.obj)  # type: ignore[arg-type]
-            if before is not None:
-                packed = self._packer.compress(xor(before, content))
-                if len(packed) < len(content) // 2:
-                    return self._channel.send(messages.DELTA, place, count, packed)
-        if self._packer is not None:
-            packed = self._packer.compress(content)
-            if len(packed) < len(content) * 7 // 8:
-                return self._channel.send(messages.PACKED, place, count, packed)
-        return self._channel.send(messages.DATA, place, count, content)
+        if self._packer is None:
+            return self._channel.send(messages.DATA, place, count, content)
+        plain = bytes(content)  # the guest writes on: what is sent and what is remembered must be one
+        packed = self._packer.compress(plain)
+        if self._sent is not None and isinstance(volume, Ram):
+            if len(packed) * _PACKS_WELL < len(plain):
+                self._sent.forget(first, count)  # nothing that is worth the work of a delta
+            else:
+                before = self._sent.before(first, count)
+                self._sent.now(first, plain)
+                if before is not None and len(delta := self._packer.compress(xor(before, plain))) < len(packed) // 2:
+                    return self._channel.send(messages.DELTA, place, count, delta)
+        if len(packed) < len(plain) * 7 // 8:
+            return self._channel.send(messages.PACKED, place, count, packed)
+        return self._channel.send(messages.DATA, place, count, plain)
 
     def zeroes(self, volume: Ram | Disk, first: int, count: int, fresh: bool) -> int:
         if fresh:
