@@ -33,9 +33,11 @@ class Kicks:
         self._fds.append((loop, fd))
 
         def serve() -> None:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 os.eventfd_read(fd)
-                callback()
+            except BlockingIOError:
+                return
+            callback()
 
         loop.add_reader(fd, serve)
         return _Kick(self._vm, fd, length, match)

@@ -51,6 +51,8 @@ RAM_SLOT = 0
 _RAM_SEGMENT, _BITMAP_SEGMENT = 1 << 41, 1 << 40
 """Where memory that is no guest_memfd, and the bitmap of absent pages, lie in the address space of our session with
 kvmcore."""
+_SWITCH_SECONDS = 0.0005
+"""How long a thread that computes may keep the others, which mostly have some microseconds to do, from running."""
 STOP_SECONDS = 10.0
 DRAIN_SECONDS = 30.0
 _POWER_PORT = "org.softkvm.control"
@@ -127,6 +129,7 @@ class Machine:
         that ran it, and died. StartError, with nothing left behind.
         """
         self._predecessor = predecessor
+        sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             self.parts.open_backends(lock_disks and predecessor is None)
             self._create(ram_fd)

@@ -198,7 +198,10 @@ class VirtioTransport:
         """I/O thread: the driver notified queue `index`."""
         with self.lock:
             if self.virtio.live and self.virtio.queues[index].ready:
-                self._guarded(lambda: self.virtio.on_queue(index))
+                try:
+                    self.virtio.on_queue(index)
+                except QueueError as error:
+                    self.broken(str(error))
                 self.worked()
 
     def notified(self, index: int) -> None:
