@@ -1,9 +1,10 @@
 """The client's half of the doorbell as machine code: LLVM IR text that stands in the image and is copied out of it.
 
 A vDSO: what the kernel gives to its processes so that they need not enter it. One function of its own, which calls nothing
-and refers to nothing: `client_run(bell, state, ring)`. bell: address of the doorbell words; state: {score
-as in running.py, ticks of a spin, ticks until it gives up, a struct timespec}; ring: 0 to go on waiting. Returns
-exit_reason, or an errno negated, or GAVE_UP. Used by kvmcore/vm/vdso.py, mapped by protocol/channel/vdso.py.
+and refers to nothing: `client_run(state)`, which has one argument because each costs Python as much as the rest.
+state: {score as in running.py, ticks of a spin, ticks until it gives up, a struct timespec, address of the doorbell words,
+whether to ring}. Returns exit_reason, or an errno negated, or GAVE_UP: called again it goes on waiting. Used by
+kvmcore/vm/vdso.py, mapped by protocol/channel/vdso.py, whose VERSION changes with it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ _FUTEX = (
 )
 DECLARATIONS = ("declare i64 @llvm.readcyclecounter()", "declare void @llvm.x86.sse2.pause()")
 TEXT = f"""
-define i64 @{NAME}(i64 %bell, i64 %state, i64 %ring) #1 {{
+define i64 @{NAME}(i64 %state) #1 {{
 entry:
+  %scores = inttoptr i64 %state to ptr
+  %bell_at = getelementptr i8, ptr %scores, i64 40
+  %bell = load i64, ptr %bell_at
+  %ring_at = getelementptr i8, ptr %scores, i64 48
+  %ring = load i64, ptr %ring_at
   %bells = inttoptr i64 %bell to ptr
   %requests = getelementptr i8, ptr %bells, i64 {_REQUEST}
   %replies = getelementptr i8, ptr %bells, i64 {_REPLY}
   %ours = getelementptr i8, ptr %bells, i64 {_REPLY_SLEEPS}
-  %scores = inttoptr i64 %state to ptr
   %started = call i64 @llvm.readcyclecounter()
   %before = load volatile i32, ptr %requests
   %new = icmp ne i64 %ring, 0
@@ -102,6 +107,7 @@ again:
   %late = icmp ugt i64 %took, %patience
   br i1 %late, label %give_up, label %sleep
 give_up:
+  store i64 0, ptr %ring_at
   ret i64 {GAVE_UP}
 judge:
   %short = icmp ult i64 %took, %most
@@ -113,6 +119,7 @@ judge:
   store i64 %learnt, ptr %scores
   br label %done
 done:
+  store i64 1, ptr %ring_at
   %rets = getelementptr i8, ptr %bells, i64 {_RET}
   %ret = load volatile i32, ptr %rets
   %success = icmp eq i32 %ret, 0

@@ -44,10 +44,9 @@ class Vcpu(Handle):
         self.run_page = self._mapping.view
         """kvm_run with the doorbell words, then the VM's coalesced ring; 8192 bytes."""
         self.doorbell = Doorbell(self.run_page, self._mapping.address, run_page.DOORBELL_BELL)
-        self._bell = self._mapping.address + run_page.DOORBELL_BELL
         self._vdso = link.vdso() if link.local else None
         if self._vdso is not None:
-            self._enter, self._spin = self._vdso.run, self._vdso.state()
+            self._enter, self._spin = self._vdso.run, self._vdso.state(self._mapping.address + run_page.DOORBELL_BELL)
             self._state = ctypes.addressof(self._spin)
 
     def close(self) -> None:
@@ -89,10 +88,10 @@ class Vcpu(Handle):
         link.check_owner("RUN")
         if self._vdso is None:
             return self._finish(self.doorbell.request()) if link.local else self._run_by_message()
-        result: int = self._enter(self._bell, self._state, 1)
+        result: int = self._enter(self._state)
         while result == GAVE_UP:
             self._look("RUN")
-            result = self._enter(self._bell, self._state, 0)
+            result = self._enter(self._state)
         if result < 0:
             raise KvmError(-result, "RUN")
         return result

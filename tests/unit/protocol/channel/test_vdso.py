@@ -10,23 +10,32 @@ import pytest
 from protocol.channel import vdso
 from protocol.channel.vdso import SIZE, Vdso, code_file
 
-THIRD = bytes.fromhex("4889d0c3")  # mov rax, rdx; ret
+FIRST = bytes.fromhex("4889f8c3")  # mov rax, rdi; ret
 
 
 def test_the_code_runs_and_the_file_cannot_be_changed() -> None:
-    fd = code_file(THIRD, 1000)
+    fd = code_file(FIRST, 1000)
     try:
         mapped = Vdso(fd)
-        assert mapped.run(1, 2, 3) == 3
-        assert mapped.run(0, 0, (1 << 64) - 7) == -7  # an errno
-        assert list(mapped.state())[1:] == [1000, 1000 * 20_000, 1, 0]
+        assert mapped.run(3) == 3
+        assert mapped.run((1 << 64) - 7) == -7  # an errno
+        assert list(mapped.state(0x1234))[1:] == [1000, 1000 * 20_000, 1, 0, 0x1234, 1]
         with pytest.raises(PermissionError):
             os.pwrite(fd, b"\xcc", vdso.CODE_AT)
         with pytest.raises(PermissionError):
             os.ftruncate(fd, 0)
     finally:
         os.close(fd)
-    assert mapped.run(0, 0, 9) == 9  # the mapping is its own
+    assert mapped.run(9) == 9  # the mapping is its own
+
+
+def test_code_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vdso, "VERSION", vdso.VERSION + 1)
+    fd = code_file(FIRST, 1000)
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="version"):
+        Vdso(fd)
+    os.close(fd)
 
 
 def test_what_others_could_change_is_not_executed() -> None:
