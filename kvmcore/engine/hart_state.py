@@ -148,7 +148,7 @@ FIELDS: tuple[Field, ...] = (
     _f("served", 32, "number of the last RUN that was taken from the doorbell"),
     _f("ready", 8, "1: the next RUN needs nothing that only Python does"),
     _f("run_page", 64, "host address of kvm_run's page; 0: exits are not written there"),
-    _f("in_bus", 32, "1: walks the bus", shared=True),
+    _f("in_bus", 32, "1: looks at the bus and the memory slots from outside guest code", shared=True),
     _f("pending_access", 64, "what the next RUN completes (completion.packed); 0: no MMIO exit"),
     _f("spin", 64, "score of spinning at the doorbell (running.FAILED_SPIN), signed"),
     _f("halt_spin", 64, "the same in WFI"),

@@ -74,7 +74,7 @@ class Machine:
         self.state.pool_size = pool_bytes
         self._slots = (machine_state.Slot * 0)()
         self._imsics = (ctypes.c_uint64 * 0)()
-        self._blocked_bus: list[object] = []
+        self._retired: list[object] = []
         self.flushes_of_pool = 0
         self.clock = HostClock.shared(image)
         self.set_time(0)
@@ -124,7 +124,8 @@ class Machine:
                 slot.flags |= machine_state.SLOT_ABSENT
             slot.dirty, slot.userfault = view.dirty_bitmap, view.userfault_bitmap
         self.state.slots, self.state.slot_count = ctypes.addressof(slots), len(slots)
-        self._slots = slots
+        before, self._slots = self._slots, slots
+        self._retire(before)
         self.forget_decoded()
         for hart in self.harts:
             hart.flush_tlb()
@@ -155,13 +156,21 @@ class Machine:
         self.state.ring = ring
         self.state.bus = ctypes.addressof(table)
         before, self._bus = self._bus, table
-        self.image.atomic_or(self.address + machine_state.OFFSET["one"], 0)  # the new table is there before we look
         for _ in range(_BUS_LOOKS):
-            if not any(hart.state.in_bus for hart in self.harts):
+            if self._retire(before):
                 return True
             time.sleep(_BUS_PAUSE)
-        self._blocked_bus.append(before)
         return False
+
+    def _retire(self, table: object) -> bool:
+        """A table is replaced; False: it is kept, because a hart may be reading it from outside guest code."""
+        self.image.atomic_or(self.address + machine_state.OFFSET["one"], 0)  # the new table is there before we look
+        if any(hart.state.in_bus for hart in self.harts):
+            if table not in self._retired:
+                self._retired.append(table)
+            return False
+        self._retired.clear()
+        return True
 
     def lock_ring(self) -> None:
         """For a store by Python into the coalesced ring; native code does without when it is taken."""

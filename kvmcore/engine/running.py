@@ -175,22 +175,25 @@ def known_access(h: FunctionHart) -> None:
 def device_access(h: FunctionHart) -> None:
     """(access) -> ExitKind; OK when the access is done, EXITED when it is the client's or Python's."""
     access, kind = p1(), h.get("exit_kind").zext(64)
+    busy = h.address("in_bus")
+    store(busy, const(32, 1), "atomic")  # before any table is looked at: Machine keeps old ones meanwhile
     if ~aligned_device(h):
+        store(busy, const(32, 0), "atomic")
         returns(kind, EXITED)
     write = (access >> 13) & 1
     if write != 0:
-        store(h.address("in_bus"), const(32, 1), "atomic")
         bus = load(h.machine("bus"), 64, "atomic")
         taken = u64(EXITED)
         if bus != 0:
             entries = bus + machine_state.BUS_HEAD
             _, taken = call("bus_store", h.s, entries, entries + load(bus) * machine_state.BUS_ENTRY)
-        store(h.address("in_bus"), const(32, 0), "atomic")
         if taken == OK:
+            store(busy, const(32, 0), "atomic")
             _count(h, "exits")
             _count(h, "mmio_exit_kernel")
             call("complete", h.s, access, u64(0))
             returns(kind)
+    store(busy, const(32, 0), "atomic")
     page = h.get("run_page")
     if page == 0:
         returns(kind, EXITED)

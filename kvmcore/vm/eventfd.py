@@ -278,3 +278,6 @@ class Eventfds:
             events, self._events = self._events, {}
             self._zones, self._bus = 0, []
             self._publish([event.fd for group in events.values() for event in group])
+            stuck, self._stuck = self._stuck, []
+            for fd in stuck:
+                os.close(fd)

@@ -76,6 +76,8 @@ class NativeIrqfds:
         self._closed = True
         os.eventfd_write(self._bell, 1)
         self._thread.join(_HAND_SHAKE_SECONDS)
+        self._epoll.close()
+        os.close(self._bell)
 
     def _at(self, slot: int) -> int:
         return native_bus.IRQ_TARGETS + slot * native_bus.IRQ_TARGET

@@ -297,3 +297,34 @@ def test_a_wfi_ends_at_its_time(kernel, ended):
     assert machine.cpus[0].stats.halt_wait_ns > 0
     assert sum(machine.cpus[0].stats.halt_wait_hist) == machine.cpus[0].stats.halt_wakeup
     assert machine.cpus[0].hart.state.exit_kind == ExitKind.MMIO_WRITE
+
+
+def test_slots_and_the_bus_change_under_native_exits(kernel, ended):
+    """Native code looks at both tables from outside guest code: old ones stay while it does."""
+    machine = Machine(kernel, "li s0, DEVICE\n 1: sw zero, 8(s0)\n lw a0, 0(s0)\n j 1b")
+    number, fd = kernel.eventfd()
+    kernel.map(0x7000_0000_0000, 0x1000)
+    client = Client(machine)
+    ended_at = time.monotonic() + 1
+    exits: list[int] = []
+
+    def change() -> None:
+        flags = 0
+        while time.monotonic() < ended_at:
+            kernel.errno(kernel.vm, "IOEVENTFD", fd=number, addr=DEVICE + 8, len=4, flags=flags)
+            flags ^= structs.IOEVENTFD_FLAG_DEASSIGN
+            for slot in range(1, 9):
+                assert kernel.region(slot, 0x9000_0000 + (slot << 20), 0x1000, 0x7000_0000_0000) == 0
+            for slot in range(1, 9):
+                assert kernel.region(slot, 0x9000_0000 + (slot << 20), 0, 0x7000_0000_0000) == 0
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    while thread.is_alive():
+        assert client.run() == (Exit.MMIO, 0)
+        exits.append(client.mmio()[0])
+    thread.join()
+    assert set(exits) <= {DEVICE, DEVICE + 8}
+    assert DEVICE in exits
+    assert not machine.cpus[0].hart.state.in_bus
+    os.close(fd)
