@@ -15,6 +15,8 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -28,7 +30,18 @@ MAX_WAITING = 4096
 #: Seconds without a hot region before it begins.
 _PAUSE = 1.0
 _MAX_PACKET = 192 << 10
+#: Ends of the process in a row after which nothing more is tried with what waits.
+_MOST_FAILURES = 3
 Done = Callable[[bytes, int, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A place that may be translated: its page's number, its offset there, and pages that it may go on in, by number."""
+
+    pages: Mapping[int, bytes]
+    number: int
+    offset: int
 
 
 class Request(msgspec.Struct, array_like=True):
@@ -40,24 +53,30 @@ class Request(msgspec.Struct, array_like=True):
 
 
 class IdleWork:
-    """`done` gets (identity, offset, code), on the selector's thread."""
+    """`prepare` makes a request of a wish when its turn has come, with the identity of its page, or says that it is done;
+    `done` gets (identity, offset, code). Both on the selector's thread."""
 
-    def __init__(self, selector: selectors.BaseSelector, offsets: Mapping[str, int], done: Done) -> None:
-        self._selector, self._offsets, self._done = selector, offsets, done
-        self._waiting: deque[tuple[bytes, Request]] = deque()
-        self._known: set[tuple[bytes, int]] = set()
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        offsets: Mapping[str, int],
+        prepare: Callable[[Wish], tuple[bytes, Request] | None],
+        done: Done,
+    ) -> None:
+        self._selector, self._offsets, self._prepare, self._done = selector, offsets, prepare, done
+        self._waiting: deque[Wish] = deque()
         self._under_way: tuple[bytes, int] | None = None
+        self._failures = 0
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, identity: bytes, offset: int, pages: dict[int, bytes], marks: dict[int, int]) -> None:
+    def add(self, wish: Wish) -> None:
         """One more, at the end; forgotten when there are too many."""
-        if len(self._waiting) < MAX_WAITING and (identity, offset) not in self._known:
-            self._known.add((identity, offset))
-            self._waiting.append((identity, Request(offset, pages, marks)))
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting.append(wish)
 
     def next(self, quiet: float) -> float | None:
         """Begin the next one if there was `quiet` enough; seconds after which to call again, None if nothing waits."""
@@ -68,7 +87,10 @@ class IdleWork:
             return None
         if quiet < _PAUSE:
             return _PAUSE - quiet
-        identity, request = self._waiting.popleft()
+        prepared = self._prepare(self._waiting.popleft())
+        if prepared is None:
+            return 0.0
+        identity, request = prepared
         self._under_way = identity, request.offset
         try:
             self._start()
@@ -100,17 +122,17 @@ class IdleWork:
             answer = b""
         if not answer or self._under_way is None:
             log.warning("the process for idle time has ended; what it was at is left out")
-            self._give_up(all_of_it=False)
+            self._failures += 1
+            self._give_up(all_of_it=self._failures >= _MOST_FAILURES)
             return
+        self._failures = 0
         (identity, offset), self._under_way = self._under_way, None
-        self._known.discard((identity, offset))
         self._done(identity, offset, msgspec.msgpack.decode(answer, type=bytes))
 
     def _give_up(self, all_of_it: bool = True) -> None:
         self._under_way = None
         if all_of_it:
             self._waiting.clear()
-            self._known.clear()
         self._end()
 
     def _end(self) -> None:
@@ -130,7 +152,8 @@ def work(fd: int) -> None:
     from kvmcore.engine.region_compiler import compile_region
 
     os.nice(19)
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with suppress(OSError):  # some sandboxes forbid it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     sock = socket.socket(fileno=fd)
     offsets = msgspec.msgpack.decode(sock.recv(1 << 20), type=dict[str, int])
     while data := sock.recv(2 * _MAX_PACKET):

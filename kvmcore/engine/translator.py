@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from kvmcore.engine import image
 from kvmcore.engine.code_cache import CodeCache, secret
-from kvmcore.engine.idle_translator import IdleWork
+from kvmcore.engine.idle_translator import IdleWork, Request, Wish
 from kvmcore.engine.loader import ARENA_BYTES, ensure_image
 from kvmcore.engine.regions import Code, discover
 from kvmcore.engine.translation import (
@@ -112,7 +112,7 @@ class Translator:
         self._compiled = self._nanoseconds = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
-        self._idle = IdleWork(self._selector, self._offsets, self._finished_idly)
+        self._idle = IdleWork(self._selector, self._offsets, self._prepare, self._finished_idly)
         self._last_hot = 0.0
         with suppress(FileNotFoundError):
             os.unlink(path)
@@ -244,24 +244,24 @@ class Translator:
     def _later(self, fd: int) -> None:
         """What a VM wishes for others."""
         wishes = decode_wishes(fd)
-        spaces: dict[int, dict[int, int]] = {}
-        for index, (space, number, _) in enumerate(wishes.pages):
-            spaces.setdefault(space, {})[number] = index
-        identities = [identity_of(self._secret, content) for _, _, content in wishes.pages]
+        spaces: dict[int, dict[int, bytes]] = {}
+        for space, number, content in wishes.pages:
+            spaces.setdefault(space, {})[number] = content
         for index, offset in wishes.heads:
-            if offset in self._kept(identities[index]):
-                continue
-            space, number, content = wishes.pages[index]
-            code = Code({0: content}, offset)
-            discover(code)
-            others = {
-                delta: near for delta in sorted(code.wanted, key=abs)
-                if (near := spaces[space].get(number + delta)) is not None
-            }  # fmt: skip
-            chosen = {0: index, **dict(list(others.items())[: MAX_PAGES - 1])}
-            pages = {delta: wishes.pages[near][2] for delta, near in chosen.items()}
-            marks = {delta: mark_of(identities[near]) for delta, near in chosen.items()}
-            self._idle.add(identities[index], offset, pages, marks)
+            space, number, _ = wishes.pages[index]
+            self._idle.add(Wish(spaces[space], number, offset))
+
+    def _prepare(self, wish: Wish) -> tuple[bytes, Request] | None:
+        """What the process for idle time is to do; None when it is done already. Takes some milliseconds."""
+        identity = identity_of(self._secret, wish.pages[wish.number])
+        if wish.offset in self._kept(identity):
+            return None
+        code = Code({0: wish.pages[wish.number]}, wish.offset)
+        discover(code)
+        others = [delta for delta in sorted(code.wanted, key=abs) if wish.number + delta in wish.pages]
+        pages = {delta: wish.pages[wish.number + delta] for delta in (0, *others[: MAX_PAGES - 1])}
+        marks = {delta: mark_of(identity_of(self._secret, content)) for delta, content in pages.items()}
+        return identity, Request(wish.offset, pages, marks)
 
     def _finished_idly(self, identity: bytes, offset: int, code: bytes) -> None:
         """For VMs to come: it is placed while there is room, and kept in any case."""
