@@ -40,7 +40,7 @@ def run(rounds: int, memory: int, only: str, tell: Callable[[str], None]) -> dic
         tell(f"{name}: {_text(results[name])}")
 
     for name, measure in _MEASUREMENTS.items():
-        if only in name:
+        if only in ("", name):
             measure(rounds, memory, put)
     return results
 

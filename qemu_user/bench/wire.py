@@ -57,8 +57,7 @@ class Wire:
         self._thread.start()
 
     def _plug(self, sock: socket.socket) -> None:
-        sock.setblocking(True)
-        sock.settimeout(5)
+        sock.setblocking(False)
         self._plugs[sock] = FrameReader()
         self._selector.register(sock, selectors.EVENT_READ, "plug")
 
@@ -116,9 +115,11 @@ class Wire:
     def _send(self, sock: socket.socket, frame: bytes) -> None:
         data = header(len(frame)) + frame
         with contextlib.suppress(OSError):  # who takes nothing loses it, as on any wire
-            sent = sock.send(data, socket.MSG_DONTWAIT)
+            sent = sock.send(data)
             if sent < len(data):
+                sock.settimeout(1)
                 sock.sendall(data[sent:])
+                sock.setblocking(False)
 
     # -- the host ----------------------------------------------------------------------------------
 

@@ -66,8 +66,10 @@ def find(sections: Mapping[str, Section], name: str) -> Section:
     return section
 
 
-def capture(machine: Machine, generation: int | None = None) -> list[Section]:
-    """All of a standing machine, as it is to go on in `generation` (its own). KvmError when its kvmcore process is gone."""
+def capture(machine: Machine, generation: int | None = None, with_config: bool = True) -> list[Section]:
+    """All of a standing machine, as it is to go on in `generation` (its own). The configuration, which may be large, does not
+    change: who has it needs it not again. KvmError when its kvmcore process is gone.
+    """
     first = machine.vcpus[0]
     own = MachineState(
         time=first.get_one_reg(riscv.TIMER_ID["time"]),
@@ -75,7 +77,8 @@ def capture(machine: Machine, generation: int | None = None) -> list[Section]:
         taken=time.time(),
         generation=machine.generation if generation is None else generation,
     )
-    sections = [config_section(machine.config), _section("machine", own)]
+    sections = [config_section(machine.config)] if with_config else []
+    sections.append(_section("machine", own))
     sections += [_section(f"vcpu/{vcpu.id}", vcpu_state.save(vcpu)) for vcpu in machine.vcpus]
     aia = machine.interrupts.save()
     if aia is not None:

@@ -166,8 +166,9 @@ def _save_into(machine: Machine, folder: Path, tag: str, job: Job, family: Path 
             for disk in disks:
                 if disk not in copied:
                     _clone(disk, folder)
-            parts = machine_state.capture(machine)
+            parts = machine_state.capture(machine, with_config=False)
         job.downtime = time.monotonic() - stopped
+        parts.insert(0, machine_state.config_section(machine.config))
         copy.close()
         sink.complete()
         files = {name: os.stat(folder / name).st_size for name in ["memory", *(disk.name for disk in disks)]}

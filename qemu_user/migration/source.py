@@ -192,7 +192,8 @@ class Outgoing:
         assert self._journal is not None
         steps.reached("source:connected", self._channel.cut)
         with machine.standing():
-            state = sections.encode(machine_state.capture(machine))
+            parts = machine_state.capture(machine, with_config=False)
+        state = sections.encode([machine_state.config_section(machine.config), *parts])
         features = ["hot", "zstd", "delta"] if zstandard is not None else ["hot"]
         features += ["memory-fd"] if options.hand_memory else []
         features += ["postcopy"] if options.postcopy and not options.hand_memory else []
@@ -247,7 +248,7 @@ class Outgoing:
                 for image in machine.parts.disks:
                     image.unlock()
                 generation = machine.generation + 1
-                state = sections.encode(machine_state.capture(machine, generation))
+                state = sections.encode(machine_state.capture(machine, generation, with_config=False))
                 channel.send(messages.STATE, payload=state)
                 steps.reached("source:state", channel.cut)
                 self._expect(messages.PREPARED)
