@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "-p", "--publish", action="append", default=[], metavar="[HOST:]PORT:GUESTPORT", help="forward a port of the host"
     )
     result.add_argument("--device", action="append", default=[], metavar="NAME,...", help="as QEMU's (docs/devices.md)")
+    result.add_argument("--object", action="append", default=[], metavar="filter-dump,..", help="a pcap file of a network")
     result.add_argument("--share", action="append", default=[], metavar="DIR:TAG[:ro]", help="shared folder, in /mnt/TAG")
     result.add_argument(
         "--accel", choices=("translator", "interpreter", "reference"), help="how vCPUs run (default: as the daemon was told)"
@@ -347,7 +348,7 @@ def _image(options: argparse.Namespace, extras: list[str]) -> Image:
 def _devices(options: argparse.Namespace) -> list[str]:
     """What the user asked for, as QEMU's options."""
     words = []
-    for name in ("pflash", "drive", "netdev", "nic", "publish", "device", "share"):
+    for name in ("pflash", "drive", "netdev", "nic", "publish", "device", "object", "share"):
         for value in getattr(options, name):
             words += [f"-{name}", value]
     words += ["-vsock", options.vsock] if options.vsock else []

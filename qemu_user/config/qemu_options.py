@@ -464,7 +464,7 @@ class Builder:
             raise ConfigError(
                 f"-drive if=none,id={unused[0]}: no -device virtio-blk-pci,drive={unused[0]} uses it"
             )
-        self._finish_nets()
+        self.finish_nets()
         nets = [self.nets[name] for name in self.plugged_nets]
         nets += [net for name, net in self.nets.items() if name not in self.plugged_nets]
         if len(self.serials) > 1:
@@ -488,7 +488,8 @@ class Builder:
         ).validate()
 
 
-    def _finish_nets(self) -> None:
+    def finish_nets(self) -> None:
+        """Published ports and recorders find their networks. ConfigError."""
         if self.published:
             user = next((name for name, net in self.nets.items() if net.kind == "user"), "")
             if not user:

@@ -31,4 +31,5 @@ def announce(machine: Machine) -> None:
         if isinstance(device, VirtioNet):
             frame = rarp(device.mac)
             for delay in _DELAYS:
-                machine.parts.loop.call_later(delay, partial(device.announce, frame))
+                # on the device's own I/O thread: its back end is used by nobody else
+                machine.parts.loop.call_later(delay, partial(transport.defer, partial(device.announce, frame)))

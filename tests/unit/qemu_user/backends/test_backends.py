@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import struct
 import time
@@ -27,7 +28,11 @@ from qemu_user.backends.chardev.pty import PtyChardev
 from qemu_user.backends.chardev.unix_socket import SocketChardev
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.net.capture import CaptureFile
+from qemu_user.backends.net.dgram import DgramNet, MulticastNet
+from qemu_user.backends.net.dump import DumpedNet
 from qemu_user.backends.net.passt import Forward, PasstNet
+from qemu_user.backends.net.restrict import allowed
 from qemu_user.backends.net.stream import StreamNet
 
 
@@ -425,6 +430,149 @@ def test_two_streams_joined(loop: Loop, tmp_path: Path) -> None:
         StreamNet("c", path, server=False).start(loop)
 
 
+def test_streams_over_tcp_come_back(loop: Loop) -> None:
+    """A client with reconnect= finds its server again; frames survive the byte stream's pieces."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    client = StreamNet("b", "", server=False, reconnect=0.1, inet=("127.0.0.1", port))
+    two = NetFront()
+    client.connect(two)
+    client.start(loop)
+    assert not client.is_up
+    for _ in range(2):
+        server = StreamNet("a", "", server=True, inet=("127.0.0.1", port))
+        one = NetFront()
+        server.connect(one)
+        server.start(loop)
+        loop.until(lambda server=server: client.is_up and server.is_up)  # type: ignore[misc]
+        frame = os.urandom(65000)
+        assert client.send([memoryview(frame)])
+        loop.until(lambda one=one: one.frames)  # type: ignore[misc]
+        assert one.frames == [frame]
+        with pytest.raises(BackendError, match=f"cannot listen on 127.0.0.1:{port}"):
+            StreamNet("c", "", server=True, inet=("127.0.0.1", port)).start(loop)
+        server.close()
+        loop.until(lambda: not client.is_up)
+    client.close()
+    with pytest.raises(BackendError, match=f"nobody listens on 127.0.0.1:{port}"):
+        StreamNet("d", "", server=False, inet=("127.0.0.1", port)).start(loop)
+
+
+def test_datagrams(loop: Loop, tmp_path: Path) -> None:
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    ports = []
+    for _ in range(2):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(("127.0.0.1", int(probe.getsockname()[1])))
+    for here, there in ((a, b), (ports[0], ports[1])):
+        one, two = DgramNet("a", here, there), DgramNet("b", there, here)
+        front, other = NetFront(), NetFront()
+        one.connect(front)
+        two.connect(other)
+        one.start(loop)
+        assert one.send([memoryview(b"lost: nobody is there")])
+        two.start(loop)
+        frames = [os.urandom(size) for size in (60, 1514, 9000)]
+        for frame in frames:
+            assert one.send([memoryview(frame)[:14], memoryview(frame)[14:]])
+        loop.until(lambda other=other: len(other.frames) == 3)  # type: ignore[misc]
+        assert other.frames == frames
+        other.full = True
+        two_sent = 0
+        while one.send([memoryview(frames[2])]) and two_sent < 2000:
+            two_sent += 1
+            loop.turn(0)
+        if two_sent < 2000:  # Unix: the sender is told; UDP drops
+            loop.until(lambda front=front: "sent" in front.log)  # type: ignore[misc]
+        one.close()
+        two.close()
+    assert not os.path.exists(a)
+    with pytest.raises(BackendError, match="cannot bind"):
+        DgramNet("x", "/nonexistent/a", a).start(loop)
+
+
+def test_multicast_is_heard_by_others_only(loop: Loop) -> None:
+    fronts, nets = [NetFront() for _ in range(3)], []
+    for front in fronts:
+        net = MulticastNet("m", ("230.17.3.9", 12345), "127.0.0.1")
+        net.connect(front)
+        try:
+            net.start(loop)
+        except BackendError as error:
+            pytest.skip(str(error))
+        nets.append(net)
+    frame = os.urandom(100)
+    nets[0].send([memoryview(frame)])
+    loop.until(lambda: fronts[1].frames and fronts[2].frames)
+    nets[1].send([memoryview(frame)])
+    loop.until(lambda: fronts[0].frames)
+    assert [front.frames for front in fronts[:2]] == [[frame], [frame]]
+    for net in nets:
+        net.close()
+
+
+def test_filter_dump_records_both_ways(loop: Loop, tmp_path: Path) -> None:
+    path, file = str(tmp_path / "wire"), tmp_path / "x.pcap"
+    server = DumpedNet(StreamNet("a", path, server=True, virtio_header=True), str(file), 100)
+    client = StreamNet("b", path, server=False)
+    one, two = NetFront(), NetFront()
+    server.connect(one)
+    client.connect(two)
+    server.start(loop)
+    client.start(loop)
+    loop.until(lambda: server.is_up)
+    assert one.log == ["up"]
+    sent, came = bytes(12) + os.urandom(60), bytes(12) + os.urandom(500)
+    assert server.send([memoryview(sent)])
+    one.full = True
+    client.send([memoryview(came)])
+    loop.turn(0.05)
+    one.full = False
+    server.resume()
+    loop.until(lambda: one.frames and two.frames)
+    server.close()
+    client.close()
+    records, at = [], 24
+    data = file.read_bytes()
+    assert data[:24] == struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 100, 1)
+    while at < len(data):
+        seconds, _, kept, length = struct.unpack_from("<IIII", data, at)
+        assert abs(seconds - time.time()) < 60
+        records.append((data[at + 16 : at + 16 + kept], length))
+        at += 16 + kept
+    assert records == [(sent[12:], 60), (came[12:112], 500)], "each frame once, its header left out"
+    with pytest.raises(BackendError, match="cannot write"):
+        DumpedNet(server, "/nonexistent/x", 100)
+
+
+def test_a_capture_never_blocks(tmp_path: Path) -> None:
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    with pytest.raises(BackendError, match="cannot write"):  # nobody reads it
+        CaptureFile(fifo, b"head", "test")
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    capture, warnings = CaptureFile(fifo, b"head", "test"), list[str]()
+    capture.warn = warnings.append
+    for _ in range(3000):
+        capture.write(b"r" * 1000)
+    assert capture.dropped > 1000
+    seen = os.read(reader, 1 << 20)
+    assert seen.startswith(b"head")
+    capture.flush()
+    os.close(reader)
+    capture.flush()
+    assert not capture.is_open
+    assert "has ended" in warnings[0]
+    capture.write(b"more")
+    capture.close()
+    full = CaptureFile("/dev/full", b"", "test")
+    full.warn = warnings.append
+    full.write(b"x")
+    full.flush()
+    assert "No space" in warnings[-1]
+
+
 def test_forwarding_rules() -> None:
     assert Forward.parse("tcp::2222-:22").option() == ["-t", "2222:22"]
     assert Forward.parse("udp:127.0.0.1:53-10.0.2.15:53").option() == ["-u", "127.0.0.1/53:53"]
@@ -438,6 +586,69 @@ def test_missing_passt_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(BackendError, match="apt install passt"):
         PasstNet("n")
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt (apt install passt)")
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_port_in_use_is_told(loop: Loop, kind: int) -> None:
+    with socket.socket(socket.AF_INET, kind) as taken:
+        taken.bind(("127.0.0.1", 0))
+        if kind == socket.SOCK_STREAM:
+            taken.listen()
+        protocol, port = "tcp" if kind == socket.SOCK_STREAM else "udp", taken.getsockname()[1]
+        net = PasstNet("n", (f"{protocol}:127.0.0.1:{port}-:22",))
+        with pytest.raises(BackendError, match=f"netdev n: {protocol} port 127.0.0.1:{port} of the host is in use already"):
+            net.start(loop)
+        net.close()
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt (apt install passt)")
+def test_passt_is_started_again(loop: Loop) -> None:
+    front, warnings = NetFront(), list[str]()
+    net = PasstNet("n")
+    net.warn = warnings.append
+    net.connect(front)
+    net.start(loop)
+    for death in range(1, 5):
+        child = net._child
+        os.kill(child, signal.SIGKILL)
+        loop.until(lambda death=death: len(warnings) == death)  # type: ignore[misc]
+        assert front.log[-1] == "down"
+        assert not os.path.exists(f"/proc/{child}")
+        if death < 4:
+            assert "it is started again" in warnings[-1]
+            loop.until(lambda: front.log[-1] == "up")
+            assert net.is_up
+    assert warnings[-1].endswith("the guest has no network any more"), "not for ever"
+    net.close()
+    assert net._child == 0
+
+
+def test_restrict_lets_answers_out_only() -> None:
+    def ipv4(protocol: int, rest: bytes, fragment: int = 0) -> bytes:
+        return bytes(12) + b"\x08\0" + struct.pack(">BBHHHBBH8x", 0x45, 0, 20 + len(rest), 0, fragment, 64, protocol, 0) + rest
+
+    def ipv6(protocol: int, rest: bytes) -> bytes:
+        return bytes(12) + b"\x86\xdd" + struct.pack(">IHBB32x", 6 << 28, len(rest), protocol, 64) + rest
+
+    def tcp(flags: int) -> bytes:
+        return struct.pack(">HHIIBBHHH", 22, 5, 0, 0, 0x50, flags, 0, 0, 0)
+
+    def udp(source: int, target: int) -> bytes:
+        return struct.pack(">HHHH", source, target, 8, 0)
+
+    good = [
+        bytes(12) + b"\x08\x06" + bytes(28), ipv4(6, tcp(0x12)), ipv4(6, tcp(0x10)), ipv4(6, tcp(0x04)), ipv6(6, tcp(0x12)),
+        ipv4(17, udp(68, 67)), ipv4(17, udp(53, 999)), ipv6(17, udp(546, 547)), ipv4(1, bytes(8)), ipv6(58, b"\x87" + bytes(8)),
+        ipv6(0, b"\x3a\0\x05\x02\0\0\x01\0" + b"\x8f" + bytes(8)),
+    ]  # fmt: skip
+    bad = [
+        ipv4(6, tcp(0x02)), ipv6(6, tcp(0xC2)), ipv4(17, udp(999, 53)), ipv4(17, udp(67, 68)), ipv4(1, b"\x08" + bytes(8)),
+        ipv6(58, b"\x80" + bytes(8)), ipv4(6, tcp(0x10), 100), ipv4(47, bytes(20)), bytes(12) + b"\x81\0" + bytes(50),
+        ipv4(6, b"short"), b"", bytes(20), ipv6(44, bytes(20)),
+    ]  # fmt: skip
+    assert [allowed(frame, frozenset((53,))) for frame in good] == [True] * len(good)
+    assert [allowed(frame, frozenset((53,))) for frame in bad] == [False] * len(bad)
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt (apt install passt)")

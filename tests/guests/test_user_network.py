@@ -1,0 +1,89 @@
+"""The user network as its user sees it: published ports, an address plan of one's own, restrict=on, passt killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.framework.product import Product, read_until
+
+pytestmark = [
+    pytest.mark.net,
+    pytest.mark.timeout(240),
+    pytest.mark.usefixtures("busybox"),
+    pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt (apt install passt)"),
+]
+
+SERVE = "while :; do echo hello from $(hostname) | nc -l -p 80; done"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def ask(port: int, seconds: float = 30) -> bytes:
+    """What the guest's server says through a forwarded port."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=2) as client:
+                client.sendall(b"hello\n")  # Debian 12's passt completes the guest's connection with the first data
+                if data := client.recv(100):
+                    return data
+        except OSError:
+            pass
+        assert time.monotonic() < end, "no answer through the forwarded port"
+        time.sleep(0.2)
+
+
+def test_published_and_restarted(product: Product) -> None:
+    """-p reaches the guest; it still does when passt was killed, and the user is told."""
+    port = free_port()
+    guest = product.start("run", "--name", "web", "-p", f"127.0.0.1:{port}:80", "--", "sh", "-c", f"echo up; {SERVE}")
+    read_until(guest, b"up\n", 120)
+    assert ask(port) == b"hello from web\n"
+    again = product.run("run", "-p", f"127.0.0.1:{port}:80", "--", "true")
+    assert again.returncode == 125
+    assert b"of the host is in use already" in again.stderr
+    (passt,) = product.named("passt")
+    passt.send_signal(signal.SIGKILL)
+    product.wait_gone(passt.pid)
+    assert ask(port) == b"hello from web\n"
+    guest.kill()
+    _, errors = guest.communicate()
+    assert b"passt ended; it is started again" in errors
+
+
+def test_a_plan_of_ones_own_and_restricted(product: Product) -> None:
+    """net=, dns= as the guest gets them; restrict=on: forwarded ports answer, the host cannot be reached."""
+    port, file = free_port(), product.runtime / "x.pcap"
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        host = listener.getsockname()[1]
+        netdev = f"user,id=n0,net=10.0.2.0/24,dns=10.0.2.3,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:{port}-:80"
+        reach = f"nc -w 3 10.0.2.2 {host} </dev/null && echo reached || echo not reached"
+        script = f"ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; cat /etc/resolv.conf; {reach}; echo up; {SERVE}"
+        guest = product.start("run", "--name", "web", "--netdev", netdev, "--", "sh", "-c", script)
+        said = read_until(guest, b"up\n", 120)
+        assert b"inet 10.0.2.15/24" in said
+        assert b"nameserver 10.0.2.3" in said
+        assert b"not reached" in said
+        assert ask(port) == b"hello from web\n"
+        guest.kill()
+        guest.communicate()
+        assert not file.exists()
+
+
+def test_without_passt_the_message_says_what_to_install(product: Product, tmp_path: Path) -> None:
+    product.environment["PATH"] = os.pathsep.join(
+        folder for folder in os.environ["PATH"].split(os.pathsep) if not os.path.exists(os.path.join(folder, "passt"))
+    )
+    done = product.run("run", "-p", "8080:80", "--", "true")
+    assert done.returncode == 125
+    assert b"apt install passt" in done.stderr
