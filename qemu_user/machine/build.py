@@ -51,7 +51,7 @@ from qemu_user.machine.debug_console import DebugConsole
 from qemu_user.machine.drives import open_drive
 from qemu_user.machine.irq import PHANDLE_CONTROLLER, PHANDLE_TEST, Interrupts
 from qemu_user.machine.kicks import Kicks
-from qemu_user.machine.networks import open_net
+from qemu_user.machine.networks import open_net, start_net
 from qemu_user.machine.pci import assign, make_host
 
 Power = Callable[[str, int], None]
@@ -83,6 +83,8 @@ class Parts:
         self.vmgenid: VmGenId | None = None
         self.chardevs: dict[str, Chardev] = {}
         self.debug_console: DebugConsole
+        self.arriving = False
+        """Whether the VM comes from elsewhere: set before start_backends()."""
         self._console_path, self._log_path = console_path, log_path
         self._directory = os.path.dirname(console_path)
 
@@ -301,7 +303,7 @@ class Parts:
             transport.warn = warn
         for net, card in zip(self.nets, self.cards, strict=True):
             net.warn = warn
-            net.start(self._loops[card.name])
+            start_net(net, self._loops[card.name], self.arriving)
         if self.vsock is not None:
             self.vsock.start(self.loop)
 

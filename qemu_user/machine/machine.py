@@ -139,6 +139,7 @@ class Machine:
                 self.status = INMIGRATE
             else:
                 self._load()
+            self.parts.arriving = arriving or predecessor is not None
             self.parts.start_backends(self.warn, self.quit, self._disk_news)
         except (BackendError, boot.BootError) as error:
             self.close()

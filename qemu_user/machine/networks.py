@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from qemu_user.backends.errors import BackendBusy, BackendError
+from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
 from qemu_user.config.machine_config import Net
+
+_RETRY_SECONDS, _PATIENCE = 0.1, 300
 
 
 def open_net(config: Net, vm: str) -> NetBackend:
@@ -15,6 +19,38 @@ def open_net(config: Net, vm: str) -> NetBackend:
         for dump in config.dumps:
             backend = DumpedNet(backend, dump.file, dump.longest)
     return backend
+
+
+def start_net(net: NetBackend, loop: IoLoop, arriving: bool) -> None:
+    """Begin; for a VM that arrives, what its source may still have (an address, an interface) is waited for. BackendError."""
+    net.arriving = arriving
+    try:
+        net.start(loop)
+    except BackendBusy as error:
+        if not arriving:
+            raise
+        _Waiting(net, loop, str(error)).later()
+
+
+class _Waiting:
+    """Tries again until it works; the user is told once when that takes long."""
+
+    def __init__(self, net: NetBackend, loop: IoLoop, sentence: str) -> None:
+        self._net, self._loop, self._sentence, self._tries = net, loop, sentence, 0
+
+    def later(self) -> None:
+        self._loop.call_later(_RETRY_SECONDS, self._again)
+
+    def _again(self) -> None:
+        self._tries += 1
+        try:
+            self._net.start(self._loop)
+        except BackendBusy:
+            if self._tries == _PATIENCE:
+                self._net.warn(f"{self._sentence}; the guest has no network until that changes")
+            self.later()
+        except BackendError as error:
+            self._net.warn(f"{error}; the guest has no network")
 
 
 def _open(config: Net, vm: str) -> NetBackend:

@@ -71,6 +71,8 @@ class LinkPort(Port):
         kind = bytes(data[:1])
         if kind == HELLO:
             self._hello(bytes(data[1:]))
+        elif kind == FRAMES and self._paused:
+            self.rx_refused += 1  # nobody there can be made to wait: a message that is too much is lost
         elif kind == FRAMES and self.is_up:
             try:
                 done = self.forward(self, data, 1, len(data))

@@ -105,6 +105,50 @@ def test_the_host_through_a_tap(namespace: str, offloads: str) -> None:
             assert switch.process.poll() is None
 
 
+def test_a_tap_of_the_vm_itself(namespace: str) -> None:
+    """-netdev tap inside the namespace: the host's kernel at the other end; vhost=on is told to be ignored."""
+    inside = ["ip", "netns", "exec", namespace]
+    with Product() as product:
+        for words in ("tuntap add t1 mode tap", "addr add 10.2.0.1/24 dev t1", "link set t1 up"):
+            subprocess.run([*inside, "ip", *words.split()], check=True)
+        netdev = "tap,id=n0,ifname=t1,script=no,downscript=no,vhost=on"
+        ran = subprocess.run(
+            [*inside, *product.command("run", "--netdev", netdev, "--", *on("10.2.0.2", PING.format("10.2.0.1")))],
+            capture_output=True, timeout=120, check=False, env=product.environment, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert b"reached 10.2.0.1" in ran.stdout, ran.stderr
+        assert b"vhost=on is ignored" in ran.stderr
+        missing = product.run("run", "--netdev", "tap,ifname=averyveryverylongname", "--", "true")
+        assert missing.returncode == 125
+        assert b"is not an interface name" in missing.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.qemu
+@pytest.mark.skipif(shutil.which("qemu-system-riscv64") is None, reason="needs QEMU (apt install qemu-system-misc)")
+@pytest.mark.parametrize(
+    ("port", "netdev"),
+    [
+        ("q,listen={a}", "stream,id=n,server=off,addr.type=unix,addr.path={a}"),
+        ("q,connect={a}", "stream,id=n,server=on,addr.type=unix,addr.path={a}"),
+        ("q,local={a},remote={b}", "dgram,id=n,local.type=unix,local.path={b},remote.type=unix,remote.path={a}"),
+    ],
+    ids=["listen", "connect", "dgram"],
+)
+def test_places_for_qemu(product: Product, tmp_path: Path, port: str, netdev: str) -> None:
+    port, netdev = (text.format(a=tmp_path / "a", b=tmp_path / "b") for text in (port, netdev))
+    with RunningSwitch(product, "--port", f"{port},vlan=3"):
+        ours = ["--netdev", "switch,id=n0,name=lan,vlan=3"]
+        server = product.start("run", "--name", "a", *ours, "--", *on("10.0.0.1", "echo up; nc -l -p 9 | md5sum; cat"))
+        read_until(server, b"up\n", 120)
+        make = "dd if=/dev/urandom of=/f bs=64k count=8 2>/dev/null; md5sum </f; nc 10.0.0.1 9 </f"
+        said = QemuGuest(tmp_path, netdev, on("10.0.0.2", f"{PING.format('10.0.0.1')}; {make}")).run(150)
+        assert "reached 10.0.0.1" in said
+        assert read_until(server, b"-\n", 60).decode().split()[0] in said
+        server.kill()
+        server.communicate()
+
+
 def test_a_vm_is_handed_over_and_found_again(product: Product) -> None:
     """Live migration on one host: the switch learns the new port from the announcement, TCP goes on."""
     with RunningSwitch(product) as switch:

@@ -7,11 +7,12 @@ the first.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
-from qemu_user.backends.errors import BackendError
+from qemu_user.backends.errors import BackendBusy, BackendError
 from qemu_user.backends.io_loop import IoLoop
 
 
@@ -33,7 +34,8 @@ def listen_unix(path: str, what: str) -> socket.socket:
         listener.listen(8)
     except OSError as error:
         listener.close()
-        raise BackendError(f"{what}: cannot listen on {path}: {error.strerror or error}") from error
+        kind = BackendBusy if error.errno == errno.EADDRINUSE else BackendError
+        raise kind(f"{what}: cannot listen on {path}: {error.strerror or error}") from error
     finally:
         os.umask(before)
     return listener

@@ -53,6 +53,8 @@ class NetBackend:
     """Whether every frame, either way, is preceded by a virtio-net header (12 bytes, virtio 1.2, 5.1.6): then checksums
     may be left open and TCP segments be up to 64 KiB.
     """
+    arriving = False
+    """Whether the VM comes from elsewhere: its source may still have what this one needs. Set before start()."""
     trusted = False
     """Whether frames cannot be damaged on the way, in either direction, and the far end knows: checksums of TCP and UDP need
     not be verified, so they need not be there.

@@ -5,11 +5,12 @@ a connection: nobody knows whether the other is there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections import deque
 
-from qemu_user.backends.errors import BackendError
+from qemu_user.backends.errors import BackendBusy, BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
 
@@ -40,7 +41,8 @@ def bind_unix(path: str, what: str) -> socket.socket:
         sock.bind(path)
     except OSError as error:
         sock.close()
-        raise BackendError(f"{what}: cannot bind {path}: {error.strerror or error}") from error
+        kind = BackendBusy if error.errno == errno.EADDRINUSE else BackendError
+        raise kind(f"{what}: cannot bind {path}: {error.strerror or error}") from error
     finally:
         os.umask(before)
     _prepare(sock)
@@ -95,7 +97,8 @@ class DgramNet(NetBackend):
                 sock.close()
                 raise
         except OSError as error:
-            raise BackendError(f"netdev {self.name}: {host}:{port}: {error.strerror or error}") from error
+            what = BackendBusy if error.errno == errno.EADDRINUSE else BackendError
+            raise what(f"netdev {self.name}: {host}:{port}: {error.strerror or error}") from error
         _prepare(sock)
         return sock
 

@@ -45,6 +45,7 @@ class DumpedNet(NetBackend):
 
     def start(self, loop: IoLoop) -> None:
         self._loop = loop
+        self._inner.arriving = self.arriving
         self._inner.start(loop)
 
     # -- the device's side -------------------------------------------------------------------------

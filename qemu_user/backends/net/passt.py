@@ -17,7 +17,7 @@ import socket
 import time
 from typing import NamedTuple
 
-from qemu_user.backends.errors import BackendError
+from qemu_user.backends.errors import BackendBusy, BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.restrict import allowed
 from qemu_user.backends.net.stream import SocketNet
@@ -34,6 +34,7 @@ _BURST = 8 << 20
 _RESTARTS, _RESTARTS_SECONDS = 3, 60.0
 """So often within so long passt is started again."""
 _RESTART_SECONDS = 0.2
+_PORTS_SECONDS = 3.0
 _HEAD = 128
 """Bytes of a frame that restrict=on looks at."""
 
@@ -63,6 +64,14 @@ class Forward(NamedTuple):
         address = f"{self.host}/" if self.host else ""
         return ["-t" if self.protocol == "tcp" else "-u", f"{address}{self.port}:{self.guest_port}"]
 
+    def busy(self, name: str) -> str:
+        """Why the port cannot be had now; "" if it can."""
+        try:
+            self.check(name)
+        except BackendError as error:
+            return str(error)
+        return ""
+
     def check(self, name: str) -> None:
         """passt says nothing of a port that it cannot have: try. BackendError."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -82,7 +91,8 @@ class Forward(NamedTuple):
                     why = "is in use already; choose another port"
                 else:
                     why = f"cannot be had: {error.strerror or error}"
-                raise BackendError(f"netdev {name}: {self.protocol} port {where} of the host {why}") from error
+                what = BackendBusy if error.errno == errno.EADDRINUSE else BackendError
+                raise what(f"netdev {name}: {self.protocol} port {where} of the host {why}") from error
 
 
 class UserNetwork(NamedTuple):
@@ -123,7 +133,7 @@ class PasstNet(SocketNet):
     def __init__(self, name: str, forwards: tuple[str, ...] = (), network: UserNetwork = _AS_THE_HOST) -> None:
         super().__init__(name)
         self._forwards = [Forward.parse(rule) for rule in forwards]
-        self._options = [*network.options(), *(word for forward in self._forwards for word in forward.option())]
+        self._network = network
         self._restrict = network.restrict
         self._udp_ports = frozenset(forward.guest_port for forward in self._forwards if forward.protocol == "udp")
         self._child = 0
@@ -131,15 +141,39 @@ class PasstNet(SocketNet):
         self._said = b""
         self._starts: list[float] = []
         self._closed = False
+        self._wanted = 0.0
+        """Since when the VM, running here, has no passt because of its ports."""
         program = shutil.which("passt")
         if program is None:
             raise BackendError(MISSING.format(name=name))
         self._program = program
 
     def start(self, loop: IoLoop) -> None:
-        for forward in self._forwards:
-            forward.check(self.name)
-        self._spawn(loop)
+        self._loop = loop
+        try:
+            for forward in self._forwards:
+                forward.check(self.name)
+        except BackendBusy:
+            if not self.arriving:
+                raise
+            loop.call_later(_RESTART_SECONDS, self._await_ports)
+        else:
+            self._spawn(loop)
+
+    def _await_ports(self) -> None:
+        """The VM comes from elsewhere: its ports are its source's, as long as that is there. Once the VM runs here it gets a
+        network soon, with the ports that there are then.
+        """
+        if self._closed or self._loop is None:
+            return
+        busy = [why for forward in self._forwards if (why := forward.busy(self.name))]
+        if busy and not (self._wanted and time.monotonic() - self._wanted > _PORTS_SECONDS):
+            self._loop.call_later(_RESTART_SECONDS, self._await_ports)
+            return
+        for why in busy:
+            self.warn(f"{why}; it does not lead to this VM")
+        self._forwards = [forward for forward in self._forwards if not forward.busy(self.name)]
+        self._restart()
 
     def _spawn(self, loop: IoLoop) -> None:
         self._loop = loop
@@ -153,7 +187,8 @@ class PasstNet(SocketNet):
         # As root it would become nobody, which a container may not allow. It needs no privilege: it stays who
         # we are.
         who = ["--runas", f"{os.getuid()}:{os.getgid()}"] if os.getuid() == 0 else []
-        command = [self._program, "-f", "-q", "-1", *who, *self._options, "--fd", "3"]
+        ports = [word for forward in self._forwards for word in forward.option()]
+        command = [self._program, "-f", "-q", "-1", *who, *self._network.options(), *ports, "--fd", "3"]
         actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((null, 0), (null, 1), (theirs_errors, 2))]
         try:
             self._child = os.posix_spawn(
@@ -194,6 +229,8 @@ class PasstNet(SocketNet):
             self._errors = -1
 
     def send(self, frame: list[memoryview]) -> bool:
+        if not self._child and not self._wanted:
+            self._wanted = time.monotonic()
         if self._restrict and not allowed(b"".join(frame)[:_HEAD], self._udp_ports):
             return True
         return super().send(frame)

@@ -8,12 +8,13 @@ then waits for the next one, a client tries again when `reconnect` says so.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 
 from protocol.codec.ethernet_stream import FrameReader, StreamError, header
 from qemu_user.backends.chardev.unix_socket import listen_unix
-from qemu_user.backends.errors import BackendError
+from qemu_user.backends.errors import BackendBusy, BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
 
@@ -208,7 +209,8 @@ class StreamNet(SocketNet):
                 family = socket.AF_INET6 if ":" in host else socket.AF_INET
                 listener = socket.create_server((host, port), family=family, backlog=1)
         except OSError as error:
-            raise BackendError(f"netdev {self.name}: cannot listen on {self.where}: {error.strerror or error}") from error
+            kind = BackendBusy if error.errno == errno.EADDRINUSE else BackendError
+            raise kind(f"netdev {self.name}: cannot listen on {self.where}: {error.strerror or error}") from error
         listener.setblocking(False)
         self._listener = listener
         assert self._loop is not None

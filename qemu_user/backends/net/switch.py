@@ -39,7 +39,9 @@ class SwitchNet(SocketNet):
                 f"netdev {self.name}: no switch {self._switch} is running (nobody listens on {self._path}); "
                 f"start it with: softkvm switch run -d {self._switch}"
             )
-        if not select.select([sock], [], [], _ANSWER_SECONDS)[0]:
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        if not poll.poll(_ANSWER_SECONDS * 1000):
             sock.close()
             raise BackendError(f"netdev {self.name}: switch {self._switch} does not answer")
         if refusal := self._answered(sock):

@@ -11,7 +11,7 @@ import fcntl
 import os
 import struct
 
-from qemu_user.backends.errors import BackendError
+from qemu_user.backends.errors import BackendBusy, BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
 
@@ -37,7 +37,8 @@ def open_tap(ifname: str, what: str) -> int:
     except OSError as error:
         if fd >= 0:
             os.close(fd)
-        raise BackendError(
+        kind = BackendBusy if error.errno == errno.EBUSY else BackendError
+        raise kind(
             f"{what}: tap interface {ifname}: {error.strerror} (make it with "
             f"'ip tuntap add {ifname} mode tap user $USER' as root, or use -netdev user)"
         ) from error

@@ -603,6 +603,41 @@ def test_a_port_in_use_is_told(loop: Loop, kind: int) -> None:
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt (apt install passt)")
+def test_who_arrives_waits_for_its_sources_ports(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qemu_user.backends.net.passt._PORTS_SECONDS", 0.5)
+    front, warnings = NetFront(), list[str]()
+    with socket.create_server(("127.0.0.1", 0)) as source:
+        port = source.getsockname()[1]
+        net, other = (PasstNet("n", (f"tcp:127.0.0.1:{port}-:22",)) for _ in range(2))
+        for each in (net, other):
+            each.arriving = True
+            each.warn = warnings.append
+            each.start(loop)
+        net.connect(front)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            loop.turn(0.05)
+        assert not net.is_up
+        assert net.send([memoryview(bytes(60))]), "it runs here now"
+        loop.until(lambda: net.is_up)
+        assert len(warnings) == 1
+        assert f"port 127.0.0.1:{port} of the host is in use already" in warnings[0]
+        assert not other.is_up
+    loop.until(lambda: other.is_up)  # the source is gone
+    end = time.monotonic() + 5
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            assert time.monotonic() < end
+            loop.turn(0.05)
+    assert len(warnings) == 1
+    net.close()
+    other.close()
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt (apt install passt)")
 def test_passt_is_started_again(loop: Loop) -> None:
     front, warnings = NetFront(), list[str]()
     net = PasstNet("n")
