@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> int:
     capture.add_argument("name")
     capture.add_argument("file")
     capture.add_argument("--port", action="append", default=[], help="only this port, both directions")
+    capture.add_argument("--stop", action="store_true", help="end a recording whose command was killed")
     stop = verbs.add_parser("stop", help="end a switch")
     stop.add_argument("name", nargs="+")
     options = parser.parse_args(arguments)
@@ -225,12 +226,17 @@ def _unplug(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _capture(options: argparse.Namespace, arguments: list[str]) -> int:
     path = os.path.abspath(options.file)
+    if options.stop:
+        return _captured(_ask(options.name, "capture-stop", file=path))
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     _ask(options.name, "capture", file=path, ports=options.port)
     _log(f"records {options.name} to {path}; Ctrl-C ends it")
     signal.sigwait(signals)
-    done = _ask(options.name, "capture-stop", file=path)
+    return _captured(_ask(options.name, "capture-stop", file=path))
+
+
+def _captured(done: dict[str, Any]) -> int:
     lost = f", {done['dropped']} lost" if done["dropped"] else ""
     _log(f"{done['frames']} frames{lost}")
     return 0

@@ -87,3 +87,21 @@ def test_without_passt_the_message_says_what_to_install(product: Product, tmp_pa
     done = product.run("run", "-p", "8080:80", "--", "true")
     assert done.returncode == 125
     assert b"apt install passt" in done.stderr
+
+
+def test_published_ports_move_with_the_vm(product: Product) -> None:
+    """A hand-over on one host: the port leads to the VM before and after."""
+    port = free_port()
+    guest = product.start("run", "--name", "web", "-p", f"127.0.0.1:{port}:80", "--", "sh", "-c", f"echo up; {SERVE}")
+    read_until(guest, b"up\n", 120)
+    assert ask(port) == b"hello from web\n"
+    host = product.start("host", "serve")
+    assert host.stderr is not None
+    uri = host.stderr.readline().decode().split()[-1]
+    moved = product.run("migrate", "web", uri)
+    assert moved.returncode == 0, moved.stderr
+    assert ask(port) == b"hello from web\n"
+    host.kill()
+    host.communicate()
+    guest.kill()
+    guest.communicate()

@@ -173,6 +173,14 @@ def test_captures_are_read_by_tshark(product: Product, tmp_path: Path) -> None:
             assert len(list(b.frames(5))) == 5
             b.send(frame(mac(1), mac(2), tag=b"\x81\0\0\x01"))
             assert a.receive()
+            other = tmp_path / "killed.pcapng"
+            killed = product.start("switch", "capture", "lan", str(other))
+            assert killed.stderr is not None
+            killed.stderr.readline()
+            killed.kill()
+            killed.communicate()
+            stopped = switch.verb("capture", "lan", str(other), "--stop")
+            assert (stopped.returncode, b"0 frames" in stopped.stderr) == (0, True)
             recording.send_signal(signal.SIGINT)
             assert b"6 frames" in recording.communicate(timeout=20)[1]
         assert b"no capture" not in switch.verb("show").stdout
