@@ -20,7 +20,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt (apt install passt)"),
 ]
 
-SERVE = "while :; do echo hello from $(hostname) | nc -l -p 80; done"
+SERVE = "while :; do echo hello from $(hostname) | nc -w 5 -l -p 80 2>/dev/null; done"
+"""-w: a connection whose other end was killed does not stay for ever."""
 
 
 def free_port() -> int:
@@ -28,7 +29,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ask(port: int, seconds: float = 30) -> bytes:
+def ask(port: int, seconds: float = 60) -> bytes:
     """What the guest's server says through a forwarded port."""
     end = time.monotonic() + seconds
     while True:
