@@ -1,8 +1,9 @@
 """The KVM structs that cross the protocol, in <linux/kvm.h> order (KVM_ABI section 1.3).
 
-One line per struct says it all. Used by the client, by kvmcore's dispatcher and handlers (each ioctl parses one, so
-it costs a microsecond), and by the tests that compare every size with the C header. The exit path must not use it: see
-run_page.
+One line per struct says it all; `Layout.construct` is the same as a construct Struct, for tools that dissect or make
+messages. parse() and build() do the work with the struct module, which costs a microsecond. Used by the client, by kvmcore's
+dispatcher and handlers (each ioctl parses one), and by the tests that compare every size with the C header. The exit path
+must not use it: see run_page.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import re
 import struct
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import construct
 
 _WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}
 _CODES = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q"}
@@ -64,6 +68,23 @@ class Layout:
         self.fields = tuple(fields)
         self.size = offset
         self._arrays = any(field.array for field in fields)
+
+    @cached_property
+    def construct(self) -> construct.Struct:
+        """The definition in construct's terms; absent members build as zero. Imported on first use."""
+        import construct as c
+
+        scalars = {"u8": c.Int8ul, "u16": c.Int16ul, "u32": c.Int32ul, "s32": c.Int32sl, "u64": c.Int64ul}
+        members = []
+        for field in self.fields:
+            if field.type == "bytes":
+                member = c.Default(c.Bytes(field.size), bytes(field.size))
+            elif field.count is not None:
+                member = c.Default(c.Array(field.count, scalars[field.type]), [0] * field.count)
+            else:
+                member = c.Default(scalars[field.type], 0)
+            members.append(field.name / member)
+        return c.Struct(*members)
 
     @cached_property
     def _struct(self) -> struct.Struct:

@@ -33,6 +33,18 @@ def test_layout_round_trip(layout: structs.Layout) -> None:
     assert layout.build() == bytes(layout.size)
 
 
+@pytest.mark.parametrize("layout", structs.LAYOUTS, ids=lambda layout: layout.name)
+def test_construct_says_the_same(layout: structs.Layout) -> None:
+    data = bytes(range(255, 255 - layout.size, -1))
+    ours, theirs = layout.parse(data), layout.construct.parse(data)
+    assert layout.construct.sizeof() == layout.size
+    for field in layout.fields:
+        value = getattr(ours, field.name)
+        assert (list(value) if field.array else value) == getattr(theirs, field.name)
+    assert layout.construct.build(theirs) == data
+    assert layout.construct.build({}) == layout.build()
+
+
 def test_build_refuses_what_is_not_there() -> None:
     with pytest.raises(TypeError, match="nonsense"):
         structs.ONE_REG.build(nonsense=1)
