@@ -87,7 +87,7 @@ def run(rounds: int, seconds: float, only: str, tell: Callable[[str], None]) -> 
     image = Store().ensure("busybox", lambda *_: None)
     tell("fio and iperf3 for the guest")
     programs = io_image.ensure(lambda *_: None)
-    with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name, _iperf_server("iperf3" in missing) as port:
+    with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name, iperf_server("iperf3" in missing) as port:
         folder = Path(name)
         initrd, disk = folder / "initrd", folder / "disk.raw"
         initrd.write_bytes(image.initrd.read_bytes() + programs.read_bytes() + io_image.script())
@@ -95,11 +95,11 @@ def run(rounds: int, seconds: float, only: str, tell: Callable[[str], None]) -> 
         guest = f"quiet bench.seconds={seconds:g} bench.port={port} bench.only={','.join(wanted)}"
         sides = {"softkvm": _softkvm(image.kernel, initrd, disk, guest, "passt" not in missing)}
         if QEMU not in missing:
-            sides["qemu"] = _qemu(image.kernel, initrd, disk, guest)
+            sides["qemu"] = qemu_command(image.kernel, initrd, disk, guest)
         for number in range(rounds):
             for side, command in sides.items():
                 tell(f"round {number + 1} of {rounds}, {side}")
-                keep(side, _boot(side, command, tell))
+                keep(side, boot(side, command, tell))
     return values
 
 
@@ -111,7 +111,7 @@ def _softkvm(kernel: Path, initrd: Path, disk: Path, append: str, network: bool)
     return [*command, "-append", f"console=hvc0 bench.console=hvc0 {append}"]
 
 
-def _qemu(kernel: Path, initrd: Path, disk: Path, append: str) -> list[str]:
+def qemu_command(kernel: Path, initrd: Path, disk: Path, append: str) -> list[str]:
     command = [QEMU, "-M", "virt", "-m", "1024M", "-nographic", "-monitor", "none", "-no-reboot", "-kernel", str(kernel)]
     command += ["-initrd", str(initrd), "-drive", f"file={disk},format=raw,if=virtio", "-netdev", "user,id=n"]
     command += ["-device", "virtio-net-pci,netdev=n,romfile="]
@@ -127,7 +127,7 @@ def _fill(disk: Path) -> None:
 
 
 @contextmanager
-def _iperf_server(missing: bool) -> Iterator[int]:
+def iperf_server(missing: bool) -> Iterator[int]:
     """The port of an iperf3 on this host; 0 if there is none."""
     if missing:
         yield 0
@@ -144,7 +144,7 @@ def _iperf_server(missing: bool) -> Iterator[int]:
         server.wait()
 
 
-def _boot(side: str, command: list[str], tell: Callable[[str], None]) -> dict[str, float]:
+def boot(side: str, command: list[str], tell: Callable[[str], None]) -> dict[str, float]:
     """What one run of the guest reports."""
     found: dict[str, float] = {}
     started = begun = time.monotonic()

@@ -13,6 +13,8 @@ for word in $(cat /proc/cmdline); do
         bench.seconds=*) seconds=${word#*=} ;;
         bench.only=*) only=${word#*=} ;;
         bench.port=*) port=${word#*=} ;;
+        bench.address=*) address=${word#*=} ;;  # where nobody answers DHCP
+        bench.gateway=*) gateway=${word#*=} ;;
     esac
 done
 while [ ! -c "/dev/$console" ]; do usleep 2000; done
@@ -42,8 +44,8 @@ case $(cat /sys/bus/virtio/devices/*/device) in *0x0001*)
 esac
 if [ -e /sys/class/net/eth0 ] && { wanted ping || wanted iperf-out || wanted iperf-in; }; then
     ip link set eth0 up
-    udhcpc -q -n -t 5 -T 1 -i eth0 -s /etc/udhcpc.script >/dev/null 2>&1
-    gateway=$(ip route | sed -n 's/^default via \([^ ]*\).*/\1/p')
+    [ -n "$address" ] && ip addr add "$address" dev eth0 || udhcpc -q -n -t 5 -T 1 -i eth0 -s /etc/udhcpc.script >/dev/null 2>&1
+    [ -n "$gateway" ] || gateway=$(ip route | sed -n 's/^default via \([^ ]*\).*/\1/p')
     # Average of the round trips, in milliseconds.
     if wanted ping; then
         out=$(ping -c 100 -A "$gateway" 2>&1)

@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     from qemu_user.images.errors import ImageError
 
     parser = argparse.ArgumentParser(prog="softkvm bench", description="Measure what softkvm promises.")
-    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "debian", "smp", "io", "migration"))
+    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "debian", "smp", "io", "switch", "migration"))
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side, alternated (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="all but migration: for each kernel in a run (default: 1)")
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="migration: of the guest (default: 512)")
     options = parser.parse_args(arguments)
     try:
-        groups = {"boot": _boot, "debian": _debian, "smp": _smp, "io": _io, "migration": _migration}
+        groups = {"boot": _boot, "debian": _debian, "smp": _smp, "io": _io, "switch": _switch, "migration": _migration}
         measure = groups.get(options.what, _processor)
         figures = measure(options)
     except (BenchError, RuntimeError, ImageError, OSError) as error:
@@ -96,6 +96,16 @@ def _io(options: argparse.Namespace) -> dict[str, Any]:
     _progress("")
     print(io.table(rows))
     return {"io": rows}
+
+
+def _switch(options: argparse.Namespace) -> dict[str, Any]:
+    """The network through `softkvm switch` and a tap."""
+    from qemu_user.bench import io, switch
+
+    rows = io.figures(switch.run(options.rounds, options.seconds, options.only, _progress))
+    _progress("")
+    print(io.table(rows))
+    return {"switch": rows}
 
 
 def _migration(options: argparse.Namespace) -> dict[str, Any]:

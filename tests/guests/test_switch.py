@@ -207,3 +207,12 @@ def test_what_users_get_wrong(product: Product) -> None:
         done = product.run("run", "--name", "a", "--netdev", "switch,name=lan,vlan=4", "--", "true")
         assert done.returncode == 125
         assert b"settings of its own for port a" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("iperf3") is None, reason="needs root and iperf3 (apt install iperf3)")
+def test_bench_switch(product: Product) -> None:
+    done = product.run("bench", "switch", "--rounds", "1", "--seconds", "1", "--only", "ping,iperf-out", seconds=270)
+    assert done.returncode == 0, done.stderr
+    assert b"iperf3 guest to host" in done.stdout
+    assert not product.named("iperf3")
