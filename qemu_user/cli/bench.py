@@ -60,9 +60,9 @@ def _boot(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _debian(options: argparse.Namespace) -> dict[str, Any]:
-    from qemu_user.bench import processor, system
+    from qemu_user.bench import debian_boot, processor
 
-    kernels = system.boots(options.rounds, _progress)
+    kernels = debian_boot.boots(options.rounds, _progress)
     _progress("")
     print(processor.table(kernels))
     return {"debian": processor.figures(kernels)}
