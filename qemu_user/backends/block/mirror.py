@@ -20,7 +20,7 @@ from contextlib import suppress
 from qemu_user.backends.block.mirror_state import Record, StateFile
 from qemu_user.backends.block.raw import BlockBackend, unheard
 from qemu_user.backends.block.views import is_zero
-from qemu_user.backends.errors import BackendError
+from qemu_user.backends.errors import BackendBusy, BackendError
 
 GOOD, COPYING, OUT = "in sync", "being copied", "out"
 _REGION = 1 << 20
@@ -71,6 +71,8 @@ class MirrorDisk:
         for member in self.members:
             try:
                 member.disk = member.open_it(locked)
+            except BackendBusy:
+                raise  # it is there, and another VM may be writing it
             except BackendError as error:
                 if not degraded:
                     hint = "degraded=on starts without it, and what only it has is lost then"

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from qemu_user import holes
 from qemu_user.backends.block import locks
-from qemu_user.backends.errors import BackendError
+from qemu_user.backends.errors import BackendBusy, BackendError
 
 SECTOR = 512
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
@@ -150,7 +150,7 @@ class RawImage:
             return
         how = "is being written by" if self.readonly else "is in use by"
         hint = "" if self.readonly else "; VMs can share an image if all have it readonly=on"
-        raise BackendError(f"disk image {self.path}: {how} another VM or process{hint}")
+        raise BackendBusy(f"disk image {self.path}: {how} another VM or process{hint}")
 
     def unlock(self) -> None:
         """Let others have it: nothing is read or written until lock()."""

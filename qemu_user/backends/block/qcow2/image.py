@@ -184,10 +184,17 @@ class Qcow2Image:
     def read(self, offset: int, views: list[memoryview]) -> None:
         """Fill `views` from `offset` on."""
         end = offset + sum(map(len, views))
+        if offset >= end:
+            return
         with self._lock:
-            runs = self._runs(offset, end)
+            # Most reads are of data within one cluster.
+            host = self._data_at(offset) if offset >> self._bits == end - 1 >> self._bits else 0
+            runs = self._runs(offset, end) if not host else []
             epoch = self._enter()
         try:
+            if host:
+                self.file.read(host, views)
+                return
             if len(runs) == 1:
                 self._read_run(runs[0], offset, views)
                 return
@@ -197,6 +204,18 @@ class Qcow2Image:
                 offset += run.length
         finally:
             self._leave(epoch)
+
+    def _data_at(self, offset: int) -> int:
+        """Where in the file a byte of the disk is, if it is in a plain data cluster; 0 if not."""
+        if not self._active:
+            return 0
+        table = self._mapping.table(offset >> self._bits + self._mapping.bits)
+        if table is None:
+            return 0
+        entry = table.entries[offset >> self._bits & self._mapping.per_table - 1]
+        if entry & COMPRESSED or (entry & ZERO and self._header.version >= 3) or not entry & OFFSET_MASK:
+            return 0
+        return self._host(entry) + (offset & self._cluster - 1)
 
     def _read_run(self, run: _Run, offset: int, views: list[memoryview]) -> None:
         if run.kind == _DATA:

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from qemu_user.backends.block import mirror as mirrors
@@ -369,8 +370,9 @@ def test_different_kinds_of_members(tmp_path: Path) -> None:
     config = Drive(file=str(raw), layout="mirror", members=(str(raw), str(qcow2)), discard=True)
     with closing(open_drive(config)) as disk:
         put(disk, 12345 * 512, b"m" * 5120)
-        with pytest.raises(BackendError, match="in use"):
-            open_drive(config)
+        for degraded in (False, True):
+            with pytest.raises(BackendError, match="in use"):
+                open_drive(msgspec.structs.replace(config, degraded=degraded))
     with closing(open_disk(str(qcow2))) as alone:
         assert get(alone, 12345 * 512, 5120) == b"m" * 5120
 
