@@ -73,6 +73,8 @@ class Machine:
         self.state.pool = _address(self._pool)
         self.state.pool_size = pool_bytes
         self._slots = (machine_state.Slot * 0)()
+        self._no_slot = machine_state.Slot()
+        self.state.main_slot = ctypes.addressof(self._no_slot)
         self._imsics = (ctypes.c_uint64 * 0)()
         self._retired: list[object] = []
         self.flushes_of_pool = 0
@@ -124,6 +126,9 @@ class Machine:
                 slot.flags |= machine_state.SLOT_ABSENT
             slot.dirty, slot.userfault = view.dirty_bitmap, view.userfault_bitmap
         self.state.slots, self.state.slot_count = ctypes.addressof(slots), len(slots)
+        there = [slot for slot in slots if not slot.flags & machine_state.SLOT_ABSENT and not slot.userfault]
+        main = max(there, key=lambda slot: int(slot.end - slot.start), default=self._no_slot)
+        self.state.main_slot = ctypes.addressof(main)
         before, self._slots = self._slots, slots
         self._retire(before)
         self.forget_decoded()

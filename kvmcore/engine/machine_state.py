@@ -66,6 +66,7 @@ class MachineState(ctypes.Structure):
         ("stop", _U64),  # harts must not enter native code
         ("slots", _U64),
         ("slot_count", _U64),
+        ("main_slot", _U64),  # address of the largest slot whose pages are all there, or of an empty one
         ("pool", _U64),  # decoded pages, PAGE_STRIDE bytes each
         ("pool_used", _U64),
         ("pool_size", _U64),

@@ -156,7 +156,7 @@ class Code:
 
     # -- physical memory -------------------------------------------------------------------------------------
     def load_physical(self, address: Value) -> Value:
-        host, status = call("find_memory", self.s, address, u64(0))
+        host, status = call("table_memory", self.s, address)
         if status != OK:
             self.no_page_table(host)
         return load(host, 64, "volatile")

@@ -133,6 +133,8 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "top": (1, _imsic_top),
     "find_slot": (4, softmmu.find_slot),
     "find_memory": (3, softmmu.find_memory),
+    "slot_of": (2, softmmu.slot_of),
+    "table_memory": (2, softmmu.table_memory),
     "walk_load": (2, softmmu.walk_function("load")),
     "walk_store": (2, softmmu.walk_function("store")),
     "walk_fetch": (2, softmmu.walk_function("fetch")),

@@ -59,9 +59,31 @@ def find_slot(h: FunctionHart) -> None:
     returns(slot)
 
 
+def in_main_slot(h: Code, gpa: Value) -> tuple[Value, Value]:
+    """The address of the largest slot whose pages are all there, and whether it has a guest-physical address."""
+    slot = load(h.machine("main_slot"))
+    return slot, (gpa - slot_field(slot, "start")) < (slot_field(slot, "end") - slot_field(slot, "start"))
+
+
+def slot_of(h: FunctionHart) -> None:
+    """(gpa) -> address of its slot, or 0."""
+    slot, inside = in_main_slot(h, p1())
+    if inside:
+        returns(slot)
+    returns(*call("find_slot", h.s, p1(), u64(0), load(h.machine("slot_count"))))
+
+
 def lookup(h: Code, gpa: Value) -> Value:
     """Address of the slot of a guest-physical address, or 0."""
-    return call("find_slot", h.s, gpa, u64(0), load(h.machine("slot_count")))[0]
+    return call("slot_of", h.s, gpa)[0]
+
+
+def table_memory(h: FunctionHart) -> None:
+    """(gpa) -> as find_memory, to read: most page tables are in the main slot."""
+    slot, inside = in_main_slot(h, p1())
+    if inside:
+        returns(p1() + slot_field(slot, "delta"))
+    returns(*call("find_memory", h.s, p1(), u64(0)))
 
 
 def find_memory(h: FunctionHart) -> None:

@@ -213,3 +213,15 @@ def test_a_pointer_that_is_set_two_ways(guest) -> None:
     install(h, "loop")
     for start in starts:
         assert Outcome(h, start, 40, "begin") == Outcome(g, start, 40, "begin")
+
+
+def test_page_tables_in_the_smaller_slot(guest) -> None:
+    g = guest(GROUP)
+    with g.machine.quiesce():
+        g.machine.set_slots([SlotView(RAM, ROOT - RAM, g.address), SlotView(ROOT, 4 << 20, g.address + ROOT - RAM)])
+    paged(g, [_W | _D, _W])
+    first = Outcome(g, WINDOW + 4096 - 64, 16)
+    install(g, "loop")
+    g.harts[0].flush_tlb()
+    assert Outcome(g, WINDOW + 4096 - 64, 16) == first
+    assert not first.exits
