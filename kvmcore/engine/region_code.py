@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvmcore.engine import hart_state, machine_state
+from kvmcore.engine.region_floats import Floats
 from kvmcore.engine.region_hart import trace
 from kvmcore.engine.region_pointers import Pointer, Pointers, access_of
 from kvmcore.engine.regions import Block, Code, Region, Step
@@ -65,6 +66,9 @@ class RegionEmitter(Emitter):
         self._written = {delta: _registers(blocks, "setreg") for delta, blocks in self._traces.items()}
         self._dirty_in = self._dataflow()
         self._pointers = Pointers(region, self._traces, self._written, self._successors, self._in_loops())
+        self._floats = Floats(region.blocks, self._traces, self._successors)
+        self._singles: set[str] = set()
+        """Registers that hold singles before the step that is being written: their variable is f1.s, not f1."""
         self._peeled = self._inner_loop()
         self._copy = ""
         self._checked: set[str] = set()
@@ -87,6 +91,8 @@ class RegionEmitter(Emitter):
             head = self._region.blocks[0]
             self._place = _Place(head, head.steps[0], 0, frozenset(), "entry")
             self._fp_ready()
+        if self._floats.at[0]:
+            self._unbox_first(sorted(self._floats.at[0]))
         self._first, self._lines = self._lines, []
         peeled = self._peeled
         for copy in ("e", ""):
@@ -101,6 +107,8 @@ class RegionEmitter(Emitter):
             entry += [f"  %{name} = alloca {kind}", *(f"  {line}" for line in self._register(name, f"init.{name}"))]
             entry += [f"  %init.{name} = load {kind}, ptr %init.{name}.p, {_STATE}"]
             entry += [f"  store {kind} %init.{name}, ptr %{name}"]
+            if name[0] == "f":
+                entry.append(f"  %{name}.s = alloca float")
         for pointer in self._pointers.all:
             for variable in ("gd", "cb", "cs", "ca") if pointer.kept else ("gd",):
                 entry += [f"  %{variable}.{pointer.name} = alloca i64", f"  store i64 0, ptr %{variable}.{pointer.name}"]
@@ -204,6 +212,7 @@ class RegionEmitter(Emitter):
     def _block(self, block: Block) -> None:
         dirty = self._dirty_in[block.start]
         self._fp_known = block.start in self._fp_in
+        self._singles = set(self._floats.at[block.start])
         self._checked, self._void = set(), set()
         self._label(f"{self._copy}B{_label(block.start)}")
         for index, step in enumerate(block.steps):
@@ -212,6 +221,7 @@ class RegionEmitter(Emitter):
             self._out(f"br label %{prefix}.b0")
             self._step(trace(step, f"{prefix}.") if self._copy else self._traces[step.delta])
             dirty |= self._written[step.delta]
+            self._singles = self._floats.after(step, self._singles)
             if index + 1 < len(block.steps):
                 self._label(f"{prefix}.next")
         last = block.steps[-1]
@@ -332,6 +342,9 @@ class RegionEmitter(Emitter):
             self._spill()
             self._dispatch_at(target, n, count)
             self._label(f"{n}.in")
+        for name in sorted(self._singles - self._floats.at[delta]):
+            n = self.fresh()
+            self._out(f"%{n}d = bitcast i64 {self._boxed(name)} to double", f"store double %{n}d, ptr %{name}")
         self._out(f"store i64 {count}, ptr %icv", f"br label %{copy}B{_label(delta)}")
 
     def _address(self, delta: int) -> str:
@@ -460,12 +473,19 @@ class RegionEmitter(Emitter):
     def _spill(self) -> None:
         for name in sorted(self._place.dirty):
             n, kind = self.fresh(), _kind(name)
+            if name in self._singles:
+                boxed = self._boxed(name)
+                self._out(*self._register(name, n), f"store i64 {boxed}, ptr %{n}.p, {_STATE}")
+                continue
             self._out(f"%{n} = load {kind}, ptr %{name}", *self._register(name, n))
             self._out(f"store {kind} %{n}, ptr %{n}.p, {_STATE}")
 
     def _get_register(self, name: str, result: str) -> None:
         if name[0] == "x":
             self._out(f"%{result} = load i64, ptr %{name}")
+            return
+        if name in self._singles:
+            self._out(f"%{result} = add i64 {self._boxed(name)}, 0")
             return
         n = self.fresh()
         self._out(f"%{n} = load double, ptr %{name}", f"%{result} = bitcast double %{n} to i64")
@@ -480,7 +500,44 @@ class RegionEmitter(Emitter):
                 self._void.add(pointer.name)
             return
         n = self.fresh()
+        if name in self._floats.after(self._place.step, set()):
+            self._out(f"%{n}t = trunc {typed(value)} to i32", f"%{n} = bitcast i32 %{n}t to float")
+            self._out(f"store float %{n}, ptr %{name}.s")
+            return
         self._out(f"%{n} = bitcast {typed(value)} to double", f"store double %{n}, ptr %{name}")
+
+    def _boxed(self, name: str) -> str:
+        """A single as the register has it; LLVM sees through this where it is read as a single."""
+        n = self.fresh()
+        self._out(
+            f"%{n}s = load float, ptr %{name}.s",
+            f"%{n}i = bitcast float %{n}s to i32",
+            f"%{n}z = zext i32 %{n}i to i64",
+            f"%{n} = or i64 %{n}z, {-1 << 32}",
+        )
+        return f"%{n}"
+
+    def _unbox_first(self, names: list[str]) -> None:
+        """At the region's entry: if one of them is no single, the interpreter does the first instruction."""
+        n = self.fresh()
+        head = self._region.blocks[0]
+        self._place = _Place(head, head.steps[0], 0, frozenset(), "entry")
+        both = "true"
+        for name in names:
+            self._out(
+                f"%{n}{name}d = load double, ptr %{name}",
+                f"%{n}{name}i = bitcast double %{n}{name}d to i64",
+                f"%{n}{name}b = icmp uge i64 %{n}{name}i, {-1 << 32}",
+                f"%{n}{name}a = and i1 {both}, %{n}{name}b",
+                f"%{n}{name}t = trunc i64 %{n}{name}i to i32",
+                f"%{n}{name}s = bitcast i32 %{n}{name}t to float",
+                f"store float %{n}{name}s, ptr %{name}.s",
+            )
+            both = f"%{n}{name}a"
+        self._out(f"br i1 {both}, label %{n}.yes, label %{n}.no, {_LIKELY}")
+        self._label(f"{n}.no")
+        self._aside()
+        self._label(f"{n}.yes")
 
     def _fp_ready(self) -> None:
         """FS is dirty and frm is a mode of the host's; else the interpreter sees to it. Asked once in a row of blocks."""
