@@ -41,6 +41,10 @@ class Case:
     f: list[int] = field(default_factory=lambda: [0] * 32)
     csrs: dict[str, int] = field(default_factory=default_csrs)
     name: str = ""
+    keep: tuple[int, ...] = ()
+    """Registers that every round begins with as they are in x; others go on as the last round has left them."""
+    fresh: slice = field(default_factory=lambda: slice(0))
+    """What of the image every round begins with."""
 
 
 @dataclass

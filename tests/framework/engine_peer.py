@@ -40,9 +40,15 @@ def native_image() -> Image:
 class EnginePeer:
     """One machine with one hart. run() may be called any number of times."""
 
-    def __init__(self, limit: float = 1.0, reference: bool = False) -> None:
-        """`limit`: seconds for a case. `reference`: Python instead of native code."""
-        self._limit = limit
+    def __init__(self, limit: float = 1.0, reference: bool = False, rounds: int = 1) -> None:
+        """`limit`: seconds for a case. `reference`: Python instead of native code.
+
+        `rounds`: how often a program is run, each time on what the last one has left in registers and memory.
+        """
+        self._limit = limit * (1 + rounds / 100)
+        self._rounds = rounds
+        self.retired = 0
+        """Instructions of all cases so far."""
         self._reference = reference
         self._memory = mmap.mmap(-1, WINDOW_SIZE)
         self._machine = Machine(native_image(), max_harts=1)
@@ -57,7 +63,10 @@ class EnginePeer:
 
     def _run(self, case: Case) -> Outcome:
         self._begin(case)
-        return self._outcome(self._until_end())
+        before = self.hart.state.icount
+        status = self._until_end(case, self._rounds)
+        self.retired += self.hart.state.icount - before
+        return self._outcome(status)
 
     def _begin(self, case: Case) -> None:
         """Everything as the case has it; decoded pages whose bytes are the same are used again."""
@@ -66,9 +75,21 @@ class EnginePeer:
         hart.reset()
         hart.flush_tlb()
         hart.flush_icache()
-        state.pc, state.mode = case.pc, int(not case.user)
         state.x[:] = [*case.x, 0]
         state.f[:] = case.f
+        self._enter(case)
+
+    def _again(self, case: Case) -> None:
+        """The next round."""
+        self._memory[case.fresh] = case.image[case.fresh]
+        for register in case.keep:
+            self.hart.state.x[register] = case.x[register]
+        self._enter(case)
+
+    def _enter(self, case: Case) -> None:
+        """pc and CSRs as the case has them."""
+        state = self.hart.state
+        state.pc, state.mode = case.pc, int(not case.user)
         for name in _DIRECT:
             setattr(state, name, case.csrs[name])
         for name, shift, mask in _SSTATUS:
@@ -76,28 +97,37 @@ class EnginePeer:
         state.sip = case.csrs["sip"] & 1 << 1
         state.fflags, state.frm = case.csrs["fcsr"] & 31, case.csrs["fcsr"] >> 5 & 7
 
-    def _until_end(self) -> str:
-        hart, state = self.hart, self.hart.state
-        timer = threading.Timer(self._limit, hart.kick)
+    def _until_end(self, case: Case, rounds: int = 1) -> str:
+        timer = threading.Timer(self._limit, self.hart.kick)
         if not self._reference:
             timer.start()
         try:
-            while True:
-                if self._reference:
-                    kind = reference_engine.run(hart, REFERENCE_LIMIT) or ExitKind.KICK
-                else:
-                    kind = hart.run()
-                if kind == ExitKind.ECALL:
-                    if state.x[17] == END:
-                        return "done"
-                    state.x[10], state.x[11] = _U64 - 1, 0
-                    hart.advance(4)
-                elif kind == ExitKind.KICK:
-                    return "timeout"
-                else:
-                    return f"exit {ExitKind(kind).name} at {state.pc:#x}, gpa {state.exit_gpa:#x}"
+            status = self._round()
+            for _ in range(rounds - 1):
+                if status != "done":
+                    break
+                self._again(case)
+                status = self._round()
+            return status
         finally:
             timer.cancel()
+
+    def _round(self) -> str:
+        hart, state = self.hart, self.hart.state
+        while True:
+            if self._reference:
+                kind = reference_engine.run(hart, REFERENCE_LIMIT) or ExitKind.KICK
+            else:
+                kind = hart.run()
+            if kind == ExitKind.ECALL:
+                if state.x[17] == END:
+                    return "done"
+                state.x[10], state.x[11] = _U64 - 1, 0
+                hart.advance(4)
+            elif kind == ExitKind.KICK:
+                return "timeout"
+            else:
+                return f"exit {ExitKind(kind).name} at {state.pc:#x}, gpa {state.exit_gpa:#x}"
 
     def _outcome(self, status: str) -> Outcome:
         state = self.hart.state

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from tests.framework.differential import Differential, Peer
+from tests.framework.differential import Differential
 from tests.framework.engine_peer import EnginePeer
 from tests.framework.qemu_peer import QemuPeer
 from tests.framework.random_profiles import PROFILES
@@ -24,14 +24,16 @@ def main() -> int:
     parser.add_argument("--profile", choices=list(PROFILES), action="append", help="default: all of them")
     parser.add_argument("--reference", action="store_true", help="compare the reference with tier 1 instead")
     parser.add_argument("--tier2", action="store_true", help="compare tier 1 with tier 2 instead")
+    parser.add_argument("--rounds", type=int, default=1, help="run each program so often on what it has left (inside only)")
     options = parser.parse_args()
     inside = options.reference or options.tier2
     wanted = options.profile or [name for name in PROFILES if inside or PROFILES[name].qemu]
     length = 15 if options.reference else 60
-    left: Peer
-    right: Peer = EnginePeer()
+    left: EnginePeer | QemuPeer
+    right = EnginePeer()
     if options.tier2:
-        left, right, names = EnginePeer(), TranslatedPeer(), ("tier 1", "tier 2")
+        left, right = EnginePeer(rounds=options.rounds), TranslatedPeer(rounds=options.rounds)
+        names = ("tier 1", "tier 2")
     elif options.reference:
         left, names = EnginePeer(reference=True), ("reference", "tier 1")
     else:
@@ -42,16 +44,26 @@ def main() -> int:
     batch = 4 if options.reference else BATCH
     while time.monotonic() < end:
         for profile in wanted:
+            timeouts, before = differential.timeouts, _retired(left) - right.retired
             failures = differential.compare([Program(seed + i, profile, length) for i in range(batch)])
             programs += batch
             for failure in failures[:3]:
                 print(differential.minimise(failure), flush=True)
             bad += len(failures)
+            more = _retired(left) - right.retired - before
+            if options.tier2 and not failures and differential.timeouts == timeouts and more:
+                print(f"{profile} {seed}: tier 1 counts {more} more instructions retired", flush=True)
+                bad += 1
         seed += batch
-    print(f"{programs} programs, {bad} differ, {differential.timeouts} without an end; next seed {seed}")
+    done = f", {right.retired} instructions" if inside else ""
+    print(f"{programs} programs{done}, {bad} differ, {differential.timeouts} without an end; next seed {seed}")
     if isinstance(left, QemuPeer):
         left.close()
     return 1 if bad else 0
+
+
+def _retired(peer: EnginePeer | QemuPeer) -> int:
+    return peer.retired if isinstance(peer, EnginePeer) else 0
 
 
 if __name__ == "__main__":

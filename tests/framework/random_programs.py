@@ -187,6 +187,7 @@ class Program:
         words = [LOG, 100, here.delta & (1 << 64) - 1, 8 * here.resume_register]
         at = CONTROL + 256 - WINDOW
         image[at : at + 32] = b"".join(word.to_bytes(8, "little") for word in words)
+        case.keep, case.fresh = (here.trace_register, here.resume_register), slice(at, at + 32)
         case.image = bytes(image)
         case.pc = (start + here.delta if here.user else start) & (1 << 64) - 1
         return case

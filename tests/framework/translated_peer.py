@@ -86,9 +86,9 @@ class Regions:
 class TranslatedPeer(EnginePeer):
     """Every case runs in regions, as far as its instructions can be translated."""
 
-    def __init__(self, limit: float = 1.0, heads: int = 2) -> None:
+    def __init__(self, limit: float = 1.0, heads: int = 2, rounds: int = 1) -> None:
         """`heads`: regions of a page at most, besides the one at the case's start."""
-        super().__init__(limit)
+        super().__init__(limit, rounds=rounds)
         self._heads = heads
         self.regions = Regions(self._machine, native_image())
 
@@ -96,7 +96,7 @@ class TranslatedPeer(EnginePeer):
         state = self.hart.state
         super()._begin(case)
         before = state.icount
-        self._first = self._until_end(), state.icount - before
+        self._first = self._until_end(case), state.icount - before
         super()._begin(case)
         choice = random.Random(case.pc ^ len(case.image))
         for base in self.regions.pages():
@@ -117,8 +117,9 @@ class TranslatedPeer(EnginePeer):
     def _run(self, case: Case) -> Outcome:
         self._begin(case)
         before = self.hart.state.icount
-        status = self._until_end()
-        if status == self._first[0] == "done":
-            retired = self.hart.state.icount - before
+        status = self._until_end(case, self._rounds)
+        retired = self.hart.state.icount - before
+        self.retired += retired
+        if status == self._first[0] == "done" and self._rounds == 1:
             assert retired == self._first[1], f"{case.name}: {retired} instructions retired, not {self._first[1]}"
         return self._outcome(status)
