@@ -71,3 +71,27 @@ def test_upgrade_hands_over_to_new_processes(host: HostUnderTest, goes_on: Calla
     goes_on("vm")
     assert host.softkvm("upgrade", "nobody").returncode == 1
     assert not list((host.runtime / "softkvm").glob("upgrade-*"))
+
+
+@pytest.mark.parametrize(("step", "stays"), [("source:round=kill", True), ("source:state=kill", False)])
+def test_a_source_that_is_killed_while_it_migrates(
+    step: str, stays: bool, host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path
+) -> None:
+    """Until the guest stands for the switch its VM waits here for another process; from then on it may be the other host's,
+    and does not."""
+    other = HostUnderTest(tmp_path, "b")
+    try:
+        uri = other.serve()
+        host.boot("vm", fault=step, options=("-keep",), drives=(memory_guest.drive(tmp_path / "disk"),))
+        goes_on("vm")
+        assert host.softkvm("migrate", "vm", uri, "--copy").returncode == 1
+        if stays:
+            assert row(host)["waits"]
+            assert host.softkvm("attach", "vm").returncode == 0
+            other.wait_for_names([])
+        else:
+            other.wait_for_names(["vm"])
+            host.wait_for_names([])
+        goes_on("vm")
+    finally:
+        other.close()
