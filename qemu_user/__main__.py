@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         sys.stderr.write(f"qemu_user: {error}\n")
         return 2
+    from qemu_user.confinement import confine
     from qemu_user.machine.machine import StartError
     from qemu_user.management.instance import Instance
     from qemu_user.management.registry import runtime_directory
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> int:
             signal.signal(number, lambda received, frame: instance.quit(128 + received))
         signal.signal(signal.SIGWINCH, lambda received, frame: instance.machine.window_changed())
         instance.start()
+        if lack := confine():
+            sys.stderr.write(f"qemu_user: {lack}\n")
         return instance.wait()
     except StartError as error:
         sys.stderr.write(f"qemu_user: {error}\n")

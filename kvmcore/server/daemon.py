@@ -20,7 +20,7 @@ from errno import EINVAL, EIO, EMFILE
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmcore.server import requests, runtime_dir
+from kvmcore.server import confinement, requests, runtime_dir
 from kvmcore.server.acceptor import Acceptor, Connection, Refused
 from kvmcore.server.loop import EventLoop
 from kvmcore.server.quotas import Quotas
@@ -100,6 +100,7 @@ class Daemon:
     def __init__(
         self, options: Options, listener: socket.socket, private: PrivateDirectory, zygote: socket.socket
     ) -> None:
+        from kvmcore.server.connections import ConnectionLimit
         from kvmcore.server.router import Router
         from protocol.channel import zmq_socket
 
@@ -117,6 +118,7 @@ class Daemon:
         self._endpoint = f"ipc://{private.name('r')}"
         self._socket = zmq_socket.router(self._context, self._endpoint)
         self._router = Router(self._loop, self._socket, self._incarnation, self._sessions, self._quotas)
+        self._limit = ConnectionLimit(self._loop, self._socket, self._endpoint, self._quotas.connections)
         self._acceptor = Acceptor(self._loop, listener, self, limit=self._quotas.sessions)
         self._door = self._open_door(options.remote) if options.remote is not None else None
         self._loop.add_reader(zygote.fileno(), self._zygote_is_gone)
@@ -141,6 +143,8 @@ class Daemon:
     def serve(self) -> None:
         """Until SIGTERM, SIGINT, or the idle timeout."""
         log.info("listening on %s", self._options.path)
+        for what in confinement.missing():
+            log.warning("VM processes are confined without %s: this host has none (softkvm doctor)", what)
         if self._door is not None:
             log.info("listening on %s", self._door.endpoint)
         if self._options.ready_fd >= 0:
@@ -152,6 +156,7 @@ class Daemon:
 
     def _close(self) -> None:
         self._acceptor.close()
+        self._limit.stop()
         self._socket.close(linger=0)
         if self._door is not None:
             self._door.close()
@@ -312,8 +317,9 @@ class Daemon:
         vm.control.close()
         if vm.pidfd >= 0:
             os.close(vm.pidfd)
-        for left in (vm.order.door, vm.order.router):
-            Path(left).unlink(missing_ok=True)  # a killed one leaves its sockets
+        for socket_path in (Path(vm.order.door), Path(vm.order.router)):
+            for left in socket_path.parent.glob(f"{socket_path.name}*"):  # a killed one leaves its sockets
+                left.unlink(missing_ok=True)
         if vm.ticket is not None:
             ticket, vm.ticket = vm.ticket, None
             ticket.fail(EIO, b"the VM process did not start, see kvmcore's log")

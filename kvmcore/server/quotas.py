@@ -29,6 +29,8 @@ class Quotas:
     in_flight: int = 2048
     """Requests that have been taken in and not been answered."""
     segments: int = 1024
+    connections: int = 256
+    """To one ROUTER on ipc. Far below the descriptors there are: more may come in before we have seen that they do."""
 
     @classmethod
     def of_this_process(cls) -> Quotas:
@@ -42,4 +44,5 @@ class Quotas:
         descriptors = 1 << 20 if hard == resource.RLIM_INFINITY else hard
         spare = max(descriptors - _OWN, _PER_SESSION + _PER_VM)
         vms = max(1, min(4096, spare // (4 * _PER_VM)))
-        return cls(sessions=max(1, min(1024, spare // (2 * _PER_SESSION))), vms=vms)
+        sessions = max(1, min(1024, spare // (2 * _PER_SESSION)))
+        return cls(sessions=sessions, vms=vms, connections=max(8, min(8192, spare // 8)))

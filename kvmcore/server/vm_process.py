@@ -17,7 +17,7 @@ import sys
 from errno import EBUSY, EIO, EMFILE, EPERM
 from typing import TYPE_CHECKING
 
-from kvmcore.server import process, runtime_dir
+from kvmcore.server import confinement, process, runtime_dir
 from kvmcore.server.acceptor import Acceptor, Connection, Refused
 from kvmcore.server.loop import EventLoop
 from kvmcore.server.quotas import Quotas
@@ -41,6 +41,8 @@ _JOIN_SECONDS = 0.1
 
 def preload() -> None:
     """In the zygote: what every VM process needs and what is safe to inherit over fork."""
+    import kvmcore.engine.hot_code
+    import kvmcore.server.connections
     import kvmcore.server.router
     import kvmcore.vm.vcpu  # noqa: F401
     from kvmcore.vm.accelerator import preload_image
@@ -64,6 +66,7 @@ class VmProcess:
     """One VM and what surrounds it. Implements the acceptor's DoorOwner."""
 
     def __init__(self, order: VmOrder, control: socket.socket, owner_pidfd: int | None) -> None:
+        from kvmcore.server.connections import ConnectionLimit
         from kvmcore.server.router import Router
         from protocol.channel import zmq_socket
 
@@ -85,6 +88,9 @@ class VmProcess:
         self._socket = self._door.socket if self._door else zmq_socket.router(self._context, f"ipc://{order.router}")
         sessions = {self._session.id: self._session}
         self._router = Router(self._loop, self._socket, order.incarnation, sessions, quotas)
+        self._limit = (
+            None if self._door else ConnectionLimit(self._loop, self._socket, f"ipc://{order.router}", quotas.connections)
+        )
         self._most_vms = quotas.vms_per_session if order.together else 1
         self._vms: set[Vm] = set()
         self._system = self._session.install(VmSystem(self._session, self)) if order.together else 0
@@ -216,6 +222,8 @@ class VmProcess:
             vcpu.join(_JOIN_SECONDS)
         for vm in vms:
             vm.farewell()
+        if self._limit is not None:
+            self._limit.stop()
         self._socket.close(linger=100)  # the reply to the CLOSE that ended the VM may be on its way
         if self._door is not None:
             self._door.close()
@@ -235,4 +243,7 @@ def main(order: VmOrder, fds: list[int]) -> None:
     process.set_title(f"kvmcore-vm {order.name}" if order.name else "kvmcore-vm")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     control = socket.socket(fileno=fds[0])
-    VmProcess(order, control, fds[1] if len(fds) > 1 else None).run()
+    confinement.files(os.path.dirname(order.door), network=bool(order.remote))
+    made = VmProcess(order, control, fds[1] if len(fds) > 1 else None)
+    confinement.calls()
+    made.run()

@@ -102,20 +102,28 @@ class Channel:
             raise error
         return reply
 
+    def _connected(self) -> zmq.Socket[bytes]:
+        made = zmq_socket.dealer(shared_context(), self._endpoint, self._curve)
+        self._poller.register(made, zmq.POLLIN)
+        if self._link.local:
+            self._poller.register(self._link.fileno(), zmq.POLLIN)
+        return made
+
     def _exchange(self, frame: bytes, sequence: int, name: str) -> Reply:
         if self._link.closed:
             raise KvmError(ECONNRESET, name, "the session is closed")
         if not self._link.alive:
             raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
         if self._socket is None:
-            self._socket = zmq_socket.dealer(shared_context(), self._endpoint, self._curve)
-            self._poller.register(self._socket, zmq.POLLIN)
-            if self._link.local:
-                self._poller.register(self._link.fileno(), zmq.POLLIN)
+            self._socket = self._connected()
         try:
             while not self._socket.poll(_LOOK_MS, zmq.POLLOUT):  # a socket without a peer takes nothing
                 if not self._link.alive:
                     raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
+                if self._link.local:  # it stands still, or lets nobody in for now: knock again
+                    self._poller.unregister(self._socket)
+                    self._socket.close()
+                    self._socket = self._connected()
             self._socket.send(frame)
             while True:
                 if self._socket not in dict(self._poller.poll(_LOOK_MS)):

@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "switch": ("switch", "a virtual switch for VMs, taps, other hosts: run, show, set, capture"),
     "upgrade": ("upgrade", "hand a VM over to new processes of this host"),
     "host": ("host", "take VMs in that others hand over; keys for that"),
+    "doctor": ("doctor", "look what this host offers and what is missing"),
     "bench": ("bench", "measure what softkvm promises"),
     "fuzz": ("fuzz", "fuzz the ioctl protocol"),
     "image": ("image", "make, look at, check, convert disk images"),

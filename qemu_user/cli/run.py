@@ -254,6 +254,7 @@ def _boot(
     """(exit status, whether the VM lives on elsewhere). A disk that is made goes into `disks`."""
     from qemu_user.config.errors import ConfigError
     from qemu_user.config.qemu_options import parse
+    from qemu_user.confinement import confine
     from qemu_user.images.builtin import GUESTS
     from qemu_user.images.builtin import ensure as builtin
     from qemu_user.images.store import Store
@@ -308,6 +309,8 @@ def _boot(
         return _fail(str(error)), False
     for disk in disks if not command else ():
         disk.booted()
+    if lack := confine():
+        sys.stderr.write(f"softkvm: {lack}\n")
     _tell_ready()
     listener = threading.Thread(target=_listen, args=(ours, outcome), daemon=True)
     if not options.bare:

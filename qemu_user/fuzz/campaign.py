@@ -176,6 +176,10 @@ class Campaign:
         if finding := self._bystander.check():
             self._found(finding, ops)
         if self._daemon is not None and self.figures.sequences >= _WARM:
+            try:
+                self._executor.quiet()
+            except (Hang, Gone, KvmError) as error:
+                self._found(Finding("hang", f"the last VM cannot be closed: {error}"), ops)
             if self._leaks is None:
                 time.sleep(0.5)
                 self._leaks = Leaks(self._daemon)

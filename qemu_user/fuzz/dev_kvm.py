@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from errno import EINVAL
+from collections.abc import Iterator
+from errno import EEXIST, EINVAL
 from typing import Any, Protocol
 
 from protocol.abi.ioctls import BY_NAME
@@ -18,6 +19,11 @@ from qemu_user.fuzz.executor import Outcome, errno_name
 from qemu_user.fuzz.sequence import Op
 
 _NOWHERE = 0x7FFF_FFFF
+_POINTEES = 8
+"""Pointers of one operation, at most."""
+_DESCRIPTORS = ("fd", "resamplefd", "guest_memfd")
+_OTHERS = 1 << 24
+"""Beyond any descriptor of this process."""
 
 
 class Kernel(Protocol):
@@ -70,6 +76,52 @@ class DevKvm:
         self._kernel.close(self.system)
 
 
+class Segments:
+    """The memory that {"map": n} points into: a stretch of this process, of which parts are mapped."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+        self._libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        self._size = rules.MAPS * rules.MAP_SIZE + _POINTEES * (rules.MAP_SIZE + rules.PAGE)
+        self.base = self._put(None, self._size, 0, 0)
+        self._mapped: set[int] = set()
+        self._used = self._laid = 0
+
+    def _put(self, address: int | None, size: int, prot: int, fixed: int) -> int:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000 | fixed  # MAP_NORESERVE
+        found = self._libc.mmap(address, size, prot, flags, -1, 0)
+        if found is None or found == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "mmap")
+        return int(found)
+
+    def change(self, index: int, mapped: bool) -> None:
+        """Map a segment, or take it away. OSError as kvmcore has it: EEXIST, EINVAL."""
+        if (index in self._mapped) == mapped:
+            raise OSError(EEXIST if mapped else EINVAL, "segment")
+        self._put(self.base + index * rules.MAP_SIZE, rules.MAP_SIZE, 3 * mapped, 0x10)  # MAP_FIXED
+        (self._mapped.add if mapped else self._mapped.discard)(index)
+
+    def begin(self) -> None:
+        """The next operation: what lay() has laid out is no longer needed."""
+        self._used = 0
+
+    def lay(self, data: bytes) -> int:
+        """The address of `data`, behind whose last byte nothing is mapped: what reads or writes on gets EFAULT."""
+        place = self.base + rules.MAPS * rules.MAP_SIZE + self._used * (rules.MAP_SIZE + rules.PAGE)
+        if self._used >= self._laid:
+            self._put(place, rules.MAP_SIZE, 3, 0x10)  # MAP_FIXED
+            self._laid += 1
+        self._used += 1
+        address = place + rules.MAP_SIZE - len(data)
+        ctypes.memmove(address, data, len(data))
+        return address
+
+    def close(self) -> None:
+        self._libc.munmap(self.base, self._size)
+
+
 class DevKvmSequence:
     """One VM, and the memory that the sequence's pointers lead to."""
 
@@ -78,8 +130,11 @@ class DevKvmSequence:
         vm = kernel.ioctl(system, BY_NAME["CREATE_VM"].number, 0)
         self.made: dict[str, list[int]] = {"system": [system], "vm": [vm]}
         self._close: list[int] = [vm]
-        self._memory = mmap.mmap(-1, rules.MAPS * rules.MAP_SIZE)
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._segments = Segments()
+
+    def perform_all(self, ops: list[Op]) -> Iterator[Outcome]:
+        """Do operations in order."""
+        return map(self.perform, ops)
 
     def perform(self, op: Op) -> Outcome:
         """Do one operation; those that have no meaning here succeed without effect, as on the other target."""
@@ -91,11 +146,14 @@ class DevKvmSequence:
                 os.eventfd_write(fd, min(int(op.arg), (1 << 64) - 2))
                 self._close.append(fd)
                 self.made.setdefault("eventfd", []).append(fd)
+            elif op.do in ("map", "unmap"):
+                self._segments.change(int(op.arg) % rules.MAPS, op.do == "map")
             elif op.do == "close":
                 fd = self.number(*op.on)
                 self._kernel.close(fd)
                 if fd in self._close:
                     self._close.remove(fd)
+                self.made[op.on[0]][op.on[1]] = _NOWHERE  # Linux gives the number to the next one
         except OSError as error:
             return Outcome(-1, errno_name(error.errno or EINVAL))
         return Outcome()
@@ -112,36 +170,36 @@ class DevKvmSequence:
             return Outcome(self._kernel.ioctl(fd, int(op.extra.get("request", 0)), int(op.arg)))
         if row.argument is None or op.members is None:
             ret = self._kernel.ioctl(fd, row.number, int(op.arg) & (1 << 64) - 1)
-            buffers: list[Any] = []
+            buffers: list[tuple[int, int]] = []
         else:
-            pointees: list[Any] = []
-            members = {name: self._resolve(value, pointees) for name, value in op.members.items()}
+            self._segments.begin()
+            buffers = []
+            members = {name: self._resolve(value, buffers) for name, value in op.members.items()}
             for field in row.argument.fields:
                 if isinstance(members.get(field.name), int) and field.count is None and field.type != "bytes":
                     value = members[field.name] & (1 << 8 * field.size) - 1
+                    if field.name in _DESCRIPTORS and isinstance(op.members[field.name], int) and value < _OTHERS:
+                        value += _OTHERS  # small numbers are descriptors of this process here, and nothing there
                     members[field.name] = value - (1 << 32) if field.type == "s32" and value >> 31 else value
-            data = ctypes.create_string_buffer(
-                row.argument.build(**members) + bytes.fromhex(op.tail), row.argument.size + len(op.tail) // 2
-            )
-            ret = self._kernel.ioctl(fd, row.number, ctypes.addressof(data))
-            buffers = [data, *pointees]
+            data = row.argument.build(**members) + bytes.fromhex(op.tail)
+            ret = self._kernel.ioctl(fd, row.number, self._segments.lay(data))
         kind = rules.MAKES.get(op.name)
         if kind is not None:
             self.made.setdefault(kind, []).append(ret)
             self._close.append(ret)
             ret = 0
-        return Outcome(ret, "", {place: buffer.raw.hex() for place, buffer in enumerate(buffers) if place})
+        return Outcome(ret, "", {1 + place: ctypes.string_at(*buffer).hex() for place, buffer in enumerate(buffers)})
 
-    def _resolve(self, value: Any, pointees: list[Any]) -> Any:
+    def _resolve(self, value: Any, buffers: list[tuple[int, int]]) -> Any:
         if not isinstance(value, dict):
             return value
         if "ref" in value:
             return self.number(str(value["ref"][0]), int(value["ref"][1]))
         if "map" in value:
-            return self._base + int(value["map"])
+            return self._segments.base + int(value["map"])
         data = bytes.fromhex(value["in"]) if "in" in value else bytes(int(value["out"]))
-        pointees.append(ctypes.create_string_buffer(data, max(len(data), 1)))
-        return ctypes.addressof(pointees[-1])
+        buffers.append((self._segments.lay(data), len(data)))
+        return buffers[-1][0]
 
     def close(self) -> None:
         """Close everything."""
@@ -150,3 +208,4 @@ class DevKvmSequence:
                 self._kernel.close(fd)
             except OSError:
                 pass
+        self._segments.close()

@@ -10,7 +10,6 @@ import ctypes
 import errno as errno_numbers
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from errno import EBADF
@@ -98,6 +97,11 @@ class Executor:
             return Sequence(self, vm.number, place)
         return Sequence(self, place.next_vm(), place)
 
+    def quiet(self) -> None:
+        """Between sequences: the last one's VM and memory go now, so that what is left can be counted. Hang, Gone, KvmError."""
+        if self._place is not None and self._place.usable:
+            self._place.quiet()
+
     def settle(self) -> None:
         """Let go of the process that sequences have run in."""
         if self._place is not None:
@@ -148,6 +152,16 @@ class Place:
         if reply.errno:
             raise KvmError(reply.errno, "CREATE_VM", reply.extra.decode(errors="replace"))
         return reply.ret
+
+    def quiet(self) -> None:
+        """Close the last VM and unmap everything."""
+        if self.done:
+            sequence, frame = self.wire.frame(self.done, control.CLOSE_VM)
+            self.done = 0
+            self.wire.send(frame)
+            self.wire.wait(sequence)
+        self._claimed.clear()
+        self.settle_memory()
 
     # -- memory of the session: mapped by the sequence, or still by one before it -------------------------------------
 
@@ -468,9 +482,11 @@ class Sequence:
         if op.on[0] != "vcpu":
             reply = wire.wait(sequence)
         else:
-            end = time.monotonic() + wire.deadline
+            left = wire.deadline
             while (reply := wire.wait(sequence, patience)) is None:
-                if time.monotonic() > end:
+                left -= patience
+                if left < 0:
+                    wire.failed = True
                     raise Hang(f"no reply in {wire.deadline:g} s, though kicked")
                 kick, frame = wire.frame(self.number(*op.on), control.KICK, 1)
                 wire.send(frame)

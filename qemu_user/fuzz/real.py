@@ -59,8 +59,8 @@ class RealRun:
     def _against_rules(self, ops: list[Op], run: Running) -> Finding | None:
         model = Model(X86)
         try:
-            for step, op in enumerate(ops):
-                expected, outcome = model.expect(op), run.perform(op)
+            for step, (op, outcome) in enumerate(zip(ops, run.perform_all(ops), strict=True)):
+                expected = model.expect(op)
                 self.figures.reached[f"{op.name or op.do} {op.on[0]} {outcome.errno}"] += 1
                 if expected is not None and expected != outcome.errno:
                     return Finding("model", f"{op}: {outcome.errno or 0}, the rules say {expected or 0}", step)

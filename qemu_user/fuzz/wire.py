@@ -21,6 +21,10 @@ _BATCH = 1 << 63
 """What tells the sequence numbers of batches from those of requests."""
 
 
+_SLICE = 0.5
+"""Seconds."""
+
+
 class Hang(Exception):
     """No reply in time, and the server's process lives."""
 
@@ -72,19 +76,23 @@ class Wire:
         self.send(envelope.encode_request(batch))
 
     def wait(self, sequence: int, seconds: float | None = None) -> Reply | None:
-        """The reply to `sequence`; None if it has not come in `seconds`. Hang after the deadline, Gone."""
-        end = time.monotonic() + (self.deadline if seconds is None else seconds)
+        """The reply to `sequence`; None if it has not come in `seconds`. Hang after the deadline, Gone.
+
+        Time counts in slices, at most so long each, so that a machine that stood still meanwhile is no hang.
+        """
+        patience = self.deadline if seconds is None else seconds
         while (reply := self._replies.pop(sequence, None)) is None:
-            left = end - time.monotonic()
-            if left <= 0:
+            self._take()
+            if sequence in self._replies:
+                continue
+            if patience <= 0:
                 if seconds is not None:
                     return None
                 self.failed = True
                 raise Hang(f"no reply in {self.deadline:g} s")
-            self._take()
-            if sequence in self._replies:
-                continue
-            ready = select.select(self._fds, (), (), left)[0]  # to the microsecond, which ZeroMQ's own poll is not
+            before = time.monotonic()
+            ready = select.select(self._fds, (), (), min(patience, _SLICE))[0]  # to the microsecond; zmq's poll: to the ms
+            patience -= min(time.monotonic() - before, _SLICE)
             if self._fds[1] in ready and not self.link.alive:
                 self._take()  # what it said last
                 if sequence not in self._replies:

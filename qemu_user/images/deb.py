@@ -72,6 +72,8 @@ def _part(file: IO[bytes], path: Path, part: str) -> tuple[str, int, int]:
         if len(header) < 60 or header[58:] != b"`\n":
             raise ImageError(f"{path.name}: a damaged Debian package")
         name, size = header[:16].decode("ascii", "replace").strip().rstrip("/"), int(header[48:58])
+        if size < 0:
+            raise ImageError(f"{path.name}: a damaged Debian package")
         if name.startswith(f"{part}.tar"):
             return name, at + 60, size
         at += 60 + size + (size & 1)

@@ -26,6 +26,7 @@ from qemu_user.backends.block.opening import is_nbd
 from qemu_user.backends.errors import BackendError
 from qemu_user.cli.daemon import DaemonError, ensure
 from qemu_user.config.background import for_background
+from qemu_user.confinement import confine
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
 from qemu_user.machine.drives import open_drive
@@ -214,6 +215,8 @@ def main() -> int:
         return 1
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: instance.quit(128 + received))
+    if lack := confine():
+        sys.stderr.write(f"softkvm: {lack}\n")
     return instance.wait()
 
 

@@ -91,6 +91,40 @@ def test_descriptors_of_the_daemon_run_out() -> None:
                 time.sleep(0.2)
 
 
+def test_a_crowd_at_the_router() -> None:
+    """libzmq aborts a process that has no descriptor for an ipc connection: so many are never let in."""
+    with Daemon("--accel", "interpreter", descriptors=4096) as daemon:
+        kvm = Kvm.open(daemon.endpoint)
+        vm = kvm.create_vm()
+        for link in (kvm.link, vm.link):
+            path = str(link.welcome["router"]).removeprefix("ipc://")
+            crowd = []
+            for _ in range(5000):
+                sock = socket.socket(socket.AF_UNIX)
+                try:
+                    sock.connect(path)
+                except OSError:
+                    sock.close()
+                    break
+                crowd.append(sock)
+            assert 400 < len(crowd) < 4096
+            assert kvm.api_version() == 12, "those who are in are served"
+            assert vm.check_extension(1) >= 0
+            for sock in crowd:
+                sock.close()
+        end = time.monotonic() + 20
+        while True:
+            try:
+                assert serves(daemon)
+                break
+            except KvmError:
+                assert time.monotonic() < end
+                time.sleep(0.2)
+        vm.create_vcpu(0).close()
+        vm.close()
+        kvm.close()
+
+
 def test_stale_and_foreign_handles(daemon: Daemon) -> None:
     first, second = Kvm.open(daemon.endpoint), Kvm.open(daemon.endpoint)
     vm = first.create_vm()

@@ -29,15 +29,17 @@ _MOST = 4096
 
 
 class Daemon:
-    """`python -m kvmcore` with a socket in a directory of its own. A context manager."""
+    """`python -m kvmcore` with a socket in a directory of its own. A context manager. `descriptors`: it may have so many."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, descriptors: int = 0) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="softkvm-test-")
         path = Path(self._folder.name) / "run"
         path.mkdir(mode=0o700)
         self.endpoint = f"ipc://{path / 'kvmcore.sock'}"
         reader, writer = os.pipe()
         command = [sys.executable, "-m", "kvmcore", "--listen", self.endpoint, "--ready-fd", str(writer)]
+        if descriptors:
+            command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen([*command, *arguments], pass_fds=[writer], cwd=ROOT)
         os.close(writer)
         with os.fdopen(reader, "rb") as ready:

@@ -1,0 +1,45 @@
+"""What the device process gives up once its VM stands: QEMU's `-sandbox on`, as a seccomp filter (docs/run.md).
+
+Called by the programs that are a VM (qemu_user/__main__.py, cli/run.py, migration/arrival.py), never by a library: it cannot be
+taken back. A device process goes on opening files, sockets and terminals for its user's commands, so it keeps those; it loses
+what no VM ever needs: starting programs, other users' rights, the kernel's administration, looking into other processes.
+Helpers such as passt have been started by then.
+"""
+
+from __future__ import annotations
+
+from errno import EPERM
+
+from protocol.channel import confinement
+
+KILL = frozenset(
+    (
+        "ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "mount", "umount2", "pivot_root", "open_tree", "move_mount",
+        "fsopen", "fsconfig", "fsmount", "fspick", "mount_setattr", "bpf", "perf_event_open", "kexec_load", "kexec_file_load",
+        "init_module", "finit_module", "delete_module", "create_module", "keyctl", "add_key", "request_key", "reboot", "swapon",
+        "swapoff", "iopl", "ioperm", "io_uring_setup", "io_uring_enter", "io_uring_register", "quotactl", "quotactl_fd", "acct",
+        "fanotify_init", "uselib",
+    )
+)  # fmt: skip
+"""No library that we use has a reason to call these: whoever does is no longer us."""
+
+REFUSED = (
+    "execve", "execveat", "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setfsuid", "setfsgid",
+    "setgroups", "chroot", "unshare", "setns", "userfaultfd", "open_by_handle_at", "pidfd_getfd", "settimeofday",
+    "clock_settime", "adjtimex", "clock_adjtime", "sethostname", "setdomainname", "syslog", "personality",
+)  # fmt: skip
+"""EPERM: a library may try, and do without."""
+
+
+def rules() -> confinement.Filter:
+    """The filter."""
+    return confinement.Filter(kill=KILL, errnos=dict.fromkeys(REFUSED, EPERM), otherwise=None)
+
+
+def confine() -> str:
+    """Give it all up, in every thread; what is missing on this host, as a sentence, or ""."""
+    try:
+        confinement.seccomp(rules())
+    except OSError as error:
+        return f"the device process is not confined: {error.strerror or error}"
+    return ""
