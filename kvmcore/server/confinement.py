@@ -37,7 +37,7 @@ _ALWAYS = (
     "newfstatat", "fstat", "stat", "lstat", "statx", "access", "faccessat", "faccessat2", "getdents64", "readlink",
     "readlinkat", "getcwd", "unlink", "umask", "uname", "sysinfo", "getuid", "geteuid", "getgid", "getegid", "getrusage",
     "gettimeofday", "time", "clock_getres", "sched_getaffinity", "sched_getparam", "sched_getscheduler", "sched_setscheduler",
-    "set_tid_address", "rename",
+    "set_tid_address", "rename", "getpriority", "sched_setattr",
 )  # fmt: skip
 
 KILL = frozenset(
