@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     from qemu_user.images.errors import ImageError
 
     parser = argparse.ArgumentParser(prog="softkvm bench", description="Measure what softkvm promises.")
-    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "debian", "smp", "io", "switch", "migration"))
+    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "debian", "programs", "smp", "io", "switch", "migration"))
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side, alternated (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="all but migration: for each kernel in a run (default: 1)")
@@ -26,7 +26,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="migration: of the guest (default: 512)")
     options = parser.parse_args(arguments)
     try:
-        groups = {"boot": _boot, "debian": _debian, "smp": _smp, "io": _io, "switch": _switch, "migration": _migration}
+        groups = {
+            "boot": _boot, "debian": _debian, "programs": _programs, "smp": _smp, "io": _io, "switch": _switch,
+            "migration": _migration,
+        }  # fmt: skip
         measure = groups.get(options.what, _processor)
         figures = measure(options)
     except (BenchError, RuntimeError, ImageError, OSError) as error:
@@ -80,6 +83,15 @@ def _smp(options: argparse.Namespace) -> dict[str, Any]:
         print(f"two vCPUs against one, {side}: {times:.2f} times as fast")
     print(f"an idle VM: {100 * figures['idle_core']:.1f} % of a core")
     return {"smp": figures}
+
+
+def _programs(options: argparse.Namespace) -> dict[str, Any]:
+    from qemu_user.bench import processor, programs
+
+    kernels = programs.run(options.rounds, max(2, round(4 * options.seconds)), options.only, _progress)
+    _progress("")
+    print(processor.table(kernels))
+    return {"programs": processor.figures(kernels)}
 
 
 def _progress(line: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from qemu_user.bench import processor
-from tests.framework.product import Product
+from qemu_user.bench import debian_root, processor
+from qemu_user.images import cpio
+from tests.framework.product import Product, have_image
 
 
 @pytest.mark.parametrize("group", processor.GROUPS)
@@ -24,6 +28,46 @@ def test_kernels_agree(product: Product, tmp_path: Path, group: str) -> None:
         assert set(kernel["seconds"]) == sides, name
     assert (figures["geomean_vs_native"] is None) == ("native" not in sides)
     assert b"geometric mean" in done.stdout
+
+
+@pytest.mark.net
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not have_image(), reason="needs the image (softkvm pull busybox)")
+def test_programs_agree(product: Product, tmp_path: Path) -> None:
+    """Debian's openssl, from packages that are fetched and checked, computes the same on every side."""
+    path = tmp_path / "figures.json"
+    words = ["--rounds", "1", "--seconds", "0.5", "--only", "openssl", "--json", str(path)]
+    done = product.run("bench", "programs", *words, seconds=900)
+    assert done.returncode == 0, done.stderr
+    (kernel,) = json.loads(path.read_text())["programs"]["kernels"].values()
+    assert kernel["result"]
+
+
+def test_packages_become_a_folder_of_the_guest(tmp_path: Path) -> None:
+    """Links stay inside, documentation is left out, nothing leaves the folder."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, kind, target in (
+            ("./", tarfile.DIRTYPE, ""),
+            ("./usr/bin/", tarfile.DIRTYPE, ""),
+            ("./usr/bin/tool", tarfile.REGTYPE, ""),
+            ("./usr/bin/same", tarfile.LNKTYPE, "./usr/bin/tool"),
+            ("./bin", tarfile.SYMTYPE, "usr/bin"),
+            ("./usr/share/doc/tool/copyright", tarfile.REGTYPE, ""),
+            ("./../outside", tarfile.REGTYPE, ""),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname, entry.mode = kind, target, 0o755
+            tar.addfile(entry)
+    package = tmp_path / "tool.deb"
+    head = f"{'data.tar':16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data.getvalue()):<10}`\n".encode()
+    package.write_bytes(b"!<arch>\n" + head + data.getvalue())
+    made = cpio.Archive()
+    debian_root._add(made, package)
+    names = re.findall(rb"07070[0-9a-f]{105}([^\0]+)\0", made.finish())
+    assert names == [b"debian", b"debian/usr", b"debian/usr/bin", b"debian/usr/bin/tool", b"debian/usr/bin/same",
+                     b"debian/bin", b"TRAILER!!!"]  # fmt: skip
 
 
 def test_a_kernel_that_does_not_exist(product: Product) -> None:
