@@ -90,7 +90,7 @@ def _create(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from qemu_user.backends.block.opening import describe
+    from qemu_user.backends.block.opening import describe, shown
 
     chain = describe(options.file, options.format)
     if options.json:
@@ -101,7 +101,7 @@ def _info(options: argparse.Namespace) -> None:
         for name, value in layer.items():
             if name in ("size", "stored"):
                 value = f"{value / (1 << 30):.3g} GiB ({value} bytes)"
-            sys.stdout.write(f"{indent}{name.replace('_', ' ')}: {value}\n")
+            sys.stdout.write(f"{indent}{name.replace('_', ' ')}: {shown(str(value))}\n")
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -93,9 +93,9 @@ def _open_backing(image: RawImage, file: str, chain: list[tuple[int, int]]) -> B
     try:
         status = os.stat(path)
     except OSError as error:
-        raise BackendError(f"disk image {file}: its backing file {path}: {error.strerror}") from error
+        raise BackendError(f"disk image {file}: its backing file {shown(path)}: {error.strerror}") from error
     if (status.st_dev, status.st_ino) in chain:
-        raise BackendError(f"disk image {file}: its backing file {path} is one of those over it: a loop")
+        raise BackendError(f"disk image {file}: its backing file {shown(path)} is one of those over it: a loop")
     if len(chain) >= MAX_CHAIN:
         raise BackendError(f"disk image {file}: more than {MAX_CHAIN} images over each other")
     return _open(path, header.backing_format, True, False, True, chain)
@@ -106,13 +106,18 @@ def is_nbd(file: str) -> bool:
     return file.startswith(("nbd:", "nbd+", "nbds:", "nbds+"))
 
 
+def shown(text: str) -> str:
+    """A name out of an image, as it may be written to a terminal."""
+    return text if text.isprintable() else ascii(text)
+
+
 def backing_path(image: str, name: str) -> str:
     """The path (or NBD address) of a backing file that the header of `image` calls `name`. BackendError."""
     if is_nbd(name):
         return name
     protocol = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
     if protocol and protocol[0] != "file:":
-        raise BackendError(f"disk image {image}: its backing file {name[:80]}: {protocol[0]} is not supported")
+        raise BackendError(f"disk image {image}: its backing file {shown(name[:80])}: {protocol[0]} is not supported")
     name = name.removeprefix("file:")
     return os.path.join(os.path.dirname(os.path.realpath(image)), name)
 

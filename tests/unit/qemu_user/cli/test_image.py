@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qemu_user.backends.block.opening import open_disk
+from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.cli.image import main
 from tests.framework.disk_tools import check, compare, needs_qemu_img, qemu_img, qemu_io
 
@@ -61,6 +62,20 @@ def test_create_info_check(tmp_path: Path, image: Callable[..., tuple[int, str, 
     assert image("create", "-f", "raw", raw, "1M")[0] == 0
     assert raw.stat().st_size == MIB
     assert "not a qcow2 image" in image("check", raw)[2]
+
+
+def test_names_in_images_do_not_reach_the_terminal_as_they_are(
+    tmp_path: Path, image: Callable[..., tuple[int, str, str]]
+) -> None:
+    path = tmp_path / "d.qcow2"
+    name = "\x1b]0;owned\x07\udcff"
+    create_qcow2(path, MIB, name, "raw")
+    for made in (0, 1):
+        status, out, err = image("info", path)
+        assert status == 1 - made
+        assert "\x1b" not in out + err
+        assert r"\x1b]0;owned\x07\udcff" in out + err
+        (tmp_path / name).write_bytes(bytes(MIB))
 
 
 @needs_qemu_img
