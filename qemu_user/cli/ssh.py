@@ -14,9 +14,9 @@ from pathlib import Path
 USAGE = """usage: softkvm ssh [SSH OPTIONS] [USER@]NAME [COMMAND ...]
 
 Log in to a VM, or run COMMAND in it. Options are those of ssh(1), such as -t, -L 8080:localhost:80 or -N. USER is by default
-the one of `softkvm run --user`, else root. Waits up to 120 s for a VM that is not up yet.
+the one of `softkvm run --user`, else root. Waits up to 300 s for a VM that is not up yet.
 """
-WAIT_SECONDS = 120
+WAIT_SECONDS = 300
 MISSING = "there is no ssh client: {name} is not installed (Debian, Ubuntu: apt install openssh-client; Fedora: dnf install " \
           "openssh-clients); softkvm console NAME needs none"  # fmt: skip
 #: Options of ssh(1) that have a value.

@@ -31,8 +31,8 @@ for version in /usr/lib/modules/*; do depmod "${version##*/}"; done
 systemctl set-default multi-user.target >>$log 2>&1
 systemctl enable systemd-networkd.service >>$log 2>&1
 systemctl disable e2scrub_reap.service e2scrub_all.timer >>$log 2>&1
-# No graphics, no EFI variables, no LVM in such a VM: what only looks for them need not run at each boot.
-systemctl mask modprobe@drm.service modprobe@efi_pstore.service >>$log 2>&1
+# No screen, no EFI variables in such a VM: what only looks for them need not run at each boot.
+systemctl mask modprobe@drm.service modprobe@efi_pstore.service getty@tty1.service >>$log 2>&1
 # What makes a VM that VM is made at its first boot (root.sh).
 mkdir -p /var/lib/softkvm
 : >/var/lib/softkvm/first-boot
