@@ -180,6 +180,7 @@ def discover(code: Code, limit: int = LIMIT) -> Region | None:
             break
     if 0 not in steps:
         return None
+    leaders |= {step.next for step in steps.values() if code.page(step.next) != code.page(step.delta)}  # it is looked at
     return Region(_blocks(steps, leaders), sorted(site for site in return_sites if site in steps))
 
 

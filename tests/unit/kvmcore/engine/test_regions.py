@@ -273,3 +273,36 @@ def test_a_call_of_two_instructions(guest) -> None:
         assert again(g) == ExitKind.ECALL
         assert g.harts[0].state.x[10] == 38 + 12 * 100
         assert g.harts[0].state.icount - before == steps
+
+
+FALLS = """
+    li a0, 0
+    li a1, 10
+    j loop
+    .org 4096 - 8
+loop:
+    addi a0, a0, 1
+    addi a0, a0, 2
+next:
+    addi a0, a0, 4
+    addi a1, a1, -1
+    bnez a1, loop
+    ecall
+"""
+
+
+@pytest.mark.parametrize("harts", [1, 2])
+def test_code_that_falls_into_another_page(guest, harts: int) -> None:
+    """Straight on into the next page, which changes while the head's does not."""
+    g = guest(FALLS, harts=harts)
+    assert g.program.symbols["next"] == RAM + 4096
+    assert g.run() == ExitKind.ECALL
+    steps = g.harts[0].state.icount
+    installed(g, g.program.symbols["loop"] - RAM, 1)
+    assert again(g) == ExitKind.ECALL
+    assert g.harts[0].state.x[10] == 70
+    assert g.harts[0].state.icount == 2 * steps
+    g.put(g.program.symbols["next"], "addi a0, a0, 100")
+    g.harts[0].flush_icache()
+    assert again(g) == ExitKind.ECALL
+    assert g.harts[0].state.x[10] == 1030
