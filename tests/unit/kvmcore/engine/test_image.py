@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,20 +14,16 @@ from kvmcore.engine.link import LinkError, link
 from kvmcore.engine.loader import EngineError, Image, ensure_image
 
 
-def test_loading_is_quick_and_brings_no_llvm():
+def test_loading_brings_no_llvm():
+    """How long it takes is measured by tests/performance/bench.py."""
     ensure_image()
     program = (
-        "import sys, time; from kvmcore.engine.loader import Image\n"
+        "import sys; from kvmcore.engine.loader import Image\n"
         "import kvmcore.engine.machine\n"
-        "start = time.perf_counter(); Image.load(); took = time.perf_counter() - start\n"
+        "Image.load()\n"
         "assert not any(name.startswith('llvmlite') for name in sys.modules)\n"
-        "print(took)"
     )
-    times = []
-    for _ in range(3):
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        times.append(float(result.stdout))
-    assert min(times) < 0.02
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
@@ -86,9 +81,3 @@ def test_the_key_names_everything(monkeypatch):
         assert image_file.key() != before
     finally:
         image_file.key.cache_clear()
-
-
-def test_the_module_time_is_small():
-    start = time.perf_counter()
-    image_file.unpack(ensure_image().read_bytes())
-    assert time.perf_counter() - start < 0.02

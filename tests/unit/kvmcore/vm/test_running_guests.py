@@ -196,8 +196,9 @@ def test_timer_by_sbi_ends_wfi(kernel):
     """)  # fmt: skip
     started, cpu = time.monotonic(), time.thread_time()
     assert machine.run() == Exit.MMIO
-    assert 0.02 < time.monotonic() - started < 2
-    assert time.thread_time() - cpu < 0.02
+    took = time.monotonic() - started
+    assert took > 0.02
+    assert time.thread_time() - cpu < took / 2  # asleep, not polling
     assert machine.stored() == (DEVICE, 0)
     assert machine.cpus[0].stats.wfi_exit_stat >= 1
 
