@@ -66,11 +66,12 @@ _TAG = (1 << 64) - PAGE
 
 @dataclass(slots=True)
 class HotPage:
-    """A decoded page that samples fell on. `heads` are done or under way; `base` is its address."""
+    """A decoded page that samples fell on. `heads` are done or under way, `wished` for later; `base` is its address."""
 
     base: int
     identity: bytes
     heads: set[int] = field(default_factory=set)
+    wished: set[int] = field(default_factory=set)
 
 
 class HotCode:
@@ -332,12 +333,13 @@ class HotCode:
             self._send(Used(self._used))
             self._used = []
         places = [
-            place for place, times in self._heat.most_common(MAX_LATER)
-            if times >= _SEEN and place in self._where and (page := self._page(place[0])) and place[1] not in page.heads
-        ]  # fmt: skip
+            place for place, times in self._heat.most_common()
+            if times >= _SEEN and place in self._where
+            and (page := self._page(place[0])) and place[1] not in page.heads | page.wished
+        ][:MAX_LATER]  # fmt: skip
         if places and self._say_later(encode_wishes(self._wishes(places))):
-            for place in places:
-                del self._heat[place]
+            for base, offset in places:
+                self._pages[base].wished.add(offset)
 
     def _say_later(self, wishes: bytes) -> bool:
         fd = in_memory("softkvm-wishes", wishes)

@@ -170,7 +170,10 @@ def test_what_was_seen_is_translated_in_idle_time(translator: Process, monkeypat
     while not hot._heat:
         assert time.monotonic() < end
         g.run(0.1)
+    heat = dict(hot._heat)
     hot.close()
+    assert hot._heat == heat, "what is wished for may still become hot"
+    assert any(page.wished for page in hot._pages.values())
     with sqlite3.connect(translator.database) as database:
         while not database.execute("SELECT count(*) FROM regions WHERE code != x''").fetchone()[0]:
             assert time.monotonic() < end, "nothing was translated"
