@@ -1,7 +1,7 @@
 """Which lines of protocol and kvmcore have run: for fuzzers, switched on by `python -m kvmcore --coverage FILE`.
 
-Every process of the daemon marks one file that the fuzzer maps: a byte for each hash of (file, line, line before),
-so that new ways through old lines count too. Costs much speed; never on otherwise. sys.settrace, which 3.11 has too.
+Every process of the daemon marks one file that the fuzzer maps (protocol/codec/coverage_marks.py). Costs much speed; never on
+otherwise. sys.settrace, which 3.11 has too.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from protocol.codec import coverage_marks
+
 _ROOT = str(Path(__file__).parents[2])
-_FOLDERS = ("protocol/abi", "protocol/codec", "kvmcore/ioctl", "kvmcore/server", "kvmcore/vm")
-_WATCHED = tuple(f"{_ROOT}/{folder}/" for folder in _FOLDERS)
+_WATCHED = tuple(f"{_ROOT}/{folder}/" for folder in coverage_marks.FOLDERS)
 
 
 def start(path: str) -> None:
@@ -29,7 +30,7 @@ def start(path: str) -> None:
 
 
 def _tracer(hits: mmap.mmap) -> Callable[[FrameType, str, Any], Any]:
-    size = len(hits)
+    size, place = len(hits), coverage_marks.place
     seeds: dict[str, int | None] = {}
 
     def on_call(frame: FrameType, event: str, argument: Any) -> Any:
@@ -37,7 +38,7 @@ def _tracer(hits: mmap.mmap) -> Callable[[FrameType, str, Any], Any]:
         seed = seeds.get(name, -1)
         if seed == -1:
             relative = name.removeprefix(_ROOT)
-            seed = _hash(relative) if name.startswith(_WATCHED) and name != __file__ else None
+            seed = coverage_marks.seed(relative) if name.startswith(_WATCHED) and name != __file__ else None
             seeds[name] = seed
         if seed is None:
             return None
@@ -47,7 +48,7 @@ def _tracer(hits: mmap.mmap) -> Callable[[FrameType, str, Any], Any]:
             nonlocal before
             if event == "line":
                 line = frame.f_lineno
-                hits[(seed + line * 31 + before * 7919) % size] = 1
+                hits[place(seed, before, line, size)] = 1
                 before = line
             return on_line
 
@@ -55,10 +56,3 @@ def _tracer(hits: mmap.mmap) -> Callable[[FrameType, str, Any], Any]:
 
     return on_call
 
-
-def _hash(text: str) -> int:
-    """FNV-1a, the same in every process."""
-    value = 0x811C9DC5
-    for byte in text.encode():
-        value = (value ^ byte) * 0x01000193 & 0xFFFFFFFF
-    return value

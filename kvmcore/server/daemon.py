@@ -317,9 +317,7 @@ class Daemon:
         vm.control.close()
         if vm.pidfd >= 0:
             os.close(vm.pidfd)
-        for socket_path in (Path(vm.order.door), Path(vm.order.router)):
-            for left in socket_path.parent.glob(f"{socket_path.name}*"):  # a killed one leaves its sockets
-                left.unlink(missing_ok=True)
+        vm.order.sweep()  # the zygote does so too; but it may have been killed
         if vm.ticket is not None:
             ticket, vm.ticket = vm.ticket, None
             ticket.fail(EIO, b"the VM process did not start, see kvmcore's log")

@@ -48,6 +48,12 @@ class VmOrder:
     together: bool = False
     """Whether the session's later VMs shall live in this process too."""
 
+    def sweep(self) -> None:
+        """The process has ended, killed perhaps: its sockets go, whatever they are called now."""
+        for path in (Path(self.door), Path(self.router)):
+            for left in path.parent.glob(f"{path.name}*"):
+                left.unlink(missing_ok=True)
+
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
@@ -63,7 +69,8 @@ class Zygote:
         self._control = control
         self._private_dir = private_dir
         self._listen_path = listen_path
-        self._children: dict[int, int] = {}  # pidfd -> pid
+        self._children: dict[int, tuple[int, VmOrder]] = {}
+        """By pidfd: the process, and what it was made for."""
 
     def run(self) -> None:
         """Fork VMs until the daemon is gone, then clean up after it. Does not return."""
@@ -80,8 +87,10 @@ class Zygote:
                         os._exit(0)
                 else:
                     poller.unregister(fd)
-                    os.waitpid(self._children.pop(fd), 0)
+                    pid, order = self._children.pop(fd)
+                    os.waitpid(pid, 0)
                     os.close(fd)
+                    order.sweep()
 
     @staticmethod
     def _preload() -> None:
@@ -114,7 +123,7 @@ class Zygote:
             self._become_vm(order, fds, me)
         fd_passing.close_all(fds)
         pidfd = os.pidfd_open(pid)
-        self._children[pidfd] = pid
+        self._children[pidfd] = pid, order
         poller.register(pidfd, select.POLLIN)
         return True
 
@@ -135,7 +144,7 @@ class Zygote:
             os._exit(status)
 
     def _clean_up(self) -> None:
-        for pidfd, pid in self._children.items():
+        for pidfd, (pid, _) in self._children.items():
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 os.waitpid(pid, 0)

@@ -289,7 +289,7 @@ IOCTLS: tuple[Ioctl, ...] = (
         0xE3,
         _S.DEVICE_ATTR,
         cap="DEVICE_CTRL",
-        errnos="ENXIO ENODEV",
+        errnos="EINVAL ENXIO ENODEV ENOENT",
         section="1.10",
     ),
 )

@@ -17,7 +17,11 @@ from typing import NamedTuple
 
 import psutil
 
-_MARKS = 1 << 16
+from protocol.codec import coverage_marks
+from qemu_user.fuzz.branches import Branch, branches, taken
+
+_LEFT_ALONE = 60
+"""Seconds after which a daemon ends whose fuzzer was killed."""
 
 
 class Footprint(NamedTuple):
@@ -48,14 +52,15 @@ class Daemon:
         options: list[str] = []
         if coverage:
             marks = self.directory / "coverage"
-            marks.write_bytes(bytes(_MARKS))
+            marks.write_bytes(bytes(coverage_marks.SIZE))
             with marks.open("r+b") as file:
-                self._map = mmap.mmap(file.fileno(), _MARKS)
+                self._map = mmap.mmap(file.fileno(), coverage_marks.SIZE)
             options = ["--coverage", str(marks)]
         readable, writable = os.pipe()
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kvmcore", "--listen", self.endpoint, "--ready-fd", str(writable), *options],
+                [sys.executable, "-P", "-m", "kvmcore", "--listen", self.endpoint, "--ready-fd", str(writable),
+                 "--idle-timeout", str(_LEFT_ALONE), *options],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[writable], start_new_session=True,
             )  # fmt: skip
         os.close(writable)
@@ -80,6 +85,13 @@ class Daemon:
     def alive(self) -> bool:
         """Whether the daemon runs; the zygote may have been replaced."""
         return self._process.poll() is None
+
+    def branches(self) -> tuple[list[Branch], list[Branch]]:
+        """The branches of the watched source, and those of them that have been taken; ([], []) if nobody watches."""
+        if self._map is None:
+            return [], []
+        every = branches(Path(__file__).parents[2])
+        return every, taken(every, self._map[:])
 
     def complaints(self) -> str:
         """What has come into the log since the last look and is a fault of the server's, "" if nothing."""

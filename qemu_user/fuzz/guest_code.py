@@ -13,6 +13,8 @@ from protocol.abi import structs_riscv as riscv
 from qemu_user.fuzz.sequence import Op
 
 BASE = 0x80000000
+APLIC, IMSIC = 0x0C000000, 0x28000000
+"""Where sequences that bring the AIA up have it."""
 _SCRIPT = 0x80004000
 _ECALL, _WFI, _FENCE_I, _SFENCE, _SRET, _EBREAK = 0x73, 0x10500073, 0x100F, 0x12000073, 0x10200073, 0x100073
 _CSRS = (
@@ -43,7 +45,8 @@ def load(rng: Random) -> list[Op]:
         number.to_bytes(8, "little")
         for _ in range(rng.randrange(1, 12))
         for number in (
-            rng.choice((0x10000000, 0x10000004, 0x28000000, BASE + 0x8000, BASE + 0x8003, BASE + 0xFFFC, rng.getrandbits(64))),
+            rng.choice((0x10000000, 0x10000004, IMSIC, IMSIC + 0x1000, APLIC + 4 * rng.randrange(0x1000),
+                        BASE + 0x8000, BASE + 0x8003, BASE + 0xFFFC, rng.getrandbits(64))),
             rng.getrandbits(64),
             rng.randrange(2),
         )

@@ -166,7 +166,8 @@ RULES: dict[tuple[str, str], Rule] = {
     ("kvm_device_attr", "group"): mostly(of(*riscv.AiaGroup), _U32),
     ("kvm_device_attr", "attr"): mostly(
         of(*range(8), 0, 0x4, 0x1FC, 0x1CDC, 0x1DDC, 0x2000, 0x3000, 0x3FFC, 0x4000,
-           0x70, 0x72, 0x80, 0x81, 0xC0, 0x1070), _U64),
+           0x70, 0x72, 0x80, 0x81, 0xC0, 0x1070, 0x1BC0, 0x1C00, 0x1CE0, 0x1D00, 0x1E00, 0x1EDC, 0x1F00, 0x1FDC,
+           0x3004, 0x3008), _U64),
     ("kvm_device_attr", "addr"): mostly(_ATTR_VALUE, room(8, 4), 0.7),
     ("kvm_create_guest_memfd", "size"): mostly(of(PAGE, 16 * PAGE, 1 << 21), mostly(of(0, 1, PAGE // 2), _U64)),
     ("kvm_create_guest_memfd", "flags"): mostly(of(3, 3, 1, 2, 0), _U64),

@@ -38,6 +38,7 @@ class Daemon:
         self.endpoint = f"ipc://{path / 'kvmcore.sock'}"
         reader, writer = os.pipe()
         command = [sys.executable, "-m", "kvmcore", "--listen", self.endpoint, "--ready-fd", str(writer)]
+        command += ["--idle-timeout", "60"]  # a test that was killed takes its daemon along
         if descriptors:
             command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen([*command, *arguments], pass_fds=[writer], cwd=ROOT)

@@ -14,7 +14,7 @@ from protocol.abi.ioctls import find
 from protocol.abi.structs import MEM_LOG_DIRTY_PAGES
 from qemu_user.fuzz.daemon import Daemon
 from qemu_user.fuzz.dev_kvm import DevKvm, Linux
-from qemu_user.fuzz.differential import compare
+from qemu_user.fuzz.differential import DIFFERENCES, compare
 from qemu_user.fuzz.executor import Executor, Outcome
 from qemu_user.fuzz.grammar import GENERIC, Grammar
 from qemu_user.fuzz.model import X86, Model
@@ -123,3 +123,12 @@ def test_the_real_kernel_is_reached_by_ioctl() -> None:
 def test_generic_sequences_keep_to_generic_ioctls() -> None:
     names = {op.name for index in range(300) for op in Grammar(2, guest=False, generic=True).sequence(index) if op.name}
     assert names == GENERIC
+
+
+def test_how_far_guest_addresses_go_is_the_hosts() -> None:
+    """What a real KVM on x86 answered in a differential run, beyond its physical address width and below it."""
+    far = {"slot": 3, "guest_phys_addr": 1 << 56, "memory_size": 4096, "userspace_addr": {"map": 0}}
+    for members, ours, explained in ((far, "", True), (far, "EFAULT", True), (far | {"guest_phys_addr": 1 << 20}, "", False)):
+        op = Op("ioctl", ("vm", 0), "SET_USER_MEMORY_REGION", members=members)
+        here, there = Outcome(-1 if ours else 0, ours), Outcome(-1, "EINVAL")
+        assert any(known.applies(op, here, there) for known in DIFFERENCES) == explained

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from protocol.abi.ioctls import IOCTLS
+from protocol.codec import coverage_marks
 from qemu_user.fuzz import guest_code, rules
+from qemu_user.fuzz.branches import branches, taken
 from qemu_user.fuzz.grammar import Grammar
 from qemu_user.fuzz.minimize import minimize
 from qemu_user.fuzz.oracles import Bystander
@@ -83,3 +85,16 @@ def test_code_for_guests_is_what_its_comments_say() -> None:
         " beqz x28, load\n j out\nstore: sd x7, 0(x6)\n j loop\n nop\nload: ld x7, 0(x6)\n j loop\nout: nop\n"
     )
     assert interpreter.image[:-4] == b"".join(word.to_bytes(4, "little") for word in guest_code._INTERPRETER)
+
+
+def test_branches_and_their_marks(tmp_path: Path) -> None:
+    source = "def f(a):\n    if a:\n        return 1\n    for i in a or ():\n        a = i\n    return 2\n"
+    for folder in coverage_marks.FOLDERS:
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "kvmcore/vm/x.py").write_text(source)
+    every = branches(tmp_path)
+    ways = {(branch.line, branch.to) for branch in every}
+    assert {(2, 3), (2, 4), (4, 5), (4, 6)} <= ways
+    marks = bytearray(coverage_marks.SIZE)
+    marks[coverage_marks.place(coverage_marks.seed("/kvmcore/vm/x.py"), 2, 3, len(marks))] = 1
+    assert [(branch.line, branch.to) for branch in taken(every, bytes(marks))] == [(2, 3)]
