@@ -96,9 +96,9 @@ def _run(
     began, at = time.monotonic(), 0
     for number in range(options.count):
         way = WAYS[number // 2 % len(WAYS)]
-        hosts[at].wait_for_names(sorted(["vm", *(["peer"] if at == 0 else [])]), 60)
+        hosts[at].wait_for_names(sorted(["vm", *(["peer"] if at == 0 else [])]), 300)
         before = _progress(folder)
-        done = hosts[at].softkvm("migrate", "vm", uris[1 - at], *way, seconds=120)
+        done = hosts[at].softkvm("migrate", "vm", uris[1 - at], *way, seconds=600)
         if done.returncode:
             print(f"move {number + 1}: {done.stderr.decode(errors='replace')}")
             return 1
@@ -152,7 +152,7 @@ def _progress(folder: Path) -> dict[str, int]:
     return found
 
 
-def _wait_for_progress(folder: Path, before: dict[str, int], seconds: float = 60) -> None:
+def _wait_for_progress(folder: Path, before: dict[str, int], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not all(value > before[name] for name, value in _progress(folder).items()):
         if time.monotonic() > end:
