@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from qemu_user.backends.block.qcow2.create import create_qcow2
+from tests.framework import memory_guest
 from tests.framework.product import Product, read_until
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(240), pytest.mark.usefixtures("busybox")]
 
 
-def test_the_guest_sees_the_new_size(product: Product, tmp_path: Path) -> None:
-    disk = tmp_path / "disk.img"
-    disk.write_bytes(bytes(1 << 20))
+@pytest.mark.parametrize("kind", ["img", "qcow2"])
+def test_the_guest_sees_the_new_size(product: Product, tmp_path: Path, kind: str) -> None:
+    disk = tmp_path / f"disk.{kind}"
+    if kind == "qcow2":
+        create_qcow2(disk, 1 << 20)
+    else:
+        disk.write_bytes(bytes(1 << 20))
     script = """
         cat /sys/block/vda/size; echo up; read line
         while [ $(cat /sys/block/vda/size) = 2048 ]; do usleep 20000; done
@@ -41,7 +47,7 @@ def test_the_guest_sees_the_new_size(product: Product, tmp_path: Path) -> None:
         assert [next(iter(answer)) for answer in answers] == ["return", "error", "error", "return"]
         out, errors = running.communicate(b"\n", timeout=60)
         assert out == b"4096\n", errors
-        assert disk.read_bytes()[4000 * 512 :].startswith(b"grown\n")
+        assert memory_guest.content(disk)[4000 * 512 :].startswith(b"grown\n")
     finally:
         running.kill()
         running.communicate()
