@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable
-from errno import EINVAL, EIO, ENOTTY
+from errno import EAGAIN, EINVAL, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, ENOTTY
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -112,9 +112,11 @@ def _perform(ticket: Ticket, handle: Handle) -> None:
         result = ioctl.call(handle, request.request, request.arg)
     except KvmError as error:
         errno, reason = error.errno or EIO, error.reason
-    except Exception:
-        log.exception("internal error in %s", ioctl.name_of(handle.kind, request.request))
-        errno, reason = EIO, "internal error, see kvmcore's log"
+    except Exception as error:
+        errno, reason = _exhausted(error), f"this host has no more: {error}"
+        if not errno:
+            log.exception("internal error in %s", ioctl.name_of(handle.kind, request.request))
+            errno, reason = EIO, "internal error, see kvmcore's log"
     finally:
         mm.lay_over([])
         if handle.kind == "system":
@@ -124,6 +126,14 @@ def _perform(ticket: Ticket, handle: Handle) -> None:
         ticket.fail(errno, reason.encode()[:512], copies)
     elif not isinstance(result, Deferred):
         ticket.answer(result, copies=copies)
+
+
+def _exhausted(error: Exception) -> int:
+    """The errno, if memory, descriptors, threads or disk space of the host have run out; else 0."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error)):
+        return ENOMEM
+    number = error.errno if isinstance(error, OSError) else None
+    return number if number in (ENOMEM, EMFILE, ENFILE, ENOSPC, EAGAIN) else 0
 
 
 def _run_inline(ticket: Ticket, vcpu: Vcpu) -> None:

@@ -203,3 +203,26 @@ def test_unsealed_memory_is_refused(daemon: Daemon) -> None:
     os.close(fd)
     vm.close()
     kvm.close()
+
+
+def test_a_host_without_memory(daemon: Daemon) -> None:
+    """ENOMEM for what it was for, nothing else happens, and later there is enough again."""
+    kvm = Kvm.open(daemon.endpoint)
+    vm = kvm.create_vm()
+    vm.create_vcpu(0)
+    size = psutil.Process(vm.pid).memory_info().vms
+    resource.prlimit(vm.pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    refused = []
+    for number in range(1, 40):
+        try:
+            vm.ioctl("CREATE_VCPU", number)
+        except KvmError as error:
+            refused.append((error.name, error.reason))
+    assert refused
+    assert {name for name, _ in refused} == {"ENOMEM"}, refused
+    assert not [reason for _, reason in refused if "internal" in reason]
+    assert vm.check_extension(1) >= 0
+    resource.prlimit(vm.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    vm.ioctl("CREATE_VCPU", 100)
+    vm.close()
+    kvm.close()
