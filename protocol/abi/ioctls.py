@@ -289,7 +289,7 @@ IOCTLS: tuple[Ioctl, ...] = (
         0xE3,
         _S.DEVICE_ATTR,
         cap="DEVICE_CTRL",
-        errnos="EINVAL ENXIO ENODEV ENOENT",
+        errnos="EINVAL ENXIO ENODEV EOPNOTSUPP ENOENT",
         section="1.10",
     ),
 )

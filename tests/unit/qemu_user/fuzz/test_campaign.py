@@ -93,20 +93,21 @@ def test_what_the_table_does_not_have_is_a_finding() -> None:
 
 
 def test_attributes_that_an_imsic_does_not_have(daemon: Daemon) -> None:
-    """Found when AIAs were brought up: HAS_DEVICE_ATTR answers ENOENT and EINVAL too, which the table did not say."""
-    attributes = [(0, 1, 127), (1, 0, 0x0C000000), (1, 1, 0x28000000), (2, 0, 0)]
+    """Found when AIAs were brought up: HAS_DEVICE_ATTR answers ENOENT, EINVAL and EOPNOTSUPP, which the table did not say."""
+    attributes = [(0, 1, 127), (0, 2, 31), (1, 0, 0x0C000000), (1, 1, 0x28000000), (2, 0, 0)]
     ops = [Op("ioctl", ("vm", 0), "CREATE_DEVICE", members={"type": 11}), Op("ioctl", ("vm", 0), "CREATE_VCPU")]
     for group, attr, value in attributes:
         data = {"in": value.to_bytes(8, "little").hex()}
         ops.append(Op("ioctl", ("device", 0), "SET_DEVICE_ATTR", members={"group": group, "attr": attr, "addr": data}))
     ops += [Op("ioctl", ("device", 0), "HAS_DEVICE_ATTR", members={"group": 4, "attr": attr}) for attr in (5, 0x81, 0x70)]
+    ops.append(Op("ioctl", ("device", 0), "HAS_DEVICE_ATTR", members={"group": 3, "attr": 6}))
     executor = Executor(daemon.endpoint)
     run = executor.start()
     outcomes = list(run.perform_all(ops))
     run.close()
     executor.close()
-    assert [outcome.errno for outcome in outcomes] == [""] * 6 + ["ENOENT", "EINVAL", ""]
-    assert [judge(op, outcome, 0) for op, outcome in zip(ops, outcomes, strict=True)] == [None] * 9
+    assert [outcome.errno for outcome in outcomes] == [""] * 7 + ["ENOENT", "EINVAL", "", "EOPNOTSUPP"]
+    assert [judge(op, outcome, 0) for op, outcome in zip(ops, outcomes, strict=True)] == [None] * 11
 
 
 def test_replay_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
