@@ -29,7 +29,9 @@ PACKAGES = (
 #: Bytes of the file system; the image grows as it is filled. A VM's own disk may be larger.
 DISK_SIZE = 8 << 30
 KERNEL_OPTIONS = (
-    "console=hvc0 quiet random.trust_bootloader=on systemd.show_status=true systemd.ssh_auto=no systemd.ssh_listen=vsock::22"
+    "console=hvc0 quiet random.trust_bootloader=on systemd.show_status=true systemd.ssh_auto=no systemd.ssh_listen=vsock::22 "
+    # On a busy host the console may take longer to appear than 90 s, and would stay without a login then.
+    "systemd.default_device_timeout_sec=600"
 )
 #: For hardware that no VM has, more than half of the modules. cfg80211 would be loaded at each boot: networkd asks for it.
 _NO_MODULES = (
