@@ -37,6 +37,7 @@ def run(rounds: int, seconds: float, only: str, tell: Callable[[str], None]) -> 
     image = Store().ensure("busybox", lambda *_: None)
     programs = io_image.ensure(lambda *_: None)
     values: io.Values = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # who ends us ends the switch and iperf3 as well
     with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name, _switch() as sock, io.iperf_server(False) as port:
         initrd, disk = Path(name) / "initrd", Path(name) / "disk.raw"
         initrd.write_bytes(image.initrd.read_bytes() + programs.read_bytes() + io_image.script())
