@@ -188,14 +188,6 @@ def descriptors() -> tuple[Status, str]:
     return GOOD, text
 
 
-@check("cgroups")
-def cgroups() -> tuple[Status, str]:
-    controllers = Path("/sys/fs/cgroup/cgroup.controllers")
-    if controllers.exists() and "memory" in controllers.read_text().split():
-        return GOOD, "version 2, with memory limits: python -m kvmcore --cgroup"
-    return MISSING, "no version 2 with a memory controller at /sys/fs/cgroup: --cgroup of the daemon cannot limit VMs"
-
-
 # -- folders ------------------------------------------------------------------------------------------------------------
 
 
