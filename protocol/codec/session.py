@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Any, NamedTuple
 
 from protocol.codec.envelope import VERSION, FrameError
@@ -20,6 +20,7 @@ MAX_MESSAGE = 8192
 _HEADER = struct.Struct("<IHHIIQQQQII")
 
 
+@unique
 class Op(IntEnum):
     """What a message asks for. Answers carry the same op."""
 
@@ -40,13 +41,13 @@ class Op(IntEnum):
     """a = 1: the VM goes on when its client dies, until another one of the same user attaches; 0: it ends then, as always."""
     KEEP = 8
     """a = key, one descriptor: hold it for who attaches, in place of an earlier one; without a descriptor: let go of it."""
-    HOT = 10
-    """a = a VM's handle. Without a descriptor: the answer carries a memfd that says what code is hot, if any is. With one: what
-    was hot on the host that ran the VM before."""
     KEPT = 9
     """a = key. The answer carries the descriptor that KEEP left, if there is one."""
     VDSO = 10
     """The answer carries a file of machine code: the client's half of the doorbell (protocol/channel/vdso.py)."""
+    HOT = 11
+    """a = a VM's handle. Without a descriptor: the answer carries a memfd that says what code is hot, if any is. With one: what
+    was hot on the host that ran the VM before."""
 
 
 class Message(NamedTuple):
