@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
             signal.signal(number, lambda received, frame: instance.quit(128 + received))
         signal.signal(signal.SIGWINCH, lambda received, frame: instance.machine.window_changed())
         instance.start()
-        if lack := confine():
+        if lack := confine(instance.config):
             sys.stderr.write(f"qemu_user: {lack}\n")
         return instance.wait()
     except StartError as error:

@@ -3,7 +3,8 @@
 Called by the programs that are a VM (qemu_user/__main__.py, cli/run.py, migration/arrival.py), never by a library: it cannot be
 taken back. A device process goes on opening files, sockets and terminals for its user's commands, so it keeps those; it loses
 what no VM ever needs: starting programs, other users' rights, the kernel's administration, looking into other processes.
-Helpers such as passt have been started by then.
+Only a VM with a user network may go on starting programs, with the confinement of their own that passt makes: passt is started
+again when it dies.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from errno import EPERM
 
 from protocol.channel import confinement
+from qemu_user.config.machine_config import MachineConfig
 
 KILL = frozenset(
     (
@@ -31,15 +33,26 @@ REFUSED = (
 """EPERM: a library may try, and do without."""
 
 
-def rules() -> confinement.Filter:
-    """The filter."""
-    return confinement.Filter(kill=KILL, errnos=dict.fromkeys(REFUSED, EPERM), otherwise=None)
+PASST = frozenset(
+    (
+        "execve", "execveat", "unshare", "mount", "umount2", "pivot_root", "setuid", "setgid", "setresuid", "setresgid",
+        "setgroups",
+    )
+)  # fmt: skip
+"""What starting passt takes: it shuts itself into namespaces of its own."""
 
 
-def confine() -> str:
+def rules(user_network: bool = False) -> confinement.Filter:
+    """The filter. `user_network`: passt can be started."""
+    kept = PASST if user_network else frozenset()
+    refused = [name for name in REFUSED if name not in kept]
+    return confinement.Filter(kill=KILL - kept, errnos=dict.fromkeys(refused, EPERM), otherwise=None)
+
+
+def confine(config: MachineConfig) -> str:
     """Give it all up, in every thread; what is missing on this host, as a sentence, or ""."""
     try:
-        confinement.seccomp(rules())
+        confinement.seccomp(rules(any(net.kind == "user" for net in config.nets)))
     except OSError as error:
         return f"the device process is not confined: {error.strerror or error}"
     return ""

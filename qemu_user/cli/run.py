@@ -309,7 +309,7 @@ def _boot(
         return _fail(str(error)), False
     for disk in disks if not command else ():
         disk.booted()
-    if lack := confine():
+    if lack := confine(config):
         sys.stderr.write(f"softkvm: {lack}\n")
     _tell_ready()
     listener = threading.Thread(target=_listen, args=(ours, outcome), daemon=True)

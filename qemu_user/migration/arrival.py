@@ -215,7 +215,7 @@ def main() -> int:
         return 1
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: instance.quit(128 + received))
-    if lack := confine():
+    if lack := confine(instance.config):
         sys.stderr.write(f"softkvm: {lack}\n")
     return instance.wait()
 

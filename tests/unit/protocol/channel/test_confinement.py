@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from errno import EACCES, ENOSYS, EPERM
+from errno import EACCES, ENOENT, ENOSYS, EPERM
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from kvmcore.server import confinement as kvmcore
 from protocol.channel import confinement
 from protocol.channel.confinement import READ, Filter, If
 from qemu_user import confinement as qemu_user
+from qemu_user.config.machine_config import MachineConfig, Net
 
 needs_seccomp = pytest.mark.skipif(not confinement.seccomp_available(), reason="this kernel has no seccomp filters")
 needs_landlock = pytest.mark.skipif(not confinement.landlock_version(), reason="this kernel has no Landlock")
@@ -152,7 +153,9 @@ def test_what_a_vm_process_still_may(tmp_path: Path) -> None:
 
 
 @needs_seccomp
-@pytest.mark.parametrize("confine", [kvmcore.calls, qemu_user.confine], ids=["VM process", "device process"])
+@pytest.mark.parametrize(
+    "confine", [kvmcore.calls, lambda: qemu_user.confine(MachineConfig())], ids=["VM process", "device process"]
+)
 def test_nobody_starts_programs_or_looks_into_others(confine: Callable[[], object]) -> None:
     def starts() -> int:
         confine()
@@ -165,6 +168,15 @@ def test_nobody_starts_programs_or_looks_into_others(confine: Callable[[], objec
 
     assert in_child(starts) in (-signal.SIGSYS, EPERM)
     assert in_child(traces) == -signal.SIGSYS
+
+
+@needs_seccomp
+def test_only_for_a_user_network_programs_can_be_started() -> None:
+    def starts() -> int:
+        qemu_user.confine(MachineConfig(nets=(Net(kind="user"),)))
+        return errno_of(lambda: os.execv("/nowhere", ["nowhere"]))
+
+    assert in_child(starts) == ENOENT
 
 
 @needs_landlock
@@ -206,4 +218,4 @@ def test_a_host_without_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confinement, "AUDIT_ARCH", 0)
     monkeypatch.setattr(confinement, "landlock_version", lambda: 0)
     assert kvmcore.missing() == ["seccomp filters", "Landlock"]
-    assert "x86-64" in qemu_user.confine()
+    assert "x86-64" in qemu_user.confine(MachineConfig())
