@@ -206,6 +206,9 @@ class Incoming:
         if self._pages_follow:  # from here on the channel is for pages only
             with suppress(ChannelError):
                 self._channel.send(messages.RUNNING, hello.generation)
+        job = jobs.arriving(instance.machine, "arrival", jobs.POSTCOPY)
+        if self._source is not None:
+            self._source.lost = partial(_lost, instance.machine, job)
         if hello.running:
             instance.machine.resume()
         else:
@@ -217,9 +220,7 @@ class Incoming:
         announce(instance.machine)
         instance.take_name(instance.config.name)
         self._journal.keep()
-        job = jobs.arriving(instance.machine, "arrival", jobs.POSTCOPY)
         if self._source is not None:
-            self._source.lost = partial(_lost, instance.machine, job)
             threading.Thread(target=fill, args=(instance.machine, job), name="fill", daemon=True).start()
         else:
             job.end(jobs.COMPLETED)
