@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qemu_user.backends.block.opening import create_overlay
-from qemu_user.bench.linux import _note, _place, _wait_for_idle_work, have_qemu
+from qemu_user.bench.linux import have_qemu, note, place, wait_for_idle_work
 from qemu_user.bench.processor import QEMU, BenchError, Kernel
 from qemu_user.cli.system import EXTRAS, ROOT
 from qemu_user.images.store import Image, Store, settings
@@ -38,20 +38,20 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
         initrd = _initrd(image, folder)
         booted = folder / "booted.qcow2"
         create_overlay(image.disk, booted, base_format="qcow2")
-        warm = _place(folder / "warm")
+        warm = place(folder / "warm")
         tell("debian: the first boot")
         _until_prompt(_softkvm(image, initrd, booted), warm, finish=b"poweroff\n")
-        _wait_for_idle_work(folder / "warm")
+        wait_for_idle_work(folder / "warm")
 
         def measure(kernel: str, side: str, command: Callable[[Path], list[str]], env: dict[str, str]) -> None:
             overlay = folder / "overlay.qcow2"
             create_overlay(booted, overlay, base_format="qcow2")
-            _note(kernels[kernel], side, _until_prompt(command(overlay), env))
+            note(kernels[kernel], side, _until_prompt(command(overlay), env))
             overlay.unlink()
 
         for number in range(rounds):
             tell(f"debian: round {number + 1} of {rounds}")
-            measure("debian-first", "softkvm", lambda disk: _softkvm(image, initrd, disk), _place(folder / f"cold{number}"))
+            measure("debian-first", "softkvm", lambda disk: _softkvm(image, initrd, disk), place(folder / f"cold{number}"))
             if peer:
                 measure("debian-first", "qemu", lambda disk: _qemu(image, initrd, disk), dict(os.environ))
                 kernels["debian-warm"].best["qemu"] = kernels["debian-first"].best["qemu"]
@@ -73,7 +73,7 @@ def _words(image: Image, initrd: Path, disk: Path) -> list[str]:
     return [
         "-M", "virt", "-m", "512M", "-smp", "1", "-display", "none", "-monitor", "none", "-serial", "none", "-nic", "none",
         "-name", f"bench-debian-{os.getpid()}",
-        "-no-reboot", "-kernel", str(image.kernel), "-initrd", str(initrd), "-append", image.meta.append,
+        "-no-reboot", "-kernel", str(image.kernel), "-initrd", str(initrd), "-append", image.append,
         "-drive", f"file={disk},format=qcow2,if=none,id=root", "-device", "virtio-blk-pci,drive=root",
         "-device", "virtio-rng-pci", "-device", "virtio-serial-pci", "-chardev", "stdio,id=console,signal=off",
         "-device", "virtconsole,chardev=console",

@@ -239,7 +239,7 @@ class Qemu:
         initrd.write_bytes(data + bytes(-len(data) % 4) + conf)
         words = [
             QEMU, "-M", "virt", "-m", str(memory >> 20), "-smp", str(cpus), "-kernel", str(image.kernel),
-            "-initrd", str(initrd), "-append", image.meta.append, "-display", "none", "-serial", "null", "-monitor", "none",
+            "-initrd", str(initrd), "-append", image.append, "-display", "none", "-serial", "null", "-monitor", "none",
             "-device", "virtio-serial-device", "-chardev", "null,id=console", "-device", "virtconsole,chardev=console",
             "-chardev", "null,id=c", "-device", "virtserialport,chardev=c,name=org.softkvm.control",
             "-device", "virtio-rng-device", "-drive", f"file={disk},format=raw,if=none,id=d",

@@ -53,7 +53,7 @@ def qemu_command(folder: Path, cpus: int, script: Sequence[str], memory: str = "
     command = [QEMU, "-M", "virt", "-smp", str(cpus), "-m", memory]
     command += ["-global", "virtio-mmio.force-legacy=false", "-display", "none", "-monitor", "none", "-serial", "none"]
     command += ["-nodefaults", "-no-reboot", "-kernel", str(image.kernel), "-initrd", str(initrd)]
-    command += ["-append", image.meta.append, "-device", "virtio-rng-device", "-device", "virtio-serial-device"]
+    command += ["-append", image.append, "-device", "virtio-rng-device", "-device", "virtio-serial-device"]
     command += ["-chardev", "null,id=console", "-device", "virtconsole,chardev=console"]
     for number, name in enumerate(PORTS, 1):
         back_end = "stdio,id=stdin,signal=off" if name == "stdin" else f"file,id={name},path={folder / name}"
@@ -138,24 +138,24 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
     command = softkvm_command(1, ["true"])
     with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name:
         folder = Path(name)
-        warm = _place(folder / "warm")
+        warm = place(folder / "warm")
         tell("boot: the first one, and what is translated after it")
         for _ in range(2):
             _output("softkvm", command, env=warm)
-            _wait_for_idle_work(folder / "warm")
+            wait_for_idle_work(folder / "warm")
         for number in range(rounds):
             tell(f"boot: round {number + 1} of {rounds}")
-            cold = _place(folder / f"cold{number}")
-            _note(kernels["boot-first"], "softkvm", _timed(lambda: _output("softkvm", command, env=cold)))  # noqa: B023
+            cold = place(folder / f"cold{number}")
+            note(kernels["boot-first"], "softkvm", _timed(lambda: _output("softkvm", command, env=cold)))  # noqa: B023
             if peer:
                 seconds = _timed(lambda: on_qemu(1, ["true"]))
                 for kernel in kernels.values():
-                    _note(kernel, "qemu", seconds)
-            _note(kernels["boot-warm"], "softkvm", _timed(lambda: _output("softkvm", command, env=warm)))
+                    note(kernel, "qemu", seconds)
+            note(kernels["boot-warm"], "softkvm", _timed(lambda: _output("softkvm", command, env=warm)))
     return kernels
 
 
-def _place(folder: Path) -> dict[str, str]:
+def place(folder: Path) -> dict[str, str]:
     """An environment with a daemon and a cache of translations of its own, but the images and the engine that are there."""
     ours = Store().folder.parent
     engine = folder / "cache" / "softkvm" / "engine"
@@ -168,7 +168,7 @@ def _place(folder: Path) -> dict[str, str]:
     return {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "XDG_RUNTIME_DIR": str(runtime)}
 
 
-def _wait_for_idle_work(folder: Path) -> None:
+def wait_for_idle_work(folder: Path) -> None:
     """Until no translation has been added to the cache for some seconds."""
     end = time.monotonic() + _IDLE_WORK_SECONDS
     while time.monotonic() < end:
@@ -184,7 +184,8 @@ def _timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _note(kernel: Kernel, side: str, seconds: float) -> None:
+def note(kernel: Kernel, side: str, seconds: float) -> None:
+    """A time that has no first round of its own."""
     kernel.best.setdefault(side, []).append(seconds)
     kernel.first.setdefault(side, []).append(seconds)
 

@@ -283,7 +283,7 @@ def _boot(
                 words += system.words(options, disk)
                 conf = system.settings(options, disk, name, command)
         if not options.bare:
-            append = " ".join(filter(None, (image.meta.append, options.append)))
+            append = " ".join(filter(None, (image.append, options.append)))
             if options.verbose:
                 append = append.replace("quiet", "").strip()
             words += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", append]
@@ -397,8 +397,9 @@ def _with_ports(
         ports = [ConsolePort(id=4, name="org.softkvm.control", chardev="control")]
     boot = msgspec.structs.replace(config.boot, initrd_extra=settings(conf) + modules)
     return msgspec.structs.replace(
-        config, boot=boot, chardevs=tuple(chardevs), serial="", console="console", ports=tuple(ports)
-    ).validate()
+        config, boot=boot, chardevs=tuple(chardevs), serial="", console="console", ports=tuple(ports),
+        no_reboot=bool(command), panic_ends=True,
+    ).validate()  # fmt: skip
 
 
 def _listen(control: socket.socket, outcome: Outcome) -> None:

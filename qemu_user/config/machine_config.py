@@ -264,6 +264,8 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     rng: bool = True
     rng_slot: Slot = Slot()
     no_reboot: bool = False
+    panic_ends: bool = False
+    """A reset after the kernel has said on the console that it panics is the VM's failure, and no reset."""
     keep: bool = False
     """The VM outlives its device process: when that is killed it waits for another one (softkvm attach)."""
     no_shutdown: bool = False

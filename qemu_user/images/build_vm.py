@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qemu_user.images.busybox import KERNEL_OPTIONS
 from qemu_user.images.cpio import Archive
 from qemu_user.images.errors import ImageError
 
@@ -43,14 +44,14 @@ def run(
         conf = {"NAME": "softkvm-build", "COMMAND": f"exec sh -c {_quoted(script)}"}
         config = MachineConfig(
             name=f"build-{os.getpid()}", memory=MEMORY, cpus=1,
-            boot=Boot(kernel=str(kernel), initrd=str(initrd), append="console=hvc0 quiet random.trust_bootloader=on",
+            boot=Boot(kernel=str(kernel), initrd=str(initrd), append=KERNEL_OPTIONS,
                       initrd_extra=settings(conf) + modules + files.finish()),
             drives=tuple(Drive(id=f"disk{n}", file=str(file), readonly=readonly, discard=not readonly)
                          for n, (file, readonly) in enumerate(disks)),
             chardevs=(Chardev(id="console", kind="null"), Chardev(id="control", kind="fd", output=ends["control"]),
                       Chardev(id="stdin", kind="null"), Chardev(id="stdout", kind="fd", output=ends["stdout"]),
                       Chardev(id="stderr", kind="fd", output=ends["stdout"])),
-            serial="", console="console",
+            serial="", console="console", no_reboot=True, panic_ends=True,
             ports=tuple(ConsolePort(id=number, name=f"org.softkvm.{name}", chardev=name)
                         for number, name in enumerate(("stdin", "stdout", "stderr", "control"), 1)),
         )  # fmt: skip

@@ -27,7 +27,8 @@ EXTRAS = {
     "vsock": ("vmw_vsock_virtio_transport",),
     "balloon": ("virtio_balloon",),
 }
-KERNEL_OPTIONS = "console=hvc0 quiet random.trust_bootloader=on"
+#: A panic resets the machine at once, which ends the VM (machine.py): it does not hang for ever.
+KERNEL_OPTIONS = "console=hvc0 quiet random.trust_bootloader=on panic=-1"
 #: Applets that /init and people use before anything could be installed.
 _APPLETS = """[ [[ ash awk base64 basename cat chmod chown clear cmp cp cut date dd df diff dirname dmesg du echo egrep
 env expr false fdisk fgrep find free getty grep gunzip gzip halt head hexdump hostname id ifconfig insmod ip kill killall

@@ -29,7 +29,8 @@ PACKAGES = (
 #: Bytes of the file system; the image grows as it is filled. A VM's own disk may be larger.
 DISK_SIZE = 8 << 30
 KERNEL_OPTIONS = (
-    "console=hvc0 quiet random.trust_bootloader=on systemd.show_status=true systemd.ssh_auto=no systemd.ssh_listen=vsock::22 "
+    "console=hvc0 quiet random.trust_bootloader=on panic=-1 "
+    "systemd.show_status=true systemd.ssh_auto=no systemd.ssh_listen=vsock::22 "
     # On a busy host the console may take longer to appear than 90 s, and would stay without a login then.
     "systemd.default_device_timeout_sec=600"
 )

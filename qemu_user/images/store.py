@@ -59,7 +59,6 @@ class Meta(msgspec.Struct, frozen=True):
     name: str
     verified: str
     built: float
-    append: str
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -76,6 +75,11 @@ class Image(msgspec.Struct, frozen=True):
     @property
     def initrd(self) -> Path:
         return self.folder / "initrd"
+
+    @property
+    def append(self) -> str:
+        """Kernel options; this version's, as /init is, whichever has built the image."""
+        return CATALOGUE[self.meta.name].append
 
     @property
     def disk(self) -> Path:
@@ -111,7 +115,7 @@ def load(folder: Path, name: str) -> Image | None:
     image = Image(name, folder, meta)
     system = image.kernel.is_file() and image.initrd.is_file()
     whole = system or (image.firmware.is_file() and image.own.is_file())
-    return image if whole and meta.format == _FORMAT else None
+    return image if whole and meta.format == _FORMAT and meta.name in CATALOGUE else None
 
 
 class Store:
@@ -164,7 +168,7 @@ class Store:
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"{_NEW}{name}-"))
         try:
             verified = recipe.build(temporary, progress)
-            meta = Meta(_FORMAT, name, verified, time.time(), recipe.append)
+            meta = Meta(_FORMAT, name, verified, time.time())
             (temporary / "meta.json").write_bytes(msgspec.json.encode(meta))
             place = self.folder / name
             if place.exists():

@@ -21,6 +21,7 @@ from qemu_user.backends.chardev.chardev import Chardev
 from qemu_user.backends.chardev.console_log import ConsoleLog
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
 from qemu_user.backends.chardev.hub import Hub
+from qemu_user.backends.chardev.last_words import LastWords
 from qemu_user.backends.chardev.null import NullChardev
 from qemu_user.backends.chardev.stdio import StdioChardev
 from qemu_user.backends.errors import BackendError
@@ -82,6 +83,8 @@ class Parts:
         self.balloon: VirtioBalloon | None = None
         self.vmgenid: VmGenId | None = None
         self.chardevs: dict[str, Chardev] = {}
+        self.last_words: LastWords | None = None
+        """Of hvc0, if a panic is to end the VM."""
         self.debug_console: DebugConsole
         self.arriving = False
         """Whether the VM comes from elsewhere: set before start_backends()."""
@@ -94,6 +97,8 @@ class Parts:
         """BackendError if something that the user named cannot be had."""
         for chardev in self.config.chardevs:
             self.chardevs[chardev.id] = self._logged(self._open_chardev(chardev), chardev)
+        if self.config.panic_ends and self.config.console:
+            self.last_words = self.chardevs[self.config.console].last_words = LastWords()
         for drive in self.config.drives:
             self.disks.append(LoggedDisk(open_drive(drive, lock_disks)))
         for flash in self.config.flash:

@@ -489,6 +489,8 @@ class Machine:
         """
         while True:
             happening = self._happenings.get()
+            if happening.what == "reset" and self.parts.last_words and (why := self.parts.last_words.panic()):
+                return self._end(Happening("fail", 1, f"its kernel has panicked: {why}"))
             if happening.what == "reset" and not self.config.no_reboot:
                 self._reset()
                 self._power_done()

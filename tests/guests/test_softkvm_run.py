@@ -91,6 +91,26 @@ def test_output_status_and_input(host: dict[str, str]) -> None:
     assert run(host, "--", "uname", "-m").stdout == b"riscv64\n"
 
 
+def test_a_panic_ends_the_vm(host: dict[str, str]) -> None:
+    result = run(host, "--name", "broken", "--", "sh", "-c", "echo up; sync; echo c >/proc/sysrq-trigger")
+    assert (result.stdout, result.returncode) == (b"up\n", 125)
+    assert result.stderr == b"softkvm: VM broken: its kernel has panicked: sysrq triggered crash\n"
+    assert "broken" not in listed(host)
+
+
+def test_a_panic_without_a_command(host: dict[str, str]) -> None:
+    """The kernel finds no /init; nobody reads the console but the log."""
+    result = run(host, "--append", "rdinit=/nowhere root=/dev/nothing")
+    assert result.returncode == 125
+    assert b": its kernel has panicked: VFS: Unable to mount root fs" in result.stderr
+
+
+def test_a_command_that_reboots_is_not_run_again(host: dict[str, str]) -> None:
+    result = run(host, "--", "sh", "-c", "echo up; reboot -f")
+    assert (result.stdout, result.returncode) == (b"up\n", 125)
+    assert b"ended before the command did" in result.stderr
+
+
 def test_two_vcpus(host: dict[str, str]) -> None:
     assert run(host, "--smp", "2", "--", "nproc").stdout == b"2\n"
 

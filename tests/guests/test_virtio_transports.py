@@ -29,7 +29,7 @@ def _command(product: Product, disk: Path, *options: str) -> list[str]:
     assert image is not None
     return [
         sys.executable, "-P", "-m", "qemu_user", "-accel", f"kvmcore,endpoint={product.daemon()}", "-m", "256M",
-        "-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", image.meta.append, "-serial", "none",
+        "-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", image.append, "-serial", "none",
         "-chardev", "stdio,id=c", "-device", "virtconsole,chardev=c", "-drive", f"file={disk},if=none,id=d", *options,
     ]  # fmt: skip
 

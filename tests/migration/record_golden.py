@@ -38,7 +38,7 @@ def main() -> None:
     sections.zstandard = None  # type: ignore[assignment]  # plain sections: whoever reads it needs no wheel
     with tempfile.TemporaryDirectory() as name, Daemon() as daemon:
         conf = settings({"NAME": "golden", "COMMAND": "sleep 1000", "TTY": "1"})
-        boot = Boot(kernel=str(image.kernel), initrd=str(image.initrd), initrd_extra=conf, append=image.meta.append)
+        boot = Boot(kernel=str(image.kernel), initrd=str(image.initrd), initrd_extra=conf, append=image.append)
         machine = Machine(msgspec.structs.replace(config(Path(name)), boot=boot), daemon.endpoint)
         machine.start()
         time.sleep(8)

@@ -13,6 +13,7 @@ import time
 from typing import Protocol
 
 from qemu_user.backends.chardev.console_log import ConsoleLog
+from qemu_user.backends.chardev.last_words import LastWords
 from qemu_user.backends.io_loop import IoLoop
 
 OUTPUT_LIMIT = 64 * 1024
@@ -83,6 +84,7 @@ class Chardev:
         self._scheduled = False
         self.log: ConsoleLog | None = None
         """Gets all output as well; closed with the chardev."""
+        self.last_words: LastWords | None = None
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -122,13 +124,19 @@ class Chardev:
             self._starved |= taken < len(data)
             if taken:
                 self._output += data[:taken]
-                if self.log is not None:
-                    self.log.write(data[:taken])
+                self._note(data[:taken])
             if self._scheduled or not taken:
                 return taken
             self._scheduled = True
         self._schedule()
         return taken
+
+    def _note(self, data: bytes | bytearray | memoryview) -> None:
+        """Output that was taken, for those who only listen. The lock is held."""
+        if self.log is not None:
+            self.log.write(data)
+        if self.last_words is not None:
+            self.last_words.write(data)
 
     def room(self, last: bool = False) -> int:
         """Bytes that write() would take now. Any thread."""

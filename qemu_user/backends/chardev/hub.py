@@ -152,8 +152,7 @@ class Hub(Chardev):
             self._scrollback += data
             if len(self._scrollback) > 2 * SCROLLBACK:
                 del self._scrollback[:-SCROLLBACK]
-            if self.log is not None:
-                self.log.write(data)
+            self._note(data)
         for terminal in full:
             terminal.await_room()
         if full and not self._watching and self._loop is not None:

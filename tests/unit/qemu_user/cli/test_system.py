@@ -20,7 +20,7 @@ def options(*words: str) -> argparse.Namespace:
 
 
 def disk(new: bool = True) -> VmDisk:
-    return VmDisk(Image("debian", Path("/x"), Meta(2, "debian", "", 0.0, "")), Path("/x,y/disk.qcow2"), new, True)
+    return VmDisk(Image("debian", Path("/x"), Meta(2, "debian", "", 0.0)), Path("/x,y/disk.qcow2"), new, True)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     folder = tmp_path / "cache" / "softkvm" / "images" / "debian"
     folder.mkdir(parents=True)
-    meta = Meta(store._FORMAT, "debian", "a test", 1.0, "quiet")
+    meta = Meta(store._FORMAT, "debian", "a test", 1.0)
     (folder / "meta.json").write_bytes(msgspec.json.encode(meta))
     for name in ("kernel", "initrd", "modules-ext4"):
         (folder / name).write_text(name)
