@@ -33,12 +33,11 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
         raise BenchError("the image is not there; softkvm pull debian makes it")
     kernels = {"debian-first": Kernel(), "debian-warm": Kernel()}
     peer = have_qemu(tell)
-    with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name, place(Path(name) / "warm") as warm:
         folder = Path(name)
         initrd = _initrd(image, folder)
         booted = folder / "booted.qcow2"
         create_overlay(image.disk, booted, base_format="qcow2")
-        warm = place(folder / "warm")
         tell("debian: the first boot")
         _until_prompt(_softkvm(image, initrd, booted), warm, finish=b"poweroff\n")
         wait_for_idle_work(folder / "warm")
@@ -51,7 +50,8 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
 
         for number in range(rounds):
             tell(f"debian: round {number + 1} of {rounds}")
-            measure("debian-first", "softkvm", lambda disk: _softkvm(image, initrd, disk), place(folder / f"cold{number}"))
+            with place(folder / f"cold{number}") as cold:
+                measure("debian-first", "softkvm", lambda disk: _softkvm(image, initrd, disk), cold)
             if peer:
                 measure("debian-first", "qemu", lambda disk: _qemu(image, initrd, disk), dict(os.environ))
                 kernels["debian-warm"].best["qemu"] = kernels["debian-first"].best["qemu"]

@@ -8,15 +8,19 @@ taken from the start of the command to its end.
 from __future__ import annotations
 
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from protocol.channel import fd_passing
 from qemu_user.bench.processor import QEMU, BenchError, Kernel, figures, take
 from qemu_user.images.store import Image, Store, command_line, settings
 
@@ -31,6 +35,7 @@ _IDLE_SECONDS = 8.0
 _IDLE_WORK_SECONDS = 300.0
 """What the translator gets after the first boot to finish what it does in idle time."""
 _QUIET_SECONDS = 12.0
+_END_SECONDS = 10.0
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -136,17 +141,16 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
     kernels = {"boot-first": Kernel(), "boot-warm": Kernel()}
     peer = have_qemu(tell)
     command = softkvm_command(1, ["true"])
-    with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name, place(Path(name) / "warm") as warm:
         folder = Path(name)
-        warm = place(folder / "warm")
         tell("boot: the first one, and what is translated after it")
         for _ in range(2):
             _output("softkvm", command, env=warm)
             wait_for_idle_work(folder / "warm")
         for number in range(rounds):
             tell(f"boot: round {number + 1} of {rounds}")
-            cold = place(folder / f"cold{number}")
-            note(kernels["boot-first"], "softkvm", _timed(lambda: _output("softkvm", command, env=cold)))  # noqa: B023
+            with place(folder / f"cold{number}") as cold:
+                note(kernels["boot-first"], "softkvm", _timed(lambda: _output("softkvm", command, env=cold)))
             if peer:
                 seconds = _timed(lambda: on_qemu(1, ["true"]))
                 for kernel in kernels.values():
@@ -155,8 +159,12 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
     return kernels
 
 
-def place(folder: Path) -> dict[str, str]:
-    """An environment with a daemon and a cache of translations of its own, but the images and the engine that are there."""
+@contextmanager
+def place(folder: Path) -> Iterator[dict[str, str]]:
+    """An environment with a daemon and a cache of translations of its own, but the images and the engine that are there.
+
+    Afterwards the daemon is ended: what its translator does in idle time would be in the next measurement.
+    """
     ours = Store().folder.parent
     engine = folder / "cache" / "softkvm" / "engine"
     engine.mkdir(parents=True)
@@ -165,7 +173,22 @@ def place(folder: Path) -> dict[str, str]:
     (engine.parent / "images").symlink_to(ours / "images")
     runtime = folder / "run"
     runtime.mkdir(mode=0o700)
-    return {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "XDG_RUNTIME_DIR": str(runtime)}
+    try:
+        yield {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "XDG_RUNTIME_DIR": str(runtime)}
+    finally:
+        _end_daemon(runtime / "softkvm" / "kvmcore.sock")
+
+
+def _end_daemon(path: Path) -> None:
+    """And wait until it has, if one listens there."""
+    try:
+        with fd_passing.connect(str(path)) as sock:
+            fd = os.pidfd_open(fd_passing.credentials(sock)[0])
+        signal.pidfd_send_signal(fd, signal.SIGTERM)
+    except OSError:
+        return
+    select.select([fd], [], [], _END_SECONDS)
+    os.close(fd)
 
 
 def wait_for_idle_work(folder: Path) -> None:
