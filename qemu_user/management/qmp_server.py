@@ -19,8 +19,8 @@ from typing import Any
 import msgspec
 
 from protocol.codec.qmp import QmpReader, QmpSyntaxError, encode
-from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.unix_address import listen_unix
 from qemu_user.machine.machine import Machine
 from qemu_user.management.commands import commands
 from qemu_user.management.commands.command import CommandError

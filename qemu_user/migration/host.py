@@ -22,8 +22,8 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from protocol.channel import fd_passing, zmq_socket
 from protocol.channel.zmq_socket import Curve
-from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.errors import BackendError
+from qemu_user.backends.unix_address import listen_unix
 from qemu_user.migration.spawn import Newcomer, SpawnError
 
 DOMAIN = "kvmcore"

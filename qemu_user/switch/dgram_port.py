@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from protocol.codec.ethernet_stream import MAX_FRAME
 from qemu_user.backends.io_loop import IoLoop
-from qemu_user.backends.net.dgram import bind_unix
+from qemu_user.backends.net.dgram import prepare
+from qemu_user.backends.unix_address import bind_unix
 from qemu_user.switch.port import LENGTH, Piece, Port, split
 from qemu_user.switch.settings import PortSettings
 
@@ -34,17 +35,11 @@ class DgramPort(Port):
 
     def start(self) -> None:
         self._socket = bind_unix(self._local, f"port {self.name}")
+        prepare(self._socket)
+        self._fd = self._socket.fileno()
         self.is_up = True
         self._listen()
         self.changed(self)
-
-    def _listen(self) -> None:
-        if self._socket is not None:
-            self.loop.add_reader(self._socket.fileno(), self._readable)
-
-    def _rest(self) -> None:
-        if self._socket is not None:
-            self.loop.remove_reader(self._socket.fileno())
 
     def _readable(self) -> None:
         at = 0
@@ -80,7 +75,7 @@ class DgramPort(Port):
 
     def close(self) -> None:
         super().close()
-        sock, self._socket = self._socket, None
+        sock, self._socket, self._fd = self._socket, None, -1
         if sock is not None:
             self.loop.remove(sock.fileno())
             sock.close()

@@ -34,7 +34,7 @@ LENGTH = struct.Struct(">I")
 
 
 class Port:
-    """Subclasses say where frames come from and go to: start(), _emit(), _await_room(), _listen(), _rest(), _hang_up()."""
+    """Subclasses say where frames come from and go to: start(), _emit(), _await_room(), _readable(), _hang_up()."""
 
     kind = "none"
     header = False
@@ -61,6 +61,8 @@ class Port:
         """(whole frames, how many)."""
         self.queued_bytes = 0
         self._paused = self._shaping = False
+        self._fd = -1
+        """What frames are read from; -1 when there is nothing."""
         self.configure(settings)
 
     def configure(self, settings: PortSettings) -> None:
@@ -105,10 +107,15 @@ class Port:
             self._listen()
 
     def _listen(self) -> None:
-        """Begin to read."""
+        if self._fd >= 0:
+            self.loop.add_reader(self._fd, self._readable)
 
     def _rest(self) -> None:
-        """Do not read."""
+        if self._fd >= 0:
+            self.loop.remove_reader(self._fd)
+
+    def _readable(self) -> None:
+        """Something is there to be read from `_fd`."""
 
     # -- out ---------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from protocol.codec import switch_hello
 from protocol.codec.switch_hello import Hello, HelloError, Welcome
-from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.unix_address import listen_unix
 
 _GREETING_SECONDS = 5.0
 _GREETERS = 64

@@ -26,6 +26,7 @@ class StreamPort(Port):
         super().__init__(name, settings, loop)
         self.header, self._peer = header, peer
         self._socket: socket.socket | None = sock
+        self._fd = sock.fileno()
         self._view = memoryview(bytearray(_BUFFER))
         self._end = 0
         sock.setblocking(False)
@@ -45,14 +46,6 @@ class StreamPort(Port):
         self.changed(self)
 
     # -- in ----------------------------------------------------------------------------------------
-
-    def _listen(self) -> None:
-        if self._socket is not None:
-            self.loop.add_reader(self._socket.fileno(), self._readable)
-
-    def _rest(self) -> None:
-        if self._socket is not None:
-            self.loop.remove_reader(self._socket.fileno())
 
     def _readable(self) -> None:
         if self._socket is None:
@@ -116,7 +109,7 @@ class StreamPort(Port):
 
     def close(self) -> None:
         super().close()
-        sock, self._socket = self._socket, None
+        sock, self._socket, self._fd = self._socket, None, -1
         if sock is not None:
             self.loop.remove(sock.fileno())
             sock.close()

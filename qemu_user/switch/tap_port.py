@@ -25,7 +25,7 @@ class TapPort(Port):
 
     def __init__(self, name: str, settings: PortSettings, loop: IoLoop, ifname: str) -> None:
         super().__init__(name, settings, loop)
-        self._ifname, self._fd = ifname, -1
+        self._ifname = ifname
         self._view = memoryview(bytearray(_BUFFER))
 
     @property
@@ -38,14 +38,6 @@ class TapPort(Port):
         self.is_up = True
         self._listen()
         self.changed(self)
-
-    def _listen(self) -> None:
-        if self._fd >= 0:
-            self.loop.add_reader(self._fd, self._readable)
-
-    def _rest(self) -> None:
-        if self._fd >= 0:
-            self.loop.remove_reader(self._fd)
 
     def _readable(self) -> None:
         at = 0

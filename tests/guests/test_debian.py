@@ -42,7 +42,8 @@ def ssh(host: Product, *words: str) -> str:
 
 
 def test_a_command_has_a_network_and_leaves_nothing(host: Product) -> None:
-    script = "cat; apt-get update >&2 && apt-get install -y hello >&2 && hello; df --output=target / | tail -1; exit 7"
+    # A mirror that lacks a side archive (update fails then) need not have `hello` in it.
+    script = "cat; apt-get update >&2; apt-get install -y hello >&2 && hello; df --output=target / | tail -1; exit 7"
     done = host.run("run", "debian", "--", "sh", "-c", script, stdin=b"from stdin\n", seconds=BOOT)
     assert (done.stdout, done.returncode) == (b"from stdin\nHello, world!\n/\n", 7), done.stderr.decode(errors="replace")
     assert host.run("disks").stdout == b""
@@ -70,7 +71,7 @@ def test_a_system_that_is_kept(host: Product) -> None:
     assert host.run("cp", "file", "web:/tmp/there", seconds=60).returncode == 0
     assert host.run("cp", "web:/tmp/there", "back", seconds=60).returncode == 0
     assert (host.runtime / "back").read_bytes() == b"x" * 100_000
-    ssh(host, "root@web", "apt-get update -q && apt-get install -qy hello && sync")
+    ssh(host, "root@web", "apt-get update -q; apt-get install -qy hello && sync")
 
     assert host.run("stop", "-t", "120", "web", seconds=150).returncode == 0
     assert b"web" in host.run("disks").stdout
@@ -100,4 +101,5 @@ def test_two_vms_differ_and_a_forwarded_port_answers(host: Product) -> None:
     ssh(host, "a", "systemctl is-system-running --wait")
     with socket.create_connection(("127.0.0.1", 22422), 60) as connection:
         connection.settimeout(60)
+        connection.sendall(b"SSH-2.0-test\r\n")  # as ssh does; Debian 12's passt wants the client to speak first
         assert connection.recv(20).startswith(b"SSH-2.0-OpenSSH")

@@ -6,8 +6,8 @@ Put around every image by machine/build.py, read by migration/volumes.py.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
+from qemu_user.backends.block.filter import Filter
 from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.write_log import WriteLog
 
@@ -15,12 +15,11 @@ BLOCK = 64 << 10
 """Bytes of one mark: small enough that a busy disk converges, large enough that the log stays small."""
 
 
-class LoggedDisk:
+class LoggedDisk(Filter):
     """A BlockBackend over `image`."""
 
     def __init__(self, image: BlockBackend) -> None:
-        self.image = image
-        self.size, self.readonly, self.discard = image.size, image.readonly, image.discard
+        super().__init__(image)
         self.log = WriteLog(image.size, BLOCK)
         self.outlives = False
         """Whether the VM may lose this process and go on: then nothing that was written is held back here."""
@@ -29,21 +28,6 @@ class LoggedDisk:
     def descriptor(self) -> int | None:
         """The file that holds the disk's bytes at their own offsets, if there is one: its holes need no copying."""
         return self.image.descriptor
-
-    @property
-    def report(self) -> Callable[[str, str], None]:
-        """The image's."""
-        return self.image.report
-
-    @report.setter
-    def report(self, report: Callable[[str, str], None]) -> None:
-        self.image.report = report
-
-    def with_data(self, unit: int, chain: bool = True) -> bytearray:
-        return self.image.with_data(unit, chain)
-
-    def read(self, offset: int, views: list[memoryview]) -> None:
-        self.image.read(offset, views)
 
     def write(self, offset: int, views: list[memoryview]) -> None:
         length = sum(map(len, views))
@@ -55,9 +39,6 @@ class LoggedDisk:
         if self.outlives:
             self.image.hand_out()
 
-    def flush(self) -> None:
-        self.image.flush()
-
     def punch(self, offset: int, length: int) -> None:
         self.image.punch(offset, length)
         self._wrote(offset, length)
@@ -66,26 +47,8 @@ class LoggedDisk:
         self.image.zero(offset, length, unmap)
         self._wrote(offset, length)
 
-    def lock(self) -> None:
-        self.image.lock()
-
-    def unlock(self) -> None:
-        self.image.unlock()
-
-    def hand_out(self) -> None:
-        self.image.hand_out()
-
-    def locks(self) -> list[int]:
-        return self.image.locks()
-
-    def adopt_locks(self, take: Callable[[], int]) -> None:
-        self.image.adopt_locks(take)
-
     def resize(self, size: int) -> None:
         if self.log.on:
             raise OSError(errno.EBUSY, "the disk is being copied")
         self.image.resize(size)
         self.size, self.log = self.image.size, WriteLog(self.image.size, BLOCK)
-
-    def close(self) -> None:
-        self.image.close()

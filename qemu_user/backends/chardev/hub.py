@@ -17,8 +17,8 @@ import time
 from qemu_user.backends.chardev.attach import FrameError, FrameReader
 from qemu_user.backends.chardev.chardev import Chardev, Frontend, NoFrontend
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
-from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.unix_address import listen_unix
 
 SCROLLBACK = 64 * 1024
 STALL_SECONDS = 2.0

@@ -7,38 +7,13 @@ the first.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
-from qemu_user.backends.errors import BackendBusy, BackendError
+from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
-
-
-def listen_unix(path: str, what: str) -> socket.socket:
-    """A listening Unix stream socket at `path` for its owner only; a stale one there is replaced.
-    BackendError.
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            except OSError:
-                pass
-        listener.bind(path)
-        listener.listen(8)
-    except OSError as error:
-        listener.close()
-        kind = BackendBusy if error.errno == errno.EADDRINUSE else BackendError
-        raise kind(f"{what}: cannot listen on {path}: {error.strerror or error}") from error
-    finally:
-        os.umask(before)
-    return listener
+from qemu_user.backends.unix_address import listen_unix
 
 
 class SocketChardev(DescriptorChardev):
@@ -62,9 +37,7 @@ class SocketChardev(DescriptorChardev):
             sock.connect(self._path)
         except OSError as error:
             sock.close()
-            raise BackendError(
-                f"chardev {self.name}: cannot connect to {self._path}: {error.strerror}"
-            ) from error
+            raise BackendError(f"chardev {self.name}: cannot connect to {self._path}: {error.strerror}") from error
         return sock
 
     def _take(self, sock: socket.socket) -> None:

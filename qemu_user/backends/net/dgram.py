@@ -13,6 +13,7 @@ from collections import deque
 from qemu_user.backends.errors import BackendBusy, BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import MAX_FRAME, NetBackend
+from qemu_user.backends.unix_address import bind_unix
 
 _FRAMES_PER_TURN = 64
 _SOCKET_BUFFER = 4 << 20
@@ -24,32 +25,8 @@ _RETRIES = 200
 Address = str | tuple[str, int]
 
 
-def bind_unix(path: str, what: str) -> socket.socket:
-    """A non-blocking datagram socket at `path` for its owner only; one that nobody has open any more is replaced.
-    BackendError.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    before = os.umask(0o177)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            except OSError:
-                pass
-        sock.bind(path)
-    except OSError as error:
-        sock.close()
-        kind = BackendBusy if error.errno == errno.EADDRINUSE else BackendError
-        raise kind(f"{what}: cannot bind {path}: {error.strerror or error}") from error
-    finally:
-        os.umask(before)
-    _prepare(sock)
-    return sock
-
-
-def _prepare(sock: socket.socket) -> None:
+def prepare(sock: socket.socket) -> None:
+    """Make a datagram socket non-blocking, with room for a burst of frames."""
     sock.setblocking(False)
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         with contextlib.suppress(OSError):
@@ -73,6 +50,7 @@ class DgramNet(NetBackend):
         self._loop = loop
         if isinstance(self._local, str):
             self._socket = bind_unix(self._local, f"netdev {self.name}")
+            prepare(self._socket)
         else:
             self._socket = self._bind_udp(*self._local)
         self.is_up = True
@@ -99,7 +77,7 @@ class DgramNet(NetBackend):
         except OSError as error:
             what = BackendBusy if error.errno == errno.EADDRINUSE else BackendError
             raise what(f"netdev {self.name}: {host}:{port}: {error.strerror or error}") from error
-        _prepare(sock)
+        prepare(sock)
         return sock
 
     # -- in ----------------------------------------------------------------------------------------
@@ -209,5 +187,5 @@ class MulticastNet(DgramNet):
             sock.close()
             where = f"{self._group[0]}:{self._group[1]}"
             raise BackendError(f"netdev {self.name}: mcast={where}: {error.strerror or error}") from error
-        _prepare(sock)
+        prepare(sock)
         return sock

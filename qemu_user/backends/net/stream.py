@@ -13,10 +13,10 @@ import os
 import socket
 
 from protocol.codec.ethernet_stream import FrameReader, StreamError, header
-from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.errors import BackendBusy, BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.backend import NetBackend
+from qemu_user.backends.unix_address import listen_unix
 
 _SOCKET_BUFFER = 1 << 20
 _CONNECT_SECONDS = 10.0

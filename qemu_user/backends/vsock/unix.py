@@ -13,8 +13,8 @@ import socket
 from functools import partial
 from typing import Protocol
 
-from qemu_user.backends.chardev.unix_socket import listen_unix
 from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.unix_address import listen_unix
 
 LONGEST_REQUEST = 32
 """Bytes of a CONNECT line."""
