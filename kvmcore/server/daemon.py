@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import EINVAL, EIO, EMFILE
 from pathlib import Path
@@ -148,7 +149,8 @@ class Daemon:
         if self._door is not None:
             log.info("listening on %s", self._door.endpoint)
         if self._options.ready_fd >= 0:
-            os.write(self._options.ready_fd, b"ready\n")
+            with suppress(BrokenPipeError):  # whoever started us has found that it needs no VM
+                os.write(self._options.ready_fd, b"ready\n")
             os.close(self._options.ready_fd)
         self._note_idle()
         self._loop.run()

@@ -10,12 +10,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from qemu_user.management.registry import runtime_directory
 
 #: Seconds that a daemon that we started stays when nobody needs it.
 IDLE_TIMEOUT = 60
+_LOG = "kvmcore.log"
 
 
 class DaemonError(Exception):
@@ -29,19 +32,27 @@ def endpoint() -> str:
 
 def ensure() -> str:
     """The endpoint of a daemon that listens. DaemonError."""
+    return begin()()
+
+
+def begin() -> Callable[[], str]:
+    """Start a daemon if none listens; what is returned waits for it, and is ensure(): meanwhile there is other work to do."""
     where = endpoint()
-    if not where.startswith("ipc://") or _listens(where):
-        return where
+    if not where.startswith("ipc://"):
+        return lambda: where
     directory = Path(where.removeprefix("ipc://")).parent
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(directory / ".start", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once start one daemon
-            if not _listens(where):
-                _start(where, directory)
-    except OSError as error:
-        raise DaemonError(f"cannot start kvmcore in {directory}: {error.strerror}") from error
-    return where
+    early = None if _listens(where) else _start(where, directory, fcntl.LOCK_NB)
+
+    def finish() -> str:
+        if early is not None:
+            _await(early, directory)
+        if not _listens(where):  # another command was starting one, or it had nothing to do for too long
+            late = _start(where, directory)
+            if late is not None:
+                _await(late, directory)
+        return where
+
+    return finish
 
 
 def _listens(where: str) -> bool:
@@ -53,11 +64,38 @@ def _listens(where: str) -> bool:
         return True
 
 
-def _start(where: str, directory: Path) -> None:
-    """Start it detached from our terminal; wait for its word."""
+class _Starting(NamedTuple):
+    """A daemon that has not said yet that it listens. As long as `lock` is open nobody else starts one."""
+
+    process: subprocess.Popen[bytes]
+    word: int
+    lock: IO[str]
+
+
+def _start(where: str, directory: Path, how: int = 0) -> _Starting | None:
+    """Start one detached from our terminal, unless one listens (None). LOCK_NB: or somebody else starts one. DaemonError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open(directory / ".start", "w")  # closed when the daemon has said its word
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | how)  # two commands at once start one daemon
+            if not _listens(where):
+                return _Starting(*_launch(where, directory), lock)
+        except BlockingIOError:
+            pass
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+        return None
+    except OSError as error:
+        raise DaemonError(f"cannot start kvmcore in {directory}: {error.strerror}") from error
+
+
+def _launch(where: str, directory: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """The process, and the pipe that it writes "ready" to."""
     readable, writable = os.pipe()
-    log = directory / "kvmcore.log"
-    with open(log, "ab") as output:
+    with open(directory / _LOG, "ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "kvmcore", "--listen", where, "--idle-timeout", str(IDLE_TIMEOUT),
              "--ready-fd", str(writable)],
@@ -65,9 +103,15 @@ def _start(where: str, directory: Path) -> None:
             cwd="/",
         )  # fmt: skip
     os.close(writable)
-    with os.fdopen(readable, "rb") as pipe:
+    return process, readable
+
+
+def _await(starting: _Starting, directory: Path) -> None:
+    """Until it listens. DaemonError."""
+    with starting.lock, os.fdopen(starting.word, "rb") as pipe:
         word = pipe.readline()
     if word.strip() != b"ready":
-        process.poll()
+        starting.process.poll()
+        log = directory / _LOG
         last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         raise DaemonError(f"kvmcore did not start: {last} (all of it: {log})")

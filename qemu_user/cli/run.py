@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from qemu_user.cli import system
-from qemu_user.cli.daemon import DaemonError, ensure
+from qemu_user.cli.daemon import DaemonError, begin
 from qemu_user.images.errors import ImageError
 
 if TYPE_CHECKING:
@@ -252,11 +252,10 @@ def _boot(
     options: argparse.Namespace, command: list[str], kept: Image | None, disks: list[VmDisk]
 ) -> tuple[int, bool]:
     """(exit status, whether the VM lives on elsewhere). A disk that is made goes into `disks`."""
+    daemon = begin()  # it starts while we import what a machine is made of
     from qemu_user.config.errors import ConfigError
     from qemu_user.config.qemu_options import parse
     from qemu_user.confinement import confine
-    from qemu_user.images.builtin import GUESTS
-    from qemu_user.images.builtin import ensure as builtin
     from qemu_user.images.store import Store
     from qemu_user.machine.machine import StartError
     from qemu_user.management.instance import Instance
@@ -265,7 +264,9 @@ def _boot(
     words = ["-m", options.memory, "-smp", options.smp, "-name", name, "-device", "vmgenid"]
     ours, theirs = socket.socketpair()
     try:
-        if options.image in GUESTS and not options.bare:
+        if options.image in _BUILTIN and not options.bare:
+            from qemu_user.images.builtin import ensure as builtin
+
             options.bare, options.kernel = True, str(builtin(options.image, Store().folder))
         conf: dict[str, str] = {}
         if options.bare:
@@ -293,7 +294,7 @@ def _boot(
         if not options.bare:
             modules = b"".join(image.extra(name).read_bytes() for name in extras)
             config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
-        instance = Instance(config, ensure())
+        instance = Instance(config, daemon())
     except (ConfigError, ImageError, StartError) as error:
         return _fail(str(error)), False
     if disks and options.user:

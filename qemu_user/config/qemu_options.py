@@ -31,7 +31,6 @@ from qemu_user.config.machine_config import (
     Slot,
     Vsock,
 )
-from qemu_user.config.net_options import parse_net, published
 
 
 class Option(NamedTuple):
@@ -199,11 +198,15 @@ class Builder:
         name = values.take("id") or f"{what}{len(self.nets)}"
         if name in self.nets:
             raise ConfigError(f"-{values.option.strip('-')} {values.text}: there is a netdev {name} already")
+        from qemu_user.config.net_options import parse_net
+
         self.nets[name] = parse_net(values, name)
         return name
 
     def publish(self, text: str) -> None:
         """docker's -p: on the first user network, made if there is none."""
+        from qemu_user.config.net_options import published
+
         self.published.append(published(text))
 
     def object(self, text: str) -> None:

@@ -78,7 +78,7 @@ BUILDERS: dict[str, Builder] = {
     "vsock": lambda d, m, e: VirtioVsock("vsock", 3, _vsock_host(d, e)),
     "balloon": lambda d, m, e: VirtioBalloon("balloon", m),
 }
-"""Every virtio device, by its name in qemu_user.devices.virtio.DEVICES."""
+"""Every virtio device, by its name in qemu_user.devices.virtio.catalogue.DEVICES."""
 
 
 def _blk(rng: Random) -> bytes:

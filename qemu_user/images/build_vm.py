@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qemu_user.images.busybox import KERNEL_OPTIONS
+from qemu_user.images.boot_files import KERNEL_OPTIONS
 from qemu_user.images.cpio import Archive
 from qemu_user.images.errors import ImageError
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import lzma
 import re
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_user.images import cpio, deb
+from qemu_user.images.boot_files import add_scripts
 from qemu_user.images.errors import ImageError
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ EXTRAS = {
     "vsock": ("vmw_vsock_virtio_transport",),
     "balloon": ("virtio_balloon",),
 }
-#: A panic resets the machine at once, which ends the VM (machine.py): it does not hang for ever.
-KERNEL_OPTIONS = "console=hvc0 quiet random.trust_bootloader=on panic=-1"
 #: Applets that /init and people use before anything could be installed.
 _APPLETS = """[ [[ ash awk base64 basename cat chmod chown clear cmp cp cut date dd df diff dirname dmesg du echo egrep
 env expr false fdisk fgrep find free getty grep gunzip gzip halt head hexdump hostname id ifconfig insmod ip kill killall
@@ -124,14 +122,6 @@ def _busybox(path: Path) -> bytes:
         if name.rpartition("/")[2] == "busybox":
             return content
     raise ImageError(f"{path.name}: no busybox inside")
-
-
-def add_scripts(initrd: cpio.Archive) -> None:
-    """/init and what it uses. Added again at every start, so that a cached image runs this version's."""
-    folder = files("qemu_user.images")
-    initrd.file("init", folder.joinpath("init.sh").read_bytes(), 0o755)
-    initrd.file("root.sh", folder.joinpath("root.sh").read_bytes())
-    initrd.file("etc/udhcpc.script", folder.joinpath("udhcpc.sh").read_bytes(), 0o755)
 
 
 def _modules(extra: str, modules: dict[str, bytes], archive: cpio.Archive | None = None) -> cpio.Archive:

@@ -28,12 +28,6 @@ PACKAGES = (
 )  # fmt: skip
 #: Bytes of the file system; the image grows as it is filled. A VM's own disk may be larger.
 DISK_SIZE = 8 << 30
-KERNEL_OPTIONS = (
-    "console=hvc0 quiet random.trust_bootloader=on panic=-1 "
-    "systemd.show_status=true systemd.ssh_auto=no systemd.ssh_listen=vsock::22 "
-    # On a busy host the console may take longer to appear than 90 s, and would stay without a login then.
-    "systemd.default_device_timeout_sec=600"
-)
 #: For hardware that no VM has, more than half of the modules. cfg80211 would be loaded at each boot: networkd asks for it.
 _NO_MODULES = (
     "kernel/sound/", "kernel/drivers/ata/", "kernel/drivers/bluetooth/", "kernel/drivers/gpu/", "kernel/drivers/hid/",

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from qemu_user.images import busybox, deb
 from qemu_user.images.errors import ImageError
+from qemu_user.images.store import CODE, VARIABLES
 
 if TYPE_CHECKING:
     from qemu_user.images.download import Progress
 
-CODE, VARIABLES = "code.fd", "vars.fd"
 _FILES = {"RISCV_VIRT_CODE.fd": CODE, "RISCV_VIRT_VARS.fd": VARIABLES}
 
 

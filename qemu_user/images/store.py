@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
 import os
 import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from qemu_user.images import busybox, cpio, debian, edk2
+from qemu_user.images import cpio
+from qemu_user.images.boot_files import KERNEL_OPTIONS, SYSTEMD_OPTIONS, add_scripts
 from qemu_user.images.errors import ImageError
 
 if TYPE_CHECKING:
@@ -28,10 +30,9 @@ if TYPE_CHECKING:
 
 
 class Recipe(NamedTuple):
-    """How an image is made. `build`: into an empty folder, returning how its parts were verified; `append`: kernel options."""
+    """An image that can be made, by the module of its name. `append`: kernel options."""
 
     text: str
-    build: Callable[[Path, Progress], str]
     append: str
     disk: bool = False
     """Whether it has a system on a disk (root.sh), of which each VM has its own."""
@@ -41,11 +42,13 @@ class Recipe(NamedTuple):
 
 #: One line for each image that can be pulled.
 CATALOGUE = {
-    "busybox": Recipe("Debian's kernel with busybox, boots in seconds", busybox.build, busybox.KERNEL_OPTIONS),
-    "debian": Recipe("Debian 13 with systemd, sshd and apt, on a disk", debian.build, debian.KERNEL_OPTIONS, disk=True),
-    "edk2": Recipe("UEFI firmware, boots what is on --drive", edk2.build, "", firmware=True),
+    "busybox": Recipe("Debian's kernel with busybox, boots in seconds", KERNEL_OPTIONS),
+    "debian": Recipe("Debian 13 with systemd, sshd and apt, on a disk", f"{KERNEL_OPTIONS} {SYSTEMD_OPTIONS}", disk=True),
+    "edk2": Recipe("UEFI firmware, boots what is on --drive", "", firmware=True),
 }
 _FORMAT = 2
+#: Names in the folder of an image that is firmware: what the flash holds.
+CODE, VARIABLES = "code.fd", "vars.fd"
 #: Name of the disk in an image's folder, and in a VM's.
 DISK = "disk.qcow2"
 #: Beginning of the names of folders that are being built.
@@ -89,12 +92,12 @@ class Image(msgspec.Struct, frozen=True):
     @property
     def firmware(self) -> Path:
         """What the flash holds, of an image that is firmware."""
-        return self.folder / edk2.CODE
+        return self.folder / CODE
 
     @property
     def own(self) -> Path:
         """What each VM has of its own: the disk, or the firmware's variables."""
-        return self.folder / edk2.VARIABLES if self.firmware.exists() else self.disk
+        return self.folder / VARIABLES if self.firmware.exists() else self.disk
 
     def extra(self, name: str) -> Path:
         """The archive of additional modules of that name (busybox.EXTRAS); images of earlier versions lack it."""
@@ -164,10 +167,10 @@ class Store:
         return image if image and all(image.extra(extra).is_file() for extra in extras) else None
 
     def _build(self, name: str, progress: Progress) -> None:
-        recipe = CATALOGUE[name]
+        recipe = importlib.import_module(f"qemu_user.images.{name}")
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"{_NEW}{name}-"))
         try:
-            verified = recipe.build(temporary, progress)
+            verified: str = recipe.build(temporary, progress)  # into the empty folder; how its parts were verified
             meta = Meta(_FORMAT, name, verified, time.time())
             (temporary / "meta.json").write_bytes(msgspec.json.encode(meta))
             place = self.folder / name
@@ -196,7 +199,7 @@ def settings(values: Mapping[str, str]) -> bytes:
     """A cpio archive with /init and /softkvm.conf: shell assignments that it reads."""
     text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
     extra = cpio.Archive()
-    busybox.add_scripts(extra)
+    add_scripts(extra)
     extra.file("softkvm.conf", text.encode(), 0o600)
     return extra.finish()
 

@@ -2,21 +2,17 @@
 
 Called once by machine/machine.py. Explicit on purpose: what is wired to what can be read here from top to
 bottom. Opens files, sockets and children only through the back ends; whatever fails is a BackendError for the
-user.
+user. What most VMs do not have is imported when it is wanted: imports are a good part of a small VM's start.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qemu_user.backends.block.logged import LoggedDisk
-from qemu_user.backends.block.opening import open_disk
-from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.backends.chardev.chardev import Chardev
 from qemu_user.backends.chardev.console_log import ConsoleLog
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
@@ -27,33 +23,34 @@ from qemu_user.backends.chardev.stdio import StdioChardev
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.io_threads import IoThreads
-from qemu_user.backends.net.backend import NetBackend
-from qemu_user.backends.share.server import Server
-from qemu_user.backends.vsock.unix import UnixVsock
 from qemu_user.config.machine_config import MAX_QUEUES, Drive, MachineConfig, Slot
 from qemu_user.config.machine_config import Chardev as ChardevConfig
 from qemu_user.devices.device import Device, FdtNode, Place
 from qemu_user.devices.goldfish_rtc import GoldfishRtc
 from qemu_user.devices.memory import GuestMemory
 from qemu_user.devices.ns16550a import Ns16550a
-from qemu_user.devices.pflash import Bank, Pflash
 from qemu_user.devices.syscon import Syscon
-from qemu_user.devices.virtio.balloon import VirtioBalloon
-from qemu_user.devices.virtio.blk import VirtioBlk
 from qemu_user.devices.virtio.device import VirtioDevice
-from qemu_user.devices.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
-from qemu_user.devices.virtio.net import VirtioNet
 from qemu_user.devices.virtio.pci import VirtioPci
 from qemu_user.devices.virtio.transport import VirtioTransport
 from qemu_user.devices.vmgenid import VmGenId
 from qemu_user.machine import virt
 from qemu_user.machine.bus import Bus
 from qemu_user.machine.debug_console import DebugConsole
-from qemu_user.machine.drives import open_drive
 from qemu_user.machine.irq import PHANDLE_CONTROLLER, PHANDLE_TEST, Interrupts
 from qemu_user.machine.kicks import Kicks
-from qemu_user.machine.networks import open_net, start_net
 from qemu_user.machine.pci import assign, make_host
+
+if TYPE_CHECKING:
+    from qemu_user.backends.block.logged import LoggedDisk
+    from qemu_user.backends.block.raw import BlockBackend
+    from qemu_user.backends.net.backend import NetBackend
+    from qemu_user.backends.share.server import Server
+    from qemu_user.backends.vsock.unix import UnixVsock
+    from qemu_user.devices.pflash import Bank
+    from qemu_user.devices.virtio.balloon import VirtioBalloon
+    from qemu_user.devices.virtio.blk import VirtioBlk
+    from qemu_user.devices.virtio.net import VirtioNet
 
 Power = Callable[[str, int], None]
 
@@ -100,14 +97,25 @@ class Parts:
         if self.config.panic_ends and self.config.console:
             self.last_words = self.chardevs[self.config.console].last_words = LastWords()
         for drive in self.config.drives:
+            from qemu_user.backends.block.logged import LoggedDisk
+            from qemu_user.machine.drives import open_drive
+
             self.disks.append(LoggedDisk(open_drive(drive, lock_disks)))
         for flash in self.config.flash:
+            from qemu_user.backends.block.opening import open_disk
+
             self.flash.append(open_disk(flash.file, flash.format, flash.readonly, False, lock_disks))
         for net in self.config.nets:
+            from qemu_user.machine.networks import open_net
+
             self.nets.append(open_net(net, self.config.name))
         if self.config.vsock is not None:
+            from qemu_user.backends.vsock.unix import UnixVsock
+
             self.vsock = UnixVsock(self._vsock_path(self.config.vsock.path))
         for share in self.config.shares:
+            from qemu_user.backends.share.server import Server
+
             self.shares.append(Server(share.folder, share.readonly))
 
     def _vsock_path(self, path: str) -> str:
@@ -182,6 +190,8 @@ class Parts:
         rtc = GoldfishRtc("rtc", interrupts.level(places["rtc"].irq), self.loop, _clock(offset))
         self._put_wired(rtc, places["rtc"], interrupts)
         if banks:
+            from qemu_user.devices.pflash import Pflash
+
             flash = places["flash"]
             self._put(Pflash("flash", banks), flash, Place(flash.base, flash.size, [], 0))
         if self.config.vmgenid:
@@ -198,14 +208,14 @@ class Parts:
         for window in host.windows:
             self.bus.add(window.base, window.size, window)
         if self.config.balloon is not None:
+            from qemu_user.devices.virtio.balloon import VirtioBalloon
+
             self.balloon = VirtioBalloon(
                 "balloon", memory, self.config.balloon.reporting, self.config.balloon.deflate_on_oom
             )
-        from qemu_user.devices.virtio.p9 import VirtioP9
-
         for bus, number, device in assign(self._virtio_devices()):
             loop = self.loop
-            if isinstance(device, VirtioBlk | VirtioNet | VirtioP9):
+            if device.own_thread:
                 loop = self._loops[device.name] = self._threads.add(f"io-{device.name}")
             if bus == "pci":
                 function = VirtioPci(device.name, memory, device, interrupts.msi, partial(kicks.make, loop))
@@ -213,6 +223,8 @@ class Parts:
                 self.devices.append(function)
                 transport = function.transport
             else:
+                from qemu_user.devices.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
+
                 entry = virt.PLACES[f"virtio{number}"]
                 slot = VirtioMmio(device.name, interrupts.edge(entry.irq), memory, device)
                 self._put_wired(slot, entry, interrupts, edge=True)
@@ -242,13 +254,10 @@ class Parts:
 
     def _virtio_devices(self) -> list[tuple[Slot, VirtioDevice]]:
         """(where, device): disks first, so that the first -drive is vda."""
-        from qemu_user.devices.virtio.console import VirtioConsole
-        from qemu_user.devices.virtio.p9 import VirtioP9
-        from qemu_user.devices.virtio.rng import VirtioRng
-        from qemu_user.devices.virtio.vsock import VirtioVsock
-
         wanted: list[tuple[Slot, VirtioDevice]] = []
         for number, (drive, disk) in enumerate(zip(self.config.drives, self.disks, strict=True)):
+            from qemu_user.devices.virtio.blk import VirtioBlk
+
             blk = VirtioBlk(
                 _label(drive, number),
                 disk,
@@ -261,6 +270,8 @@ class Parts:
             self.blocks.append(blk)
             wanted.append((drive.slot, blk))
         for number, (net, backend) in enumerate(zip(self.config.nets, self.nets, strict=True)):
+            from qemu_user.devices.virtio.net import VirtioNet
+
             mac = (
                 bytes.fromhex(net.mac.replace(":", "")) if net.mac else default_mac(self.config.name, number)
             )
@@ -268,8 +279,12 @@ class Parts:
             self.cards.append(card)
             wanted.append((net.slot, card))
         for share, server in zip(self.config.shares, self.shares, strict=True):
+            from qemu_user.devices.virtio.p9 import VirtioP9
+
             wanted.append((share.slot, VirtioP9(f"share-{share.tag}", share.tag, server)))
         if self.config.vsock is not None and self.vsock is not None:
+            from qemu_user.devices.virtio.vsock import VirtioVsock
+
             wanted.append((self.config.vsock.slot, VirtioVsock("vsock", self.config.vsock.cid, self.vsock)))
         if self.config.balloon is not None and self.balloon is not None:
             wanted.append((self.config.balloon.slot, self.balloon))
@@ -277,8 +292,12 @@ class Parts:
         if self.config.console:
             ports.insert(0, (0, "", self._channel(self.config.console, "hvc0")))
         if ports:
+            from qemu_user.devices.virtio.console import VirtioConsole
+
             wanted.append((self.config.console_slot, VirtioConsole("console", ports)))
         if self.config.rng:
+            from qemu_user.devices.virtio.rng import VirtioRng
+
             wanted.append((self.config.rng_slot, VirtioRng("rng")))
         return wanted
 
@@ -307,6 +326,8 @@ class Parts:
         for transport in self.transports:
             transport.warn = warn
         for net, card in zip(self.nets, self.cards, strict=True):
+            from qemu_user.machine.networks import start_net
+
             net.warn = warn
             start_net(net, self._loops[card.name], self.arriving)
         if self.vsock is not None:
@@ -358,5 +379,7 @@ def _clock(offset: int) -> Callable[[], int]:
 
 def default_mac(name: str, number: int) -> bytes:
     """A locally administered address that differs between VMs and stays with the name."""
+    import hashlib
+
     digest = hashlib.blake2b(f"{name}/{number}".encode(), digest_size=3).digest()
     return b"\x52\x54\x00" + digest

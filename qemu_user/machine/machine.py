@@ -17,7 +17,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -31,18 +31,18 @@ from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import Counters, Device, StateError
 from qemu_user.devices.memory import GuestMemory
-from qemu_user.devices.virtio.balloon import PAGE as BALLOON_PAGE
 from qemu_user.exits.context import ExitContext
 from qemu_user.machine import boot, virt
 from qemu_user.machine.build import Parts
 from qemu_user.machine.cpu import Isa, read_isa, reset_state, set_boot_state
 from qemu_user.machine.fdt import flatten
-from qemu_user.machine.flash import FlashMemory
 from qemu_user.machine.irq import AiaInterrupts, PlicInterrupts
-from qemu_user.machine.keeper import Keeper, Predecessor
 from qemu_user.machine.kicks import Kicks
 from qemu_user.machine.tree import machine_tree
 from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
+
+if TYPE_CHECKING:
+    from qemu_user.machine.keeper import Keeper, Predecessor
 
 PRELAUNCH, RUNNING, PAUSED, SHUTDOWN = "prelaunch", "running", "paused", "shutdown"
 INTERNAL_ERROR, ENDED = "internal-error", "ended"
@@ -167,6 +167,8 @@ class Machine:
 
     def _take_over(self, predecessor: Predecessor) -> None:
         """Devices and wires as a dead process has left them. StateError."""
+        from qemu_user.machine.keeper import Keeper
+
         predecessor.restore(self)
         self.interrupts.settle()
         self.generation, self.created = predecessor.machine.generation, predecessor.handles.created
@@ -193,6 +195,8 @@ class Machine:
     def _begin_keeping(self) -> None:
         """From now on the VM outlives us, if it is to and all of its memory is here."""
         if self.config.keep and self.keeper is None and self.memory.absent is None:
+            from qemu_user.machine.keeper import Keeper
+
             with self.standing() if self.status == RUNNING else nullcontext():
                 self.keeper = Keeper(self)
             if self.introduce is not None:
@@ -219,8 +223,12 @@ class Machine:
             self.interrupts = PlicInterrupts(self.vcpus)
         self._isa = read_isa(self.vcpus[0], aia is not None)
         self._kicks = Kicks(vm)
-        flash = FlashMemory(vm, self.parts.flash)
-        self.parts.build(self.interrupts, self.memory, self._power, self._kicks, flash.banks)
+        banks = []
+        if self.parts.flash:
+            from qemu_user.machine.flash import FlashMemory
+
+            banks = FlashMemory(vm, self.parts.flash).banks
+        self.parts.build(self.interrupts, self.memory, self._power, self._kicks, banks)
         if self.parts.balloon is not None:
             self.parts.balloon.changed = self._balloon_changed
         for index, vcpu in enumerate(self.vcpus):
@@ -459,7 +467,7 @@ class Machine:
         self._happenings.put(Happening("fail", 1, reason))
 
     def _balloon_changed(self, pages: int) -> None:
-        self._tell("BALLOON_CHANGE", actual=self.config.memory - pages * BALLOON_PAGE)
+        self._tell("BALLOON_CHANGE", actual=self.config.memory - pages * boot.PAGE)
 
     def _power(self, what: str, status: int) -> None:
         with self._power_lock:

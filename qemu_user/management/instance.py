@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from protocol.abi.errors import KvmError
 from qemu_user.backends.chardev import console_log
@@ -19,10 +20,12 @@ from qemu_user.backends.errors import BackendError
 from qemu_user.config.background import for_background
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.device import StateError
-from qemu_user.machine.keeper import Predecessor, introduce
 from qemu_user.machine.machine import Machine, StartError
 from qemu_user.management.qmp_server import QmpServer
 from qemu_user.management.registry import ATTACH_FILE, NameTaken, Registration, logs_folder
+
+if TYPE_CHECKING:
+    from qemu_user.machine.keeper import Predecessor
 
 
 class Instance:
@@ -97,6 +100,8 @@ class Instance:
         threading.Thread(target=take, name="take-name", daemon=True).start()
 
     def _introduce(self) -> None:
+        from qemu_user.machine.keeper import introduce
+
         introduce(self.machine, self._registration.directory / ATTACH_FILE, self._registration.descriptor)
 
     def abandon(self) -> None:
@@ -107,6 +112,8 @@ class Instance:
     def attached(cls, directory: Path) -> Instance:
         """The VM of that directory, whose device process has died, with this one in its place; it goes on. StartError: there is
         nothing to attach to, or it has a device process; KvmError, StateError."""
+        from qemu_user.machine.keeper import Predecessor
+
         try:
             predecessor = Predecessor(directory / ATTACH_FILE)
         except FileNotFoundError as error:

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from qemu_user.devices import DEVICES
+from qemu_user.devices.catalogue import DEVICES
 from qemu_user.devices.device import Device, Place, StateError, decode_state, encode_state
-from qemu_user.devices.virtio import DEVICES as VIRTIO_DEVICES
+from qemu_user.devices.virtio.catalogue import DEVICES as VIRTIO_DEVICES
 from qemu_user.devices.virtio.mmio import VirtioMmio
 from qemu_user.machine.fdt import FdtNode, flatten
 from tests.framework.devices import BUILDERS, Bench

@@ -46,6 +46,7 @@ class VirtioBlk(VirtioDevice):
 
     device_id = 2
     pci_class = 0x010000
+    own_thread = True
     State = BlkState
 
     def __init__(

@@ -57,6 +57,8 @@ class VirtioDevice:
     device_id: ClassVar[int]
     pci_class: ClassVar[int]
     """PCI class code (base class, subclass, interface), as QEMU's virtio devices have it."""
+    own_thread: ClassVar[bool] = False
+    """Whether its queues are served by an I/O thread of their own."""
     required: ClassVar[int] = 0
     """Features without which no driver is taken, whatever the transport."""
     State: ClassVar[type[VirtioState]]

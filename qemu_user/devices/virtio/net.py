@@ -89,6 +89,7 @@ class VirtioNet(VirtioDevice):
 
     device_id = 1
     pci_class = 0x020000
+    own_thread = True
     required = F_VERSION_1  # without it the header would be shorter (5.1.6.1)
     State = NetState
 

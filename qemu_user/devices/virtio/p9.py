@@ -30,6 +30,7 @@ class VirtioP9(VirtioDevice):
 
     device_id = 9
     pci_class = 0x000200
+    own_thread = True
     State = P9State
 
     def __init__(self, name: str, tag: str, server: Server) -> None:

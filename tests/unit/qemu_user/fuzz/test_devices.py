@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qemu_user.cli import fuzz
-from qemu_user.devices.virtio import DEVICES
+from qemu_user.devices.virtio.catalogue import DEVICES
 from qemu_user.devices.virtio.queue import Chain, QueueError
 from qemu_user.fuzz import devices
 from qemu_user.fuzz.devices import TARGETS, perform_device

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,7 +33,8 @@ def catalogue(monkeypatch: pytest.MonkeyPatch, source: Path) -> list[Path]:
         download(source.as_uri(), folder / "kernel", source.stat().st_size, "", progress)
         return "a test"
 
-    monkeypatch.setattr(store, "CATALOGUE", {"small": store.Recipe("for a test", build, "quiet")})
+    monkeypatch.setattr(store, "CATALOGUE", {"small": store.Recipe("for a test", "quiet")})
+    monkeypatch.setitem(sys.modules, "qemu_user.images.small", SimpleNamespace(build=build))
     return builds
 
 
