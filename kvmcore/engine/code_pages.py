@@ -27,7 +27,7 @@ from kvmcore.engine.native_hart import (
     store,
     tracer,
 )
-from kvmcore.engine.softmmu import NEVER, lookup, note_fill, note_superpage, p1, p2
+from kvmcore.engine.softmmu import lookup, note_fill, note_superpage, p1, p2
 from kvmcore.ir.value import Value, select, u64
 from kvmcore.isa import traps
 
@@ -72,6 +72,7 @@ def decoded_page(h: FunctionHart) -> None:
     bucket = h.machine("buckets") + (((gpa >> 12) & (machine_state.PAGE_BUCKETS - 1)) << 3)
     page, _ = call("find_page", load(bucket), gpa, host)
     if page != 0:
+        store(page + machine_state.PAGE_USED, u64(1))
         if load(page + machine_state.PAGE_CHECKED) >= h.get("code_epoch"):
             returns(page)
         epoch = load(h.machine("epoch"), 64, "volatile")
@@ -86,15 +87,13 @@ def decoded_page(h: FunctionHart) -> None:
             store(page + machine_state.PAGE_CHECKED, epoch)
             h.set("fresh_page", page)
             returns(page)
-        store(page + machine_state.PAGE_GPA, u64(NEVER))  # others may be in it: it is not used again
-        store(h.machine("retired"), load(h.machine("retired")) + 1)
-    used = load(h.machine("pool_used"))
-    if used + machine_state.PAGE_STRIDE > load(h.machine("pool_size")):
-        returns(u64(0))
-    store(h.machine("pool_used"), used + machine_state.PAGE_STRIDE)
-    fresh = load(h.machine("pool")) + used
+        store(page + machine_state.PAGE_HOST, u64(0))  # others may be in it: it is not used again
+    fresh, _ = call("free_page", h.s)
+    if fresh == 0:
+        returns(fresh)
     store(fresh + machine_state.PAGE_GPA, gpa)
     store(fresh + machine_state.PAGE_IDENTITY, u64(0))
+    store(fresh + machine_state.PAGE_USED, u64(1))
     store(fresh + machine_state.PAGE_HOST, host)
     store(fresh + machine_state.PAGE_NEXT, load(bucket))
     store(fresh + machine_state.PAGE_CHECKED, load(h.machine("epoch"), 64, "volatile"))
@@ -104,6 +103,20 @@ def decoded_page(h: FunctionHart) -> None:
     h.set("count_page", h.get("count_page") + 1)
     h.set("fresh_page", fresh)
     returns(fresh)
+
+
+def free_page(h: FunctionHart) -> None:
+    """-> a page without records, or 0: there is no room."""
+    given_back = load(h.machine("free"))
+    if given_back != 0:
+        store(h.machine("free"), load(given_back + machine_state.PAGE_NEXT))
+        call("zero", given_back + machine_state.PAGE_RECORDS, u64(2048 * machine_state.RECORD))
+        returns(given_back)
+    used = load(h.machine("pool_used"))
+    if used + machine_state.PAGE_STRIDE > load(h.machine("pool_size")):
+        returns(u64(0))
+    store(h.machine("pool_used"), used + machine_state.PAGE_STRIDE)
+    returns(load(h.machine("pool")) + used)
 
 
 def handler_offset(name: str) -> Value:

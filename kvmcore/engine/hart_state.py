@@ -33,7 +33,7 @@ X0_SINK = 32
 DATA_TLB_ENTRIES = 512
 """Entries of 32 bytes: tag for loads, tag for stores, host minus guest address, mask of the memory around that has all
 this in common (softmmu.reach)."""
-FETCH_TLB_ENTRIES = 256
+FETCH_TLB_ENTRIES = 1024
 """Entries of 16 bytes: tag, and what turns pc * 4 into a record's address."""
 TLB_BLOCKS = 3
 """One each for U, S, and S with SUM: a bank."""
@@ -140,6 +140,8 @@ FIELDS: tuple[Field, ...] = (
     _f("sample_count", 64, "samples taken since Python has looked; SAMPLES: none are taken"),
     _f("fresh_page", 64, "decoded page that was made, or began anew, since Python has looked; 0: none"),
     _f("samples", 64, "where the poll went on, and no region begins", SAMPLES),
+    _f("sample_records", 64, "the records there", SAMPLES),
+    _f("sample_spaces", 64, "satp then", SAMPLES),
     # -- KVM_RUN without Python (running.py) -------------------------------------------------------------------
     _f("wake", 32, "futex: changes when a sleeping hart has to look around", shared=True),
     _f("sleeping", 32, "1: waits on `wake`", shared=True),

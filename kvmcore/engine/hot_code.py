@@ -11,11 +11,13 @@ interpreter goes on alone.
 from __future__ import annotations
 
 import ctypes
+import heapq
 import logging
 import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,20 +60,30 @@ AT_ONCE = 2
 #: After this many requests without an answer for so long (seconds) they are taken for lost.
 _PATIENCE = 5.0
 _RECONNECT = 1.0
+#: Of the places that are to be translated so many are put in order at once, and for so long (seconds).
+_QUEUE, _REORDER = 16, 0.25
+#: Pages that are not decoded any more but remembered, and places of known address spaces, at most.
+_AWAY, _MAPPED = 8192, 65536
 #: Samples of one place at least before it is wished for, and seconds between two lots of wishes.
 _SEEN = 2
 _WISHES = 10.0
-_TAG = (1 << 64) - PAGE
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class HotPage:
-    """A decoded page that samples fell on. `heads` are done or under way, `wished` for later; `base` is its address."""
+    """A page of code that samples fell on. `base`: of the decoded page, 0 when it had to go and is away.
+
+    heads: regions that are there or under way; wished: for later; heat: samples of other places; seen: where it was
+    last (number of the virtual page, satp, the TLBs of the hart); asked: whether the translator was asked what it has of it.
+    """
 
     base: int
     identity: bytes
     heads: set[int] = field(default_factory=set)
     wished: set[int] = field(default_factory=set)
+    heat: dict[int, int] = field(default_factory=dict)
+    seen: tuple[int, int, int] | None = None
+    asked: bool = False
 
 
 class HotCode:
@@ -85,15 +97,22 @@ class HotCode:
         self._secret = b""
         self._arena = 0
         self._pages: dict[int, HotPage] = {}
-        self._heat: Counter[tuple[int, int]] = Counter()
-        self._where: dict[tuple[int, int], tuple[int, int]] = {}
-        """Place -> (a virtual address of it, the TLBs of the hart that was there)."""
+        """By the decoded page's address."""
+        self._away: dict[bytes, HotPage] = {}
+        """By identity: what was decoded once. A page that comes back is as hot as it was."""
+        self._hot: dict[tuple[bytes, int], HotPage] = {}
+        """Places, by identity and offset, that are to be translated."""
+        self._mapped: dict[tuple[int, int], int] = {}
+        """(satp, or 0 in the kernel's half, number of a virtual page) -> the decoded page that samples saw there."""
+        self._queue: list[tuple[bytes, int]] = []
+        """The hottest of them, some moments ago; the hottest one last."""
+        self._next_queue = 0.0
         self._under_way: dict[tuple[int, int], float] = {}
         self._expected = b""
-        self._flushes = 0
         self._index: dict[bytes, list[tuple[int, int]]] = {}
-        """Identity of a page -> (offset of a head, offset in the arena): what was there when the arena began."""
-        self._used: list[bytes] = []
+        """Identity of a page -> (offset of a head, offset in the arena): what is known to be in the arena."""
+        self._used: dict[bytes, None] = {}
+        """Pages that regions of the index were installed in, in order."""
         self._next_wishes = time.monotonic() + _WISHES
         self.regions = self.ready_made = self.translated = self.nanoseconds = 0
         """Regions installed so far; those that were there already; those that the translator made for us, and its time."""
@@ -110,16 +129,14 @@ class HotCode:
             if self._expected:
                 self._expect()
             self._read()
-            if self._flushes != self._machine.flushes_of_pool:  # what the fetch TLBs say is void, too
-                self._forget()
-                hart.state.sample_count = hart.state.fresh_page = 0
-                return
             if hart.state.fresh_page:
                 self._identify(hart.state.fresh_page)
                 hart.state.fresh_page = 0
             if hart.state.sample_count == hart_state.SAMPLES:
                 self._count(hart)
-                hart.state.sample_count = 0
+                self._ask()
+                if time.monotonic() > self._next_wishes:
+                    self._wish()
 
     def close(self) -> None:
         """No hart runs any more: the translator learns what the next VM could use."""
@@ -127,23 +144,67 @@ class HotCode:
             return  # somebody is stuck; it is about to end with the process
         try:
             if self._sock is not None:
-                if self._flushes == self._machine.flushes_of_pool:
-                    self._wish()
+                self._wish()
                 self._hang_up()
         finally:
             self._machine.gate.release()
 
+    def pages_go(self, bases: AbstractSet[int] | None) -> None:
+        """These decoded pages, or all of them, are about to be dropped; no hart is in native code. How hot they are is kept."""
+        with self._machine.gate:
+            gone = self._pages.keys() if bases is None else bases
+            for hart in self._machine.harts:
+                if self._sock is not None:
+                    self._count(hart)
+                if bases is None or hart.state.fresh_page in gone:
+                    hart.state.fresh_page = 0
+            for base in self._pages.keys() & gone:
+                self._put_away(self._pages.pop(base))
+            if bases is None:
+                self._mapped.clear()
+            else:
+                self._machine.state.watch = int(bool(self._index))
+
+    def _put_away(self, page: HotPage) -> None:
+        page.base = 0
+        self._away.pop(page.identity, None)
+        self._away[page.identity] = page
+        if len(self._away) > _AWAY:
+            self._forget(self._away.pop(next(iter(self._away))))
+
+    def _forget(self, page: HotPage) -> None:
+        for offset in page.heat:
+            self._hot.pop((page.identity, offset), None)
+
     def _count(self, hart: Hart) -> None:
         """The hart's samples."""
-        for pc, times in Counter(hart.state.samples[: hart.state.sample_count]).items():
-            found = self._locate(hart, pc)
-            if found is not None:
-                self._heat[found] += times
-                self._where[found] = pc, _blocks(hart)
-                self._page(found[0])
-        self._ask()
-        if time.monotonic() > self._next_wishes:
-            self._wish()
+        state, blocks = hart.state, hart.address + hart_state.offset("tlb_blocks")
+        count, state.sample_count = state.sample_count, 0
+        samples = zip(state.samples[:count], state.sample_records[:count], state.sample_spaces[:count], strict=True)
+        for (pc, record, satp), times in Counter(samples).items():
+            offset = pc & (PAGE - 1)
+            base = record - (offset << 2) - machine_state.PAGE_RECORDS
+            if not 0 <= base - self._machine.state.pool < self._machine.state.pool_used:
+                continue
+            page = self._page(base)
+            if page is None:
+                return
+            page.seen = pc >> 12, satp, blocks
+            self._note_mapped(*page.seen[:2], base)
+            page.heat[offset] = heat = page.heat.get(offset, 0) + times
+            if heat >= THRESHOLD:
+                self._heated(page, offset)
+
+    def _heated(self, page: HotPage, offset: int) -> None:
+        if offset in page.heads:
+            del page.heat[offset]
+        else:
+            self._hot[page.identity, offset] = page
+
+    def _note_mapped(self, number: int, satp: int, base: int) -> None:
+        if len(self._mapped) > _MAPPED:
+            self._mapped.clear()
+        self._mapped[_space(satp, number), number] = base
 
     # -- the translator ----------------------------------------------------------------------------------------
     def _connected(self) -> bool:
@@ -212,32 +273,27 @@ class HotCode:
             self._machine.state.regions = self._image.arena
         self._secret, self._arena = hello.secret, hello.arena
         self._index.clear()
+        self._under_way.clear()
+        for page in self._away.values():  # all of them are
+            page.heads.clear()
+            page.asked = False
         entries = os.pread(index, self._image.arena_bytes, 0)
         for identity, offset, at in ENTRY.iter_unpack(entries[: len(entries) // ENTRY.size * ENTRY.size]):
             self._index.setdefault(identity, []).append((offset, at))
         self._machine.state.watch = int(bool(self._index))
 
-    def _forget(self) -> None:
-        self._flushes = self._machine.flushes_of_pool
-        self._pages.clear()
-        self._heat.clear()
-        self._where.clear()
-        self._under_way.clear()
-
     # -- pages ---------------------------------------------------------------------------------------------------
-    def _locate(self, hart: Hart, pc: int) -> tuple[int, int] | None:
-        """(decoded page, offset in it) of a virtual address that the hart has fetched from lately."""
-        base = self._mapped(_blocks(hart), pc)
-        return (base, pc & (PAGE - 1)) if base is not None else None
-
-    def _mapped(self, blocks: int, va: int) -> int | None:
-        """The decoded page at a virtual address, by any of the fetch TLBs."""
-        entry = hart_state.FETCH_TLB_OFFSET + ((va >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) * 16
+    def _neighbour(self, place: tuple[int, int, int], number: int) -> int | None:
+        """The decoded page so many pages behind one that was seen: by the fetch TLBs of the hart, or as samples saw it."""
+        first, satp, blocks = place
+        wanted = (first + number) & _NUMBER
+        entry = hart_state.FETCH_TLB_OFFSET + (wanted & (hart_state.FETCH_TLB_ENTRIES - 1)) * 16
         for block in range(hart_state.TLB_BANKS * hart_state.TLB_BLOCKS):
             tag, ab = _PAIR.from_address(blocks + block * hart_state.TLB_BLOCK + entry)
-            if tag == va & _TAG:
-                return int((((va & _TAG) << 2) + ab - machine_state.PAGE_RECORDS) & _WORD)
-        return None
+            if tag == wanted << 12:
+                return int(((tag << 2) + ab - machine_state.PAGE_RECORDS) & _WORD)
+        base = self._mapped.get((_space(satp, wanted), wanted))
+        return base if base in self._pages else None
 
     def _page(self, base: int) -> HotPage | None:
         """What is known of a decoded page; the translator is asked about a new one."""
@@ -248,20 +304,25 @@ class HotCode:
         if page is not None and mark.value:
             return page
         page = self._identify(base)
-        if not page.heads:
-            self._send(Known(base, page.identity))
+        if not page.heads and not page.asked:
+            page.asked = self._send(Known(base, page.identity))
         return page
 
     def _identify(self, base: int) -> HotPage:
         """A decoded page that nobody has looked at yet: what the index has of it is installed."""
         identity = identity_of(self._secret, self._content(base))
         ctypes.c_uint64.from_address(base + machine_state.PAGE_IDENTITY).value = mark_of(identity)
-        page = self._pages[base] = HotPage(base, identity)
+        before = self._pages.get(base)
+        if before is not None:
+            self._put_away(before)
+        page = self._away.pop(identity, None) or HotPage(base, identity)
+        page.base = base
+        self._pages[base] = page
         found = self._index.get(identity)
         if found:
             self.ready_made += len(found)
             self._put(page, found)
-            self._used.append(identity)
+            self._used[identity] = None
         return page
 
     @staticmethod
@@ -275,25 +336,26 @@ class HotCode:
         for place, since in list(self._under_way.items()):
             if now - since > _PATIENCE:
                 del self._under_way[place]
-        for place, times in self._heat.most_common(16):
-            if times < THRESHOLD or len(self._under_way) >= AT_ONCE:
-                return
-            page = self._page(place[0])
-            if page is None:
-                return
-            if place[1] not in page.heads:
-                self._translate(place, [], final=False)
-            del self._heat[place]
+        if len(self._under_way) < AT_ONCE and (not self._queue or now > self._next_queue):  # big programs have thousands
+            self._queue = heapq.nlargest(_QUEUE, self._hot, key=lambda hot: self._hot[hot].heat.get(hot[1], 0))[::-1]
+            self._next_queue = now + _REORDER
+        while self._queue and len(self._under_way) < AT_ONCE:
+            hottest = self._queue.pop()
+            page, offset = self._hot.pop(hottest, None), hottest[1]
+            if page is None or not page.base:
+                continue  # it is away: if it comes back and is still hot, its next sample tells
+            page.heat.pop(offset, None)
+            if offset not in page.heads:
+                self._translate((page.base, offset), [], final=False)
 
     def _translate(self, place: tuple[int, int], wanted: list[int], final: bool) -> None:
         base, offset = place
         page = self._pages.get(base)
-        if page is None or place not in self._where:
+        if page is None or page.seen is None:
             return
-        pc, blocks = self._where[place]
         pages = [(0, self._content(base))]
         for number in wanted[: MAX_PAGES - 1]:
-            other = self._mapped(blocks, (pc + number * PAGE) & _WORD)
+            other = self._neighbour(page.seen, number)
             if number and other is not None and self._page(other) is not None:
                 pages.append((number, self._content(other)))
         if self._send(Translate(base, offset, pages, final)):
@@ -306,9 +368,14 @@ class HotCode:
         self.translated += message.took > 0
         if message.offset >= 0:
             self._under_way.pop((message.page, message.offset), None)
-        page = self._pages.get(message.page)
-        if page is None or page.identity != message.identity or message.arena != self._arena:
+        if message.arena != self._arena:
             return
+        if message.regions:
+            index = self._index.setdefault(message.identity, [])
+            index += [region for region in message.regions if region not in index]
+        page = self._pages.get(message.page)
+        if page is None or page.identity != message.identity:
+            return  # it had to go meanwhile; when it comes back it is in the index
         if ctypes.c_uint64.from_address(page.base + machine_state.PAGE_IDENTITY).value != mark_of(page.identity):
             return  # its bytes have changed since
         if message.offset >= 0:
@@ -330,16 +397,24 @@ class HotCode:
         """Tell the translator which pages' regions were of use, and what was seen a few times without being hot."""
         self._next_wishes = time.monotonic() + _WISHES
         if self._used:
-            self._send(Used(self._used))
-            self._used = []
-        places = [
-            place for place, times in self._heat.most_common()
-            if times >= _SEEN and place in self._where
-            and (page := self._page(place[0])) and place[1] not in page.heads | page.wished
-        ][:MAX_LATER]  # fmt: skip
+            self._send(Used(list(self._used)))
+            self._used.clear()
+        places = self._seen()
         if places and self._say_later(encode_wishes(self._wishes(places))):
-            for base, offset in places:
-                self._pages[base].wished.add(offset)
+            for page, offset in places:
+                page.wished.add(offset)
+
+    def _seen(self, again: bool = False) -> list[tuple[HotPage, int]]:
+        """Places of decoded pages that were seen a few times and have no region, the most often seen first; `again`: also those
+        that were wished for."""
+        found = [
+            (times, page, offset)
+            for page in self._pages.values()
+            for offset, times in page.heat.items()
+            if times >= _SEEN and offset not in page.heads and (again or offset not in page.wished)
+        ]
+        found.sort(key=lambda place: -place[0])
+        return [(page, offset) for _, page, offset in found[:MAX_LATER]]
 
     def _say_later(self, wishes: bytes) -> bool:
         fd = in_memory("softkvm-wishes", wishes)
@@ -348,18 +423,18 @@ class HotCode:
         finally:
             os.close(fd)
 
-    def _wishes(self, places: list[tuple[int, int]]) -> Wishes:
+    def _wishes(self, places: list[tuple[HotPage, int]]) -> Wishes:
         spaces: dict[int, int] = {}
-        pages: dict[int, int] = {}
+        pages: dict[HotPage, int] = {}
         wishes = Wishes([], [])
-        for base, offset in places:
-            if base not in pages:
-                va = self._where[base, offset][0]
-                # The kernel's half is one space; a process's pages are not known to belong together.
-                space = spaces.setdefault(0 if va >> 63 else base, len(spaces))
-                pages[base] = len(wishes.pages)
-                wishes.pages.append((space, va >> 12, self._content(base)))
-            wishes.heads.append((pages[base], offset))
+        for page, offset in places:
+            if page not in pages:
+                assert page.seen is not None  # by samples
+                number, satp, _ = page.seen
+                space = spaces.setdefault(_space(satp, number), len(spaces))
+                pages[page] = len(wishes.pages)
+                wishes.pages.append((space, number, self._content(page.base)))
+            wishes.heads.append((pages[page], offset))
         return wishes
 
     # -- another host's ----------------------------------------------------------------------------------------
@@ -380,23 +455,18 @@ class HotCode:
         if not self._machine.gate.acquire(timeout=0.1):
             return b""
         try:
-            if self._flushes != self._machine.flushes_of_pool:
-                return b""
-            heads = [
-                place for place in self._where if (page := self._pages.get(place[0])) is not None and place[1] in page.heads
-            ]  # fmt: skip
-            seen = [place for place, times in self._heat.most_common(MAX_LATER) if times >= _SEEN and place in self._where]
-            places = list(dict.fromkeys(heads + seen))[:MAX_LATER]
+            heads = [(page, offset) for page in self._pages.values() if page.seen is not None for offset in page.heads]
+            places = (heads + self._seen(again=True))[:MAX_LATER]
             return encode_wishes(self._wishes(places)) if places else b""
         finally:
             self._machine.gate.release()
 
 
-def _blocks(hart: Hart) -> int:
-    """Host address of a hart's TLBs."""
-    return hart.address + hart_state.offset("tlb_blocks")
+def _space(satp: int, number: int) -> int:
+    """What tells the address space of a virtual page apart: the kernel's half is the same in all of them."""
+    return 0 if number >> 51 else satp
 
 
 _PAIR = ctypes.c_uint64 * 2
-_WORD = (1 << 64) - 1
+_WORD, _NUMBER = (1 << 64) - 1, (1 << 52) - 1
 _OFFSET = (1 << 32) - 1

@@ -12,7 +12,7 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EOPNOTSUPP
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ STIP = 1 << 5
 U64 = (1 << 64) - 1
 PAGE = 4096
 #: Bytes of decoded pages that one machine may hold.
-POOL_BYTES = 24 << 20
+POOL_BYTES = 40 << 20
 _MAP_NORESERVE = 0x4000
 _IMSIC_SPAN = 64 << 20
 #: Ticks of the time CSR in a second.
@@ -54,6 +54,16 @@ class SlotView:
     userfault_bitmap: int = 0
 
 
+class _PageHeader(ctypes.Structure):
+    """Of a decoded page (machine_state.PAGE_GPA and so on)."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("gpa", "host", "next", "checked", "identity", "used")]
+    gpa: int
+    host: int
+    next: int
+    used: int
+
+
 class Machine:
     """What the harts of one VM share."""
 
@@ -70,6 +80,8 @@ class Machine:
         self.pool_bytes = pool_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._pool = mmap.mmap(-1, pool_bytes, flags=flags)
+        with suppress(OSError):  # a host kernel without them: big programs miss its TLB more often
+            self._pool.madvise(mmap.MADV_HUGEPAGE)
         self.state.pool = _address(self._pool)
         self.state.pool_size = pool_bytes
         self._slots = (machine_state.Slot * 0)()
@@ -77,7 +89,9 @@ class Machine:
         self.state.main_slot = ctypes.addressof(self._no_slot)
         self._imsics = (ctypes.c_uint64 * 0)()
         self._retired: list[object] = []
-        self.flushes_of_pool = 0
+        self._hand = 0
+        """Number of the decoded page that the next look for one to give up begins at."""
+        self.flushes_of_pool = self.pages_given_up = 0
         self.clock = HostClock.shared(image)
         self.set_time(0)
         self.state.one = 1
@@ -193,20 +207,53 @@ class Machine:
 
     def forget_decoded(self) -> None:
         """Drop all decoded pages; no hart is in native code."""
+        if self.hot_code is not None:
+            self.hot_code.pages_go(None)
         ctypes.memset(ctypes.addressof(self.state.buckets), 0, ctypes.sizeof(self.state.buckets))
         if self.state.pool_used:
             self._pool.madvise(mmap.MADV_DONTNEED)
-        self.state.pool_used = 0
+        self.state.pool_used = self.state.free = self._hand = 0
         self.flushes_of_pool += 1
-        self.state.retired = 0
         for hart in self.harts:
             hart.flush_icache()
 
     def reclaim_decoded(self) -> None:
         """Called by a hart that found the pool full."""
         with self.quiesce():
-            if self.state.pool_used + machine_state.PAGE_STRIDE > self.pool_bytes:
-                self.forget_decoded()
+            if not self.state.free and self.state.pool_used + machine_state.PAGE_STRIDE > self.pool_bytes:
+                self._give_up_pages()
+
+    def _give_up_pages(self) -> None:
+        """Free an eighth of the decoded pages, such as were not entered lately (second chance); no hart is in native code."""
+        gone = self._unused_pages()
+        if self.hot_code is not None:
+            self.hot_code.pages_go(gone)
+        for page in gone:
+            header = _PageHeader.from_address(page)
+            at = ctypes.addressof(self.state.buckets) + 8 * ((header.gpa >> 12) % machine_state.PAGE_BUCKETS)
+            while (link := ctypes.c_uint64.from_address(at)).value != page:
+                at = link.value + machine_state.PAGE_NEXT
+            link.value = header.next
+            header.host, header.next = 0, self.state.free
+            self.state.free = page
+        self.pages_given_up += len(gone)
+        for hart in self.harts:
+            hart.forget_fetches()
+
+    def _unused_pages(self) -> set[int]:
+        """Addresses. The hand goes round at most twice: the first time it takes their mark from all pages."""
+        count = self.state.pool_used // machine_state.PAGE_STRIDE
+        wanted = max(1, count // 8)
+        found: set[int] = set()
+        while len(found) < wanted:
+            page = self.state.pool + self._hand * machine_state.PAGE_STRIDE
+            self._hand = (self._hand + 1) % count
+            header = _PageHeader.from_address(page)
+            if header.used and header.host:
+                header.used = 0
+            else:
+                found.add(page)
+        return found
 
     @contextmanager
     def quiesce(self) -> Iterator[None]:
@@ -469,6 +516,15 @@ class Hart:
         self.state.extensions = sum(1 << i for i, name in enumerate(hart_state.EXTENSIONS) if name in names)
 
     # -- forgetting ------------------------------------------------------------------------------------------
+    def forget_fetches(self) -> None:
+        """Empty the fetch TLBs; the hart is not in native code."""
+        size = hart_state.FETCH_TLB_ENTRIES * 16
+        at = self._address + hart_state.offset("tlb_blocks") + hart_state.FETCH_TLB_OFFSET
+        for block in range(hart_state.TLB_BANKS * hart_state.TLB_BLOCKS):
+            ctypes.memset(at + block * hart_state.TLB_BLOCK, 0xFF, size)
+        for bank in range(hart_state.TLB_BANKS):
+            self.state.fetch_fills[bank] = 0
+
     def flush_tlb(self, va: int | None = None, asid: int | None = None) -> None:
         """Forget translations before the next instruction that a look at `attention` allows."""
         self.signal(hart_state.ATTENTION_FLUSH_TLB)

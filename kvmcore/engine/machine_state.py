@@ -68,8 +68,9 @@ class MachineState(ctypes.Structure):
         ("slot_count", _U64),
         ("main_slot", _U64),  # address of the largest slot whose pages are all there, or of an empty one
         ("pool", _U64),  # decoded pages, PAGE_STRIDE bytes each
-        ("pool_used", _U64),
+        ("pool_used", _U64),  # bytes from its beginning on that have been handed out
         ("pool_size", _U64),
+        ("free", _U64),  # address of the first page that was given back, or 0; PAGE_NEXT leads to the next one
         ("lock", _U64),  # of the tables of decoded pages
         ("epoch", _U64),  # counts fence.i of all harts
         ("time_mult", _U64),  # guest ticks per host tick, times 2**64 / 2**12
@@ -77,7 +78,6 @@ class MachineState(ctypes.Structure):
         ("harts", _U64),
         ("regions", _U64),  # what a record's handler offset is at least when a region begins there
         ("watch", _U64),  # whether a hart leaves (PROFILE) when it enters a page that it has just decoded
-        ("retired", _U64),  # decoded pages whose bytes changed
         ("imsic_start", _U64),  # guest-physical address of the first IMSIC page
         ("imsic_size", _U64),  # bytes from there to the end of the last one
         ("imsic_harts", _U64),  # address of a table: the hart's block for each of these pages, or 0
@@ -97,11 +97,14 @@ SLOT_OFFSET: dict[str, int] = {name: getattr(Slot, name).offset for name, *_ in 
 
 # A decoded page: header, the guest page's bytes as they were decoded, records, the page-end record.
 PAGE_GPA = 0
+#: Host address of the guest page; 0: nobody enters the decoded page any more, for it is free or its bytes have changed.
 PAGE_HOST = 8
 PAGE_NEXT = 16
 PAGE_CHECKED = 24
 #: What the page's bytes are, for regions that go on in it: a keyed hash of them, or 0 while nobody knows.
 PAGE_IDENTITY = 32
+#: 1: a fetch TLB was filled with the page since room was last made.
+PAGE_USED = 40
 PAGE_HEADER = 64
 PAGE_COPY = PAGE_HEADER
 PAGE_RECORDS = PAGE_HEADER + 4096 + 64

@@ -81,6 +81,8 @@ def sample(h: HandlerHart) -> None:
         h.go(pc, h.ic)
     count = h.get("sample_count")
     h.set_at("samples", count, pc)
+    h.set_at("sample_records", count, record)
+    h.set_at("sample_spaces", count, h.get("satp"))
     h.set("sample_count", count + 1)
     if count == hart_state.SAMPLES - 1:
         h.set("exit_kind", int(ExitKind.PROFILE))
@@ -159,6 +161,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "acquire": (1, code_pages.acquire),
     "code_page": (2, code_pages.code_page),
     "decoded_page": (3, code_pages.decoded_page),
+    "free_page": (1, code_pages.free_page),
     "find_page": (3, code_pages.find_page),
     "copy": (3, code_pages.copy),
     "zero": (2, code_pages.zero),

@@ -99,6 +99,7 @@ OWN_VM_STATISTICS = (
     *map(Statistic, _EXITS),
     Statistic("emulated_instructions"),
     Statistic("decoded_pages"),
+    Statistic("decoded_pages_given_up"),
     _bytes("decoded_bytes"),
     Statistic("regions"),
     Statistic("regions_ready_made"),
@@ -215,6 +216,7 @@ def _host(machine: Machine, name: str) -> int:
 _VM_FIGURES: dict[str, Callable[[Machine], int]] = {
     "emulated_instructions": lambda machine: sum(hart.emulated for hart in machine.harts),
     "decoded_pages": lambda machine: sum(hart.state.count_page for hart in machine.harts),
+    "decoded_pages_given_up": lambda machine: machine.pages_given_up,
     "decoded_bytes": lambda machine: int(machine.state.pool_used),
     "regions": lambda machine: _hot(machine, "regions"),
     "regions_ready_made": lambda machine: _hot(machine, "ready_made"),

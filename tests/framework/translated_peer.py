@@ -47,8 +47,7 @@ class Regions:
         """Addresses of the decoded pages that are in use."""
         start, used = self._machine.state.pool, self._machine.state.pool_used
         bases = range(start, start + used, machine_state.PAGE_STRIDE)
-        never = (1 << 64) - 1
-        return [base for base in bases if ctypes.c_uint64.from_address(base).value != never]
+        return [base for base in bases if ctypes.c_uint64.from_address(base + machine_state.PAGE_HOST).value]
 
     @staticmethod
     def content(base: int) -> bytes:

@@ -161,18 +161,35 @@ def test_a_new_vm_begins_with_what_others_have_left(translator: Process) -> None
     assert abs((hart.state.x[10] - before[0]) / 3 - (hart.state.icount - before[1]) / 4) <= 1
 
 
+def test_a_page_that_had_to_go_comes_back_with_its_regions(translator: Process) -> None:
+    g = fresh(translator.path)
+    run_until_regions(g)
+    machine, hot = g.machine, g.machine.hot_code
+    assert hot is not None
+    hart = g.harts[0]
+    for _ in range(3):
+        before = hot.regions
+        with machine.quiesce():
+            machine._give_up_pages()  # there is one
+        assert not hot._pages
+        hart.state.sample_count = hart_state.SAMPLES  # none are taken: it is not hot again
+        assert g.run(0.1) == ExitKind.KICK
+        assert hot.regions > before
+        hart.state.sample_count = 0
+
+
 def test_what_was_seen_is_translated_in_idle_time(translator: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hot_code, "THRESHOLD", 1 << 40)  # never hot
     g = fresh(translator.path)
     hot = g.machine.hot_code
     assert hot is not None
     end = time.monotonic() + 60
-    while not hot._heat:
+    while not any(page.heat for page in hot._pages.values()):
         assert time.monotonic() < end
         g.run(0.1)
-    heat = dict(hot._heat)
+    heat = [dict(page.heat) for page in hot._pages.values()]
     hot.close()
-    assert hot._heat == heat, "what is wished for may still become hot"
+    assert [page.heat for page in hot._pages.values()] == heat, "what is wished for may still become hot"
     assert any(page.wished for page in hot._pages.values())
     with sqlite3.connect(translator.database) as database:
         while not database.execute("SELECT count(*) FROM regions WHERE code != x''").fetchone()[0]:
