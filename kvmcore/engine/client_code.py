@@ -1,19 +1,23 @@
-"""The client's half of the doorbell as machine code: LLVM IR text that stands in the image and is copied out of it.
+"""What clients wait with as machine code: LLVM IR text that stands in the image and is copied out of it.
 
-A vDSO: what the kernel gives to its processes so that they need not enter it. One function of its own, which calls nothing
-and refers to nothing: `client_run(state)`, which has one argument because each costs Python as much as the rest.
-state: {score as in running.py, ticks of a spin, ticks until it gives up, a struct timespec, address of the doorbell words,
-whether to ring}. Returns exit_reason, or an errno negated, or GAVE_UP: called again it goes on waiting. Used by
-kvmcore/vm/vdso.py, mapped by protocol/channel/vdso.py, whose VERSION changes with it.
+A vDSO: what the kernel gives to its processes so that they need not enter it. Functions of their own, which call nothing
+and refer to nothing, with one argument because each costs Python as much as the rest.
+`client_run(state)` is the client's half of the doorbell: {score as in running.py, ticks of a spin, ticks until it gives up,
+a struct timespec, address of the doorbell words, whether to ring}. Returns exit_reason, or an errno negated, or GAVE_UP:
+called again it goes on waiting.
+`client_watch(state)` spins until a word changes: {ticks of the spin, ticks without us, number of words, then for each its
+address and what it is now}; words have 16 bits. Returns CHANGED, IN_VAIN, or CROWDED: somebody else has had the core for more
+than those ticks at a time.
+Used by kvmcore/vm/vdso.py, mapped by protocol/channel/vdso.py, whose VERSION changes with them.
 """
 
 from __future__ import annotations
 
 from kvmcore.engine.running import FAILED_SPIN, GAP_SHIFT
 from protocol.abi import run_page
-from protocol.channel.vdso import GAVE_UP
+from protocol.channel.vdso import CHANGED, CROWDED, GAVE_UP, IN_VAIN
 
-NAME = "client_run"
+RUN, WATCH = "client_run", "client_watch"
 _REQUEST, _REPLY, _RET, _ERRNO, _BELL_SLEEPS, _REPLY_SLEEPS, _REASON = (
     at - run_page.DOORBELL_BELL
     for at in (
@@ -32,7 +36,7 @@ _FUTEX = (
 )
 DECLARATIONS = ("declare i64 @llvm.readcyclecounter()", "declare void @llvm.x86.sse2.pause()")
 TEXT = f"""
-define i64 @{NAME}(i64 %state) #1 {{
+define i64 @{RUN}(i64 %state) #1 {{
 entry:
   %scores = inttoptr i64 %state to ptr
   %bell_at = getelementptr i8, ptr %scores, i64 40
@@ -130,5 +134,52 @@ done:
   %negated = sub i64 0, %wide
   %result = select i1 %success, i64 %wide, i64 %negated
   ret i64 %result
+}}
+define i64 @{WATCH}(i64 %state) #1 {{
+entry:
+  %words = inttoptr i64 %state to ptr
+  %most = load i64, ptr %words
+  %gaps = getelementptr i8, ptr %words, i64 8
+  %longest = load i64, ptr %gaps
+  %counts = getelementptr i8, ptr %words, i64 16
+  %count = load i64, ptr %counts
+  %entries = getelementptr i8, ptr %words, i64 24
+  %started = call i64 @llvm.readcyclecounter()
+  br label %round
+round:
+  %earlier = phi i64 [ %started, %entry ], [ %now, %on ]
+  br label %look
+look:
+  %index = phi i64 [ 0, %round ], [ %next, %same ]
+  %offset = shl i64 %index, 4
+  %entry_at = getelementptr i8, ptr %entries, i64 %offset
+  %address = load i64, ptr %entry_at
+  %known_at = getelementptr i8, ptr %entry_at, i64 8
+  %known = load i64, ptr %known_at
+  %word = inttoptr i64 %address to ptr
+  %half = load volatile i16, ptr %word
+  %seen = zext i16 %half to i64
+  %equal = icmp eq i64 %seen, %known
+  br i1 %equal, label %same, label %changed
+changed:
+  ret i64 {CHANGED}
+same:
+  %next = add i64 %index, 1
+  %more = icmp ult i64 %next, %count
+  br i1 %more, label %look, label %pause
+pause:
+  call void @llvm.x86.sse2.pause()
+  %now = call i64 @llvm.readcyclecounter()
+  %gap = sub i64 %now, %earlier
+  %crowded = icmp ugt i64 %gap, %longest
+  br i1 %crowded, label %crowd, label %on
+crowd:
+  ret i64 {CROWDED}
+on:
+  %spent = sub i64 %now, %started
+  %may = icmp ult i64 %spent, %most
+  br i1 %may, label %round, label %vain
+vain:
+  ret i64 {IN_VAIN}
 }}
 """

@@ -1,8 +1,9 @@
-"""The client's half of the doorbell as machine code that kvmcore gives to local clients, as Linux gives a vDSO to its
-processes: one call without the GIL does RUN's hand-over, its bounded spin and its sleep.
+"""Machine code that kvmcore gives to local clients, as Linux gives a vDSO to its processes. Calls without the GIL: one does
+RUN's hand-over, its bounded spin and its sleep; one spins until a word of shared memory changes.
 
-Without it (another architecture, a host that lets nobody execute a memfd) doorbell.py does the same by system calls. The
-file is a sealed memfd: ticks of the host's counter in the longest spin, VERSION, then, at CODE_AT, the function.
+Without it (another architecture, a host that lets nobody execute a memfd) doorbell.py does the first by system calls, and
+nobody spins. The file is a sealed memfd: ticks of the host's counter in the longest spin, VERSION, then the functions, at
+RUN_AT and WATCH_AT.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import struct
 
 from protocol.channel.shared_memory import PROT_EXEC, PROT_READ, Mapping
 
-CODE_AT = 64
-VERSION = 2
-"""Of what the function takes and gives: a client and a kvmcore of different versions do without it."""
+RUN_AT, WATCH_AT = 64, 2048
+VERSION = 3
+"""Of what the functions take and give: a client and a kvmcore of different versions do without them."""
 SIZE = 4096
 SPIN_US = 50
 """The longest spin."""
 GAVE_UP = -4096
 """No answer within a second: the caller looks whether kvmcore lives, and goes on waiting."""
+IN_VAIN, CHANGED, CROWDED = range(3)
+"""Of watch()."""
 _FIRST_SCORE = (1 << 64) - 8
 _HEAD = struct.Struct("<QQ")
 #: Nobody changes what we are about to execute.
@@ -37,22 +40,29 @@ class Vdso:
             raise OSError("not a sealed page of code")
         self._mapping = Mapping([(fd, 0, SIZE)], PROT_READ | PROT_EXEC, private=True)
         self._most, version = _HEAD.unpack_from(self._mapping.view)
+        self.ticks_per_us = self._most / SPIN_US
         if version != VERSION:
             raise OSError("code of another version")
         word = ctypes.c_uint64
-        self.run = ctypes.CFUNCTYPE(ctypes.c_int64, word)(self._mapping.address + CODE_AT)
+        self.run = ctypes.CFUNCTYPE(ctypes.c_int64, word)(self._mapping.address + RUN_AT)
         """client_run(address of a state()): exit_reason, -errno, or GAVE_UP: then again, to go on waiting."""
+        self.watch = ctypes.CFUNCTYPE(ctypes.c_int64, word)(self._mapping.address + WATCH_AT)
+        """client_watch(address of {ticks, ticks without us, number of words, {address, value} of each}), all u64, the words
+        u16: CHANGED, IN_VAIN or CROWDED."""
 
     def state(self, bell: int) -> ctypes.Array[ctypes.c_uint64]:
         """What client_run knows of one vCPU, whose doorbell words are at address `bell`."""
         return (ctypes.c_uint64 * 7)(_FIRST_SCORE, self._most, self._most * (1_000_000 // SPIN_US), 1, 0, bell, 1)
 
 
-def code_file(code: bytes, ticks: int) -> int:
+def code_file(run: bytes, watch: bytes, ticks: int) -> int:
     """The descriptor of such a file; `ticks` of the counter make SPIN_US. OSError."""
+    head = (_HEAD.pack(ticks, VERSION).ljust(RUN_AT, b"\0") + run).ljust(WATCH_AT, b"\0")
+    if len(head) > WATCH_AT or WATCH_AT + len(watch) > SIZE:
+        raise OSError("code that does not fit its page")
     fd = os.memfd_create("kvm-vdso", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.write(fd, (_HEAD.pack(ticks, VERSION).ljust(CODE_AT, b"\0") + code).ljust(SIZE, b"\0"))
+        os.write(fd, (head + watch).ljust(SIZE, b"\0"))
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)

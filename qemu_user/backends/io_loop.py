@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from protocol.channel.latency import woken_soon
+from qemu_user.backends.polling import Poller, Watched
 
 Callback = Callable[[], None]
 
 READ, WRITE = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR, select.EPOLLOUT | select.EPOLLERR
+_LOOKS = 8
+"""Polls in a row between which file descriptors are not looked at."""
 
 
 class _Stopped(BaseException):
@@ -46,6 +49,9 @@ class IoLoop:
         self._thread_id = 0
         self._sleeping = False
         self._stopping = False
+        self.poller = Poller(None)
+        """Of queues that this thread serves; set before run()."""
+        self._looks = 0
 
     # -- registration, any thread ------------------------------------------------------------------
 
@@ -114,6 +120,12 @@ class IoLoop:
         self._soon.append(callback)
         self._wake()
 
+    def watch(self, queue: Watched, address: int, known: int) -> bool:
+        """The loop's thread: instead of waiting for a call, look whether the u16 at `address` is still `known`. False: it would
+        not pay.
+        """
+        return self.inside and self.poller.watch(queue, address, known)
+
     def call_later(self, seconds: float, callback: Callback) -> Callback:
         """Call back in `seconds`; returns what cancels it."""
         cell = [callback]
@@ -152,6 +164,7 @@ class IoLoop:
         self._wake(always=True)
 
     def _wake(self, always: bool = False) -> None:
+        self.poller.ring()
         if always or (self._sleeping and not self.inside):
             try:
                 os.eventfd_write(self._wake_fd, 1)
@@ -170,9 +183,27 @@ class IoLoop:
 
     def turn(self, longest: float | None) -> None:
         """One round: wait at most `longest` seconds for something, and serve it."""
-        self._sleeping = (
-            True  # from here on others write to the eventfd: what they add is seen below or wakes us
-        )
+        if not self.poller.watching or not self._look():
+            self._serve_events(longest)
+        for fd in tuple(self._always):
+            for table in (self._readers, self._writers):
+                if callback := table.get(fd):
+                    self._guarded(callback)
+        for _ in range(len(self._soon)):
+            self._guarded(self._soon.popleft())
+        self._run_timers()
+
+    def _look(self) -> bool:
+        """Poll the queues that were served last; whether that will do for this turn."""
+        if not self._soon:
+            for callback in self.poller.look():
+                self._guarded(callback)
+        self._looks = (self._looks + 1) % _LOOKS
+        return self._looks != 0 and self.poller.watching
+
+    def _serve_events(self, longest: float | None) -> None:
+        # from here on others write to the eventfd: what they add is seen below or wakes us
+        self._sleeping = True
         try:
             events = self._epoll.poll(self._wait(longest))
         except InterruptedError:
@@ -186,16 +217,9 @@ class IoLoop:
                 self._guarded(callback)
             if mask & WRITE and (callback := self._writers.get(fd)):
                 self._guarded(callback)
-        for fd in tuple(self._always):
-            for table in (self._readers, self._writers):
-                if callback := table.get(fd):
-                    self._guarded(callback)
-        for _ in range(len(self._soon)):
-            self._guarded(self._soon.popleft())
-        self._run_timers()
 
     def _wait(self, longest: float | None) -> float | None:
-        if self._soon or self._stopping or self._always:
+        if self._soon or self._stopping or self._always or self.poller.watching:
             return 0
         with self._lock:
             while self._timers and not self._timers[0][2]:

@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from protocol.channel.vdso import Vdso
 from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.polling import Poller
 
 
 class IoThreads:
@@ -21,17 +23,25 @@ class IoThreads:
         self._loops: list[IoLoop] = []
         self._threads: list[threading.Thread] = []
         self._started = False
+        self._code: Vdso | None = None
         self.main = self.add("io")
 
     def add(self, name: str) -> IoLoop:
         """One more thread, called `name`."""
         loop = IoLoop(self._on_error)
+        loop.poller = Poller(self._code)
         thread = threading.Thread(target=loop.run, name=name, daemon=True)
         self._loops.append(loop)
         self._threads.append(thread)
         if self._started:
             thread.start()
         return loop
+
+    def poll_with(self, code: Vdso | None) -> None:
+        """Before start(): what they poll with, if it can be had."""
+        self._code = code
+        for loop in self._loops:
+            loop.poller = Poller(code)
 
     def start(self) -> None:
         """Let them serve."""

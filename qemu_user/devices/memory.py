@@ -7,6 +7,7 @@ logged here while somebody migrates: kvmcore's dirty log knows only of vCPUs.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ class GuestMemory:
         )
         self._starts = [start for start, _, _ in self._regions]
         self._only = self._regions[0] if len(self._regions) == 1 else None
+        self._bases = [ctypes.addressof(ctypes.c_char.from_buffer(view)) for _, _, view in self._regions]
         self.absent: AbsentPages | None = None
         """Of the first region: pages that come when they are touched."""
         self._logs = [WriteLog(end - start, PAGE) for start, end, _ in self._regions]
@@ -53,6 +55,13 @@ class GuestMemory:
                     absent.ensure(gpa - start, length)
                 return view[gpa - start : gpa - start + length]
         raise OutOfRange(gpa, length)
+
+    def address(self, gpa: int) -> int:
+        """Where in this process the byte at `gpa` is, for code that is not Python. OutOfRange."""
+        position = bisect_right(self._starts, gpa) - 1
+        if position >= 0 and gpa < self._regions[position][1]:
+            return self._bases[position] + gpa - self._starts[position]
+        raise OutOfRange(gpa, 1)
 
     def read(self, gpa: int, length: int) -> bytes:
         """A copy of guest memory. OutOfRange."""

@@ -233,7 +233,7 @@ class Parts:
                 for queue in device.queues:
                     kick = kicks.make(loop, partial(transport.kicked, queue.index), 4, queue.index)
                     kick.place(entry.base + QUEUE_NOTIFY)
-            transport.defer = loop.call_soon
+            transport.defer, transport.watch = loop.call_soon, loop.watch
             self.transports.append(transport)
 
     def _put(self, device: Device, entry: virt.Entry, place: Place, in_tree: bool = True) -> None:

@@ -223,6 +223,7 @@ class Machine:
             self.interrupts = PlicInterrupts(self.vcpus)
         self._isa = read_isa(self.vcpus[0], aia is not None)
         self._kicks = Kicks(vm)
+        self._io.poll_with(vm.link.vdso() if vm.link.local else None)
         banks = []
         if self.parts.flash:
             from qemu_user.machine.flash import FlashMemory

@@ -157,19 +157,22 @@ BUILDERS: dict[str, Callable[[Bench], Device]] = {
 
 @dataclass
 class MemoryChardev(Chardev):
-    """A chardev that keeps what it gets, takes as much as `room` says, and is fed by hand."""
+    """A chardev that keeps what it gets, takes as much as `takes` says, and is fed by hand."""
 
-    room: int = 1 << 20
+    takes: int = 1 << 20
     taken: bytearray = field(default_factory=bytearray)
 
     def __post_init__(self) -> None:
         super().__init__("memory")
         self.resumed = 0
 
+    def room(self, last: bool = False) -> int:
+        return 1 << 20 if last else self.takes
+
     def write(self, data: bytes | bytearray | memoryview, last: bool = False) -> int:
-        count = len(data) if last else min(len(data), self.room)
+        count = len(data) if last else min(len(data), self.takes)
         self.taken += data[:count]
-        self.room = max(0, self.room - count)
+        self.takes = max(0, self.takes - count)
         return count
 
     def resume_input(self) -> None:

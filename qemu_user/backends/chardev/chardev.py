@@ -21,7 +21,7 @@ OUTPUT_LIMIT = 64 * 1024
 LAST_LIMIT = 1024 * 1024
 """The same for output whose source is about to go away: a console's ring before the guest resets it."""
 GATHER_SECONDS = 0.001
-"""A vCPU's bytes are gathered this long: one system call for many of a UART's single bytes."""
+"""A vCPU's bytes are gathered this long, and those of a console that writes and writes: one system call for many."""
 
 
 class Frontend(Protocol):
@@ -167,7 +167,7 @@ class Chardev:
 
     def _schedule(self) -> None:
         if self._loop is not None:
-            if self._loop.inside:
+            if self._loop.inside and not self._loop.poller.streaming:
                 self._loop.call_soon(self._flush)
             else:
                 self._loop.call_later(GATHER_SECONDS, self._flush)

@@ -15,7 +15,7 @@ import socket
 import time
 
 from qemu_user.backends.chardev.attach import FrameError, FrameReader
-from qemu_user.backends.chardev.chardev import Chardev, Frontend, NoFrontend
+from qemu_user.backends.chardev.chardev import LAST_LIMIT, Chardev, Frontend, NoFrontend
 from qemu_user.backends.chardev.descriptor import DescriptorChardev
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.unix_address import listen_unix
@@ -33,6 +33,9 @@ class Channel(Chardev):
 
     def write(self, data: bytes | bytearray | memoryview, last: bool = False) -> int:
         return self._hub.output(self, data, last)
+
+    def room(self, last: bool = False) -> int:
+        return self._hub.room(last)
 
     def resume_input(self) -> None:
         self._hub.resume_terminals()
@@ -144,7 +147,7 @@ class Hub(Chardev):
             self._active_channel = channel
             self.resume_terminals()
         with self._lock:  # all get the same, or none
-            terminals: list[Chardev] = [*self._attached] if self.terminal is None else [self.terminal, *self._attached]
+            terminals = self._terminals()
             full = [terminal for terminal in terminals if terminal.room(last) < len(data)]
             data = memoryview(data)[: min((terminal.room(last) for terminal in full), default=len(data))]
             for terminal in terminals:
@@ -159,6 +162,12 @@ class Hub(Chardev):
             self._watching = True
             self._loop.call_later(STALL_SECONDS / 4, self._watch)
         return len(data)
+
+    def _terminals(self) -> list[Chardev]:
+        return [*self._attached] if self.terminal is None else [self.terminal, *self._attached]
+
+    def room(self, last: bool = False) -> int:
+        return min((terminal.room(last) for terminal in self._terminals()), default=LAST_LIMIT)
 
     def _watch(self) -> None:
         """While the guest waits for terminals: drop those that do not read."""

@@ -83,30 +83,31 @@ class Port:
         if not queue.ready:
             return
         queue.suppress_kicks()
-        stuck = False
         for _ in range(queue.size):
             chain = queue.pop()
             if chain is None:
                 break
-            done = 0
-            for view in chain.readable:
-                done += len(view)
-                if done > self.sent:
-                    part = view[len(view) - (done - self.sent) :]
-                    taken = self.chardev.write(part, last)
-                    self.sent += taken
-                    if taken < len(part):
-                        stuck = True
-                        break
-            if stuck:
+            data = chain.readable[0] if len(chain.readable) == 1 else b"".join(chain.readable)
+            if self.sent:
+                data = data[self.sent :]
+            whole = self.chardev.room(last) >= len(data)
+            if whole:
+                # Linux's hvc waits in a loop for the buffer to come back: it gets it first.
+                data = bytes(data)
+                queue.push(chain, 0)
+            taken = self.chardev.write(data, last or whole)
+            if not whole and taken == len(data):
+                queue.push(chain, 0)
+            elif not whole:
+                self.sent += taken
                 queue.unpop(chain)
-                break
-            self._console.counters.count("bytes_out", done)
+                self._console.transport.notify_used(queue)
+                return
+            self._console.counters.count("bytes_out", self.sent + taken)
             self.sent = 0
-            queue.push(chain, 0)
-        if not stuck and queue.allow_kicks():
+        if queue.has_requests:
             self._console.transport.serve_later(queue.index)
-        self._console.transport.notify_used(queue)
+        self._console.transport.rest(queue)
 
     def output_ready(self) -> None:
         self._console.transport.run(self.transmit)

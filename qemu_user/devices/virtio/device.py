@@ -35,6 +35,11 @@ class Transport(Protocol):
     def notify_used(self, queue: Queue) -> None:
         """Interrupt the driver if it wants to know of the buffers pushed on `queue`."""
 
+    def rest(self, queue: Queue) -> None:
+        """`queue` is empty. Have the driver call when there is more and tell it of what was pushed; or look for a while whether
+        there is more, and do that then.
+        """
+
     def notify_config(self) -> None:
         """Tell the driver that the configuration changed."""
 

@@ -127,6 +127,8 @@ class Queue:
         """VIRTIO_F_INDIRECT_DESC was negotiated."""
         self.flight: Flight | None = None
         """Where requests in flight are noted, if the VM is to outlive this process."""
+        self.index_address = 0
+        """Of a ready queue: where in this process the available ring's index lies."""
         self.before_push: Callable[[Queue, int, int], None] | None = None
         """Called with head and length before an answer is published: for devices that have to note more than that."""
         self.reset()
@@ -166,6 +168,7 @@ class Queue:
             # avail_event belongs to the ring only with EVENT_IDX, but 2.7.2 gives the ring's size with it
             # always
             self._used_event = memory.view(self.used + 4 + 8 * self.size, 2).cast("H")
+            self.index_address = memory.address(self.available + 2)
         except OutOfRange as error:
             raise QueueError(f"queue {self.index}: a ring lies outside: {error}") from error
         self._memory = memory
@@ -346,6 +349,11 @@ class Queue:
     def has_requests(self) -> bool:
         """Whether pop() would find something."""
         return self.ready and (bool(self._again) or self._available_ring[1] != self._next_available)
+
+    @property
+    def next_available(self) -> int:
+        """What the available ring's index is when pop() finds nothing new."""
+        return self._next_available
 
     @property
     def answered(self) -> bool:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
 
+from qemu_user.backends.polling import Watched
 from qemu_user.devices.device import Counters, StateError, require
 from qemu_user.devices.memory import GuestMemory
 from qemu_user.devices.virtio.device import (
@@ -81,6 +83,12 @@ class VirtioTransport:
         self._wires = wires
         self.defer: Callable[[Callable[[], None]], None] = lambda call: call()
         """How work is put off to the I/O thread; machine/build.py sets it."""
+        self.watch: Callable[[Watched, int, int], bool] = lambda queue, address, known: False
+        """IoLoop.watch() of the thread that serves the queues; machine/build.py sets it."""
+        self._watched = [
+            Watched(partial(self.kicked, queue.index), partial(self._settle, queue), partial(self._rest, queue))
+            for queue in virtio.queues
+        ]
         self.warn: Callable[[str], None] = lambda sentence: None
         """Tells the user of a driver that breaks the rules."""
         self.worked: Callable[[], None] = lambda: None
@@ -226,6 +234,24 @@ class VirtioTransport:
 
     def serve_later(self, index: int) -> None:
         self.defer(lambda: self.kicked(index))
+
+    def rest(self, queue: Queue) -> None:
+        if not queue.ready:
+            return
+        if not self.watch(self._watched[queue.index], queue.index_address, queue.next_available):
+            self._rest(queue)
+
+    def _rest(self, queue: Queue) -> None:
+        with self.lock:
+            if self.virtio.live:
+                if queue.allow_kicks():
+                    self.serve_later(queue.index)
+                self.notify_used(queue)
+
+    def _settle(self, queue: Queue) -> None:
+        with self.lock:
+            if self.virtio.live:
+                self.notify_used(queue)
 
     def rehearse(self) -> None:
         """The machine has been given a state that it will not run from: what its interrupts need is set up now."""

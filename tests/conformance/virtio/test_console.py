@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import struct
 
 import pytest
 
+from qemu_user.backends.polling import Watched
 from qemu_user.devices.virtio import console, mmio
 from qemu_user.devices.virtio.console import PORT_NAME, PORT_OPEN, PORT_READY, VirtioConsole
 from tests.framework.devices import Bench, MemoryChardev
+from tests.framework.virtio_driver import DriverQueue
 
 
 class Ports:
@@ -60,14 +63,14 @@ def test_5_3_6_2_input_waits_until_the_guest_has_opened_the_port(bench: Bench) -
 
 def test_5_3_6_output_is_held_back(bench: Bench) -> None:
     ports = Ports(bench)
-    ports.other.room = 5
+    ports.other.takes = 5
     queue = ports.driver.queues[5]
     queue.add([b"0123", b"4567"], [])
     queue.add([b"89"], [])
     queue.kick()
     assert bytes(ports.other.taken) == b"01234"
     assert queue.returned() == []
-    ports.other.room = 100
+    ports.other.takes = 100
     ports.other.frontend.output_ready()
     assert bytes(ports.other.taken) == b"0123456789"
     assert len(queue.returned()) == 2
@@ -75,7 +78,7 @@ def test_5_3_6_output_is_held_back(bench: Bench) -> None:
 
 def test_2_4_output_that_nobody_has_served_survives_the_reset(bench: Bench) -> None:
     ports = Ports(bench)
-    ports.other.room = 3
+    ports.other.takes = 3
     queue = ports.driver.queues[5]
     queue.add([b"0123"], [])
     queue.kick()
@@ -166,3 +169,43 @@ def test_random_control_messages_never_raise(bench: Bench, seed: int) -> None:
         ports.driver.queues[3].kick()
         ports.driver.queues[3].returned()
     assert not ports.driver.needs_reset
+
+
+def test_2_7_10_a_queue_that_is_looked_at_needs_no_notification(bench: Bench) -> None:
+    """avail_event stays where it was until the look is over; then notifications are wanted again."""
+    ports = Ports(bench)
+    looks: list[Watched] = []
+
+    def watch(queue: Watched, address: int, known: int) -> bool:
+        assert ctypes.c_uint16.from_address(address).value == known
+        looks.append(queue)
+        return True
+
+    queue = ports.driver.queues[5]
+    queue.add([b"zero"], [])
+    queue.kick()
+    assert _kick_wanted_at(queue) == 1
+    ports.device.transport.watch = watch  # type: ignore[attr-defined]
+    queue.add([b"one"], [])
+    queue.kick()
+    queue.add([b"two"], [])
+    looks[-1].serve()
+    assert bytes(ports.other.taken) == b"zeroonetwo"
+    assert _kick_wanted_at(queue) == 1
+    queue.add([b"three"], [])  # between the last look and the rest
+    looks[-1].rest()
+    assert bytes(ports.other.taken) == b"zeroonetwothree"
+    looks[-1].rest()
+    assert _kick_wanted_at(queue) == 4
+    assert len(queue.returned()) == 4
+    ports.driver.write(mmio.STATUS, 0)
+    for old in looks:  # the driver has reset the device meanwhile
+        old.serve()
+        old.settle()
+        old.rest()
+
+
+def _kick_wanted_at(queue: DriverQueue) -> int:
+    """avail_event: which request is to be notified of."""
+    (event,) = struct.unpack("<H", queue.driver.get(queue.used + 4 + 8 * queue.size, 2))
+    return int(event)

@@ -11,17 +11,20 @@ from protocol.channel import vdso
 from protocol.channel.vdso import SIZE, Vdso, code_file
 
 FIRST = bytes.fromhex("4889f8c3")  # mov rax, rdi; ret
+SECOND = bytes.fromhex("488d4701c3")  # lea rax, [rdi + 1]; ret
 
 
 def test_the_code_runs_and_the_file_cannot_be_changed() -> None:
-    fd = code_file(FIRST, 1000)
+    fd = code_file(FIRST, SECOND, 1000)
     try:
         mapped = Vdso(fd)
         assert mapped.run(3) == 3
         assert mapped.run((1 << 64) - 7) == -7  # an errno
+        assert mapped.watch(3) == 4
+        assert mapped.ticks_per_us == 1000 / vdso.SPIN_US
         assert list(mapped.state(0x1234))[1:] == [1000, 1000 * 20_000, 1, 0, 0x1234, 1]
         with pytest.raises(PermissionError):
-            os.pwrite(fd, b"\xcc", vdso.CODE_AT)
+            os.pwrite(fd, b"\xcc", vdso.RUN_AT)
         with pytest.raises(PermissionError):
             os.ftruncate(fd, 0)
     finally:
@@ -29,9 +32,15 @@ def test_the_code_runs_and_the_file_cannot_be_changed() -> None:
     assert mapped.run(9) == 9  # the mapping is its own
 
 
+def test_code_that_is_too_long_is_refused() -> None:
+    for run, watch in ((bytes(2000), FIRST), (FIRST, bytes(2049))):
+        with pytest.raises(OSError, match="does not fit"):
+            code_file(run, watch, 1000)
+
+
 def test_code_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vdso, "VERSION", vdso.VERSION + 1)
-    fd = code_file(FIRST, 1000)
+    fd = code_file(FIRST, SECOND, 1000)
     monkeypatch.undo()
     with pytest.raises(OSError, match="version"):
         Vdso(fd)

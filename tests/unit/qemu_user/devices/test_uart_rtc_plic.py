@@ -44,11 +44,11 @@ def test_a_slow_terminal_holds_the_transmitter() -> None:
     assert serial.line.level
     assert serial.get(uart.IIR) & 0xF == uart.IIR_THRI
     assert not serial.line.level, "reading IIR clears the interrupt"
-    serial.chardev.room = 0
+    serial.chardev.takes = 0
     serial.put(uart.THR, 0x41)
     assert not serial.get(uart.LSR) & uart.LSR_THRE
     assert not serial.line.level
-    serial.chardev.room = 10
+    serial.chardev.takes = 10
     serial.device.output_ready()
     assert serial.get(uart.LSR) & uart.LSR_TEMT
     assert serial.line.level
