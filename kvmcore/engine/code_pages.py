@@ -254,7 +254,9 @@ def interpret(h: HandlerHart) -> None:
 
 
 def page_end(h: HandlerHart) -> None:
-    """Behind the last record of a page."""
+    """Behind the last record of a page. Code without a branch may go on for ever where many addresses lead to one page."""
+    if h.ic >= h.get("limit"):
+        h.tail("poll_region", h.pc)
     h.go(h.pc, h.ic)
 
 

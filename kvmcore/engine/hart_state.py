@@ -187,6 +187,8 @@ ATTENTION_FLUSH_ICACHE = 8
 """fence.i."""
 ATTENTION_STOP = 16
 """quiesce(): leave native code and do not enter it."""
+ATTENTION_BRIEF = 32
+"""Become KICK when it is seen: set before the hart enters native code, it lets it run for SLICE instructions."""
 
 EXTENSIONS = (
     "m", "a", "f", "d", "c", "zicsr", "zifencei", "zicntr", "zihpm", "zba", "zbb", "zbs",

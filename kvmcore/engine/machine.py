@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EOPNOTSUPP
+from functools import cache
 from typing import TYPE_CHECKING
 
-from kvmcore.engine import hart_state, machine_state
+from kvmcore.engine import blocks, hart_state, machine_state
 from kvmcore.engine.completion import destination, is_plain, packed, plain_access
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.hart_state import HartState
@@ -32,7 +33,8 @@ U64 = (1 << 64) - 1
 PAGE = 4096
 #: Bytes of decoded pages that one machine may hold.
 POOL_BYTES = 40 << 20
-_MAP_NORESERVE = 0x4000
+_FEW_BYTES = 1 << 20
+"""Of decoded pages: they are cleared, more are given back to the host."""
 _IMSIC_SPAN = 64 << 20
 #: Ticks of the time CSR in a second.
 FREQUENCY = 10_000_000
@@ -75,14 +77,13 @@ class Machine:
         """Held while decoded pages are dropped or regions put into them: quiesce() takes it."""
         self._open = threading.Event()
         self._open.set()
-        self._block = mmap.mmap(-1, _pages(ctypes.sizeof(machine_state.MachineState)))
-        self.state = machine_state.MachineState.from_buffer(self._block)
+        self._block = blocks.take(ctypes.sizeof(machine_state.MachineState))
+        self.state = machine_state.MachineState.from_buffer(self._block.map)
         self.pool_bytes = pool_bytes
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._pool = mmap.mmap(-1, pool_bytes, flags=flags)
+        self._pool = blocks.take(pool_bytes)
         with suppress(OSError):  # a host kernel without them: big programs miss its TLB more often
-            self._pool.madvise(mmap.MADV_HUGEPAGE)
-        self.state.pool = _address(self._pool)
+            self._pool.map.madvise(mmap.MADV_HUGEPAGE)
+        self.state.pool = self._pool.address
         self.state.pool_size = pool_bytes
         self._slots = (machine_state.Slot * 0)()
         self._no_slot = machine_state.Slot()
@@ -114,15 +115,17 @@ class Machine:
         return ctypes.addressof(self.state)
 
     def close(self) -> None:
-        """Free everything now; no hart runs any more. The object must not be used afterwards, nor its harts."""
+        """Give everything back now; no hart runs any more. The object must not be used afterwards, nor its harts."""
         for hart in self.harts:
             hart.close()
         self.harts.clear()
-        if self.hot_code is not None:
-            self.hot_code.close()
-        self._pool.close()
-        del self.state  # a view of the block, which cannot be unmapped while there is one
-        self._block.close()
+        hot, self.hot_code = self.hot_code, None
+        if hot is not None:
+            hot.close()
+        self.forget_decoded()
+        del self.state
+        blocks.give_back(self._pool, [])
+        blocks.give_back(self._block, [(0, machine_state.OFFSET["buckets"])])
 
     # -- memory ----------------------------------------------------------------------------------------------
     def set_slots(self, views: Sequence[SlotView]) -> None:
@@ -209,9 +212,12 @@ class Machine:
         """Drop all decoded pages; no hart is in native code."""
         if self.hot_code is not None:
             self.hot_code.pages_go(None)
-        ctypes.memset(ctypes.addressof(self.state.buckets), 0, ctypes.sizeof(self.state.buckets))
         if self.state.pool_used:
-            self._pool.madvise(mmap.MADV_DONTNEED)
+            ctypes.memset(ctypes.addressof(self.state.buckets), 0, ctypes.sizeof(self.state.buckets))
+            if self.state.pool_used <= _FEW_BYTES:
+                ctypes.memset(self._pool.address, 0, self.state.pool_used)
+            else:
+                self._pool.map.madvise(mmap.MADV_DONTNEED)
         self.state.pool_used = self.state.free = self._hand = 0
         self.flushes_of_pool += 1
         for hart in self.harts:
@@ -304,9 +310,9 @@ class Hart:
 
     def __init__(self, machine: Machine, index: int, hartid: int) -> None:
         self.machine, self.index, self.hartid = machine, index, hartid
-        self._block = mmap.mmap(-1, _pages(hart_state.SIZE))
-        self.state = HartState.from_buffer(self._block)
-        self._address = ctypes.addressof(self.state)
+        self._block = blocks.take(hart_state.SIZE)
+        self.state = HartState.from_buffer(self._block.map)
+        self._address = self._block.address
         self._run: Callable[[int], int] = machine.image.run
         self._complete: Callable[[int], None] | None = None
         self.emulated = 0
@@ -314,7 +320,7 @@ class Hart:
             machine.harts.append(self)
             machine.state.harts = len(machine.harts)
         self.state.extensions = (1 << len(hart_state.EXTENSIONS)) - 1
-        self.reset()
+        self._begin()
 
     def reset(self) -> None:
         """All architectural state as KVM gives it to a new vCPU: zeros, S-mode, timer off."""
@@ -327,6 +333,11 @@ class Hart:
         ctypes.memset(self._address, 0, hart_state.offset("tlb_blocks"))
         state = self.state
         state.extensions, state.icount, state.imsic_present, state.imsic_identities = keep
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is not zero in a new hart."""
+        state = self.state
         state.mode, state.stimecmp, state.hartid = 1, U64, self.hartid
         state.machine = self.machine.address
         state.dirty_budget = 1 << 62
@@ -343,9 +354,10 @@ class Hart:
         return self._address
 
     def close(self) -> None:
-        """Free the block; the hart must not be used afterwards."""
+        """Give the block back; the hart must not be used afterwards."""
+        entered = self.state.context_satp != U64
         del self.state
-        self._block.close()
+        blocks.give_back(self._block, None if entered else _OUTSIDE_TLBS)
 
     # -- running ---------------------------------------------------------------------------------------------
     def run(self, left: int | None = None) -> int:
@@ -433,6 +445,16 @@ class Hart:
         """Make run() return KICK: the one that runs now, or else the next one."""
         self.signal(hart_state.ATTENTION_KICK)
 
+    def be_brief(self) -> None:
+        """The next run() returns KICK after SLICE instructions, if not before."""
+        self.machine.image.atomic_and(self._address + _ATTENTION, ~hart_state.ATTENTION_KICK & U64)
+        self.machine.image.atomic_or(self._address + _ATTENTION, hart_state.ATTENTION_BRIEF)
+
+    def be_no_longer_brief(self) -> None:
+        """What be_brief() has asked for is done; a kick that came meanwhile is forgotten too."""
+        both = hart_state.ATTENTION_KICK | hart_state.ATTENTION_BRIEF
+        self.machine.image.atomic_and(self._address + _ATTENTION, ~both & U64)
+
     @property
     def running(self) -> bool:
         """Whether the hart is inside native code."""
@@ -513,7 +535,7 @@ class Hart:
 
     def set_extensions(self, names: frozenset[str]) -> None:
         """Which extensions instructions of this hart may use (names in lower case)."""
-        self.state.extensions = sum(1 << i for i, name in enumerate(hart_state.EXTENSIONS) if name in names)
+        self.state.extensions = _bits(names)
 
     # -- forgetting ------------------------------------------------------------------------------------------
     def forget_fetches(self) -> None:
@@ -540,16 +562,17 @@ class Hart:
         return bool(self.state.attention & flushes)
 
 
+@cache
+def _bits(extensions: frozenset[str]) -> int:
+    return sum(1 << i for i, name in enumerate(hart_state.EXTENSIONS) if name in extensions)
+
+
 _SIP = hart_state.offset("sip")
 _OWNER = hart_state.offset("owner")
 _LONG = 3600 * FREQUENCY
 _BUS_LOOKS, _BUS_PAUSE = 100, 0.0001
 _ATTENTION = hart_state.offset("attention")
-
-
-def _pages(size: int) -> int:
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _address(block: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(block))
+_TLBS = hart_state.offset("tlb_blocks")
+_BEHIND_TLBS = hart_state.offset("region_status")
+_OUTSIDE_TLBS = [(0, _TLBS), (_BEHIND_TLBS, hart_state.SIZE - _BEHIND_TLBS)]
+"""Of a hart that has never been entered only this is not zero."""

@@ -12,6 +12,8 @@ from kvmcore.engine.machine import Hart, Machine
 from kvmcore.engine.reference import U64, ReferenceHart
 
 _LEAVE = hart_state.ATTENTION_KICK | hart_state.ATTENTION_STOP
+_BRIEF = 200
+"""Instructions: what native code does in SLICE takes too long here."""
 _ATTENTION = hart_state.offset("attention")
 
 
@@ -35,7 +37,11 @@ class InterpretedHart(Hart):
             if machine.stop:
                 return int(ExitKind.STOPPED)
             reference.forget()  # Python may have changed anything since the last exit
+            left = _BRIEF if state.attention & hart_state.ATTENTION_BRIEF else -1
             while True:
+                if left == 0:
+                    return int(ExitKind.KICK)
+                left -= 1
                 attention = state.attention
                 if attention:
                     if attention & _LEAVE:

@@ -16,6 +16,9 @@ from kvmcore.ir.value import select, u64
 from kvmcore.isa import imsic, traps
 from kvmcore.isa.hart import Hart
 
+_TRAP_COUNTS = hart_state.SLICE // 64
+"""Instructions: what a trap is worth where they are counted."""
+
 
 def poll(h: HandlerHart) -> None:
     """(a0 pc): look at other threads, time and interrupts; then go on there."""
@@ -45,6 +48,9 @@ def serve(h: HandlerHart) -> None:
         h.set("exit_kind", int(ExitKind.KICK))
         h.tail("leave", pc)
     h.atomic_and("attention", ~hart_state.ATTENTION_INTERRUPT)
+    if (attention & hart_state.ATTENTION_BRIEF) != 0:
+        h.atomic_and("attention", ~hart_state.ATTENTION_BRIEF)
+        h.atomic_or("attention", hart_state.ATTENTION_KICK)
     if (attention & hart_state.ATTENTION_FLUSH_ICACHE) != 0:
         call("flush_fetch", h.s)
         h.atomic_and("attention", ~hart_state.ATTENTION_FLUSH_ICACHE)
@@ -92,6 +98,9 @@ def sample(h: HandlerHart) -> None:
 
 def take_trap(h: HandlerHart) -> None:
     """(a0 pc): trap_cause and trap_value are set."""
+    if (h.get("attention") & hart_state.ATTENTION_KICK) != 0:  # a brief run: its end comes nearer, if it does but trap
+        limit = h.get("limit")
+        h.set("limit", select(limit > _TRAP_COUNTS, limit - _TRAP_COUNTS, u64(0)))
     h.set("count_trap", h.get("count_trap") + 1)
     traps.enter_trap(h, h.get("trap_cause"), h.get("trap_value"))
 

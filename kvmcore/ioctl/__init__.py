@@ -11,11 +11,11 @@ import errno
 import importlib
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvmcore.vm.objects import Deferred, Handle
 from protocol.abi.errors import KvmError
-from protocol.abi.ioctls import UNKNOWN_ERRNO, Ioctl, find
+from protocol.abi.ioctls import UNKNOWN_ERRNO, find
 
 Handler = Callable[[Any, Any], Any]
 
@@ -23,53 +23,63 @@ Handler = Callable[[Any, Any], Any]
 _UNKNOWN = {kind: int(getattr(errno, name)) for kind, name in UNKNOWN_ERRNO.items()}
 
 
+class _Plan(NamedTuple):
+    """What an ioctl takes, looked up once: the function, the bytes that are copied in and what makes a record of them."""
+
+    handler: Handler
+    size: int
+    parse: Callable[[bytes], Any] | None
+    name: str
+    extension: bool
+
+
 def call(handle: Handle, request: int, arg: int) -> int | Deferred:
     """Perform `request` on `handle`. The result is ioctl(2)'s: >= 0. KvmError carries the errno.
 
     vCPU requests: the caller holds the vCPU's mutex. Inline pointees: the caller has overlaid them.
     """
-    kind = handle.kind
-    if getattr(getattr(handle, "vm", handle), "dead", False):
+    if handle.dead:
         raise KvmError(errno.EIO, reason="the VM is dead")
-    row, handler = _found.get((kind, request)) or _find(kind, request)
-    if row is None or handler is None or (row.extension and not handle.session.compat.extended):
+    kind = handle.kind
+    plan = _plans.get((kind, request)) or _plan(kind, request)
+    if plan is None or (plan.extension and not handle.session.compat.extended):
         raise KvmError(_UNKNOWN.get(kind, errno.ENOTTY), name_of(kind, request), "unknown request")
+    handler, size, parse, name, _ = plan
     try:
-        return _perform(row, handler, handle, arg)
+        result = handler(handle, arg if parse is None else parse(handle.session.mm.copy_from_user(arg, size)))
+        return result if type(result) is int else _deliver(handle, arg, result)
     except KvmError as error:
-        error.ioctl = error.ioctl or row.name
+        error.ioctl = error.ioctl or name
         raise
 
 
-def _perform(row: Ioctl, handler: Handler, handle: Handle, arg: int) -> int | Deferred:
-    mm = handle.session.mm
-    layout = row.argument
-    argument: Any = arg
-    if layout is not None and row.copies_in:
-        raw = mm.copy_from_user(arg, layout.size)
-        if not row.tail:
-            argument = layout.parse(raw)
-    result = handler(handle, argument)
+def _deliver(handle: Handle, arg: int, result: Any) -> int | Deferred:
+    """What a handler gives (kvmcore/vm/objects.py), as ioctl(2)'s value."""
+    if result is None:
+        return 0
     if isinstance(result, Handle):
         return handle.session.install(result)
     if isinstance(result, (bytes, bytearray)):
-        mm.copy_to_user(arg, bytes(result))
+        handle.session.mm.copy_to_user(arg, bytes(result))
         return 0
     if isinstance(result, Deferred):
         return result
-    return int(result or 0)
+    return int(result)
 
 
-_found: dict[tuple[str, int], tuple[Ioctl, Handler]] = {}
-"""What _find() has found. Requests that are unknown are not kept: there are too many of them."""
+_plans: dict[tuple[str, int], _Plan] = {}
+"""What _plan() has found. Requests that are unknown are not kept: there are too many of them."""
 
 
-def _find(kind: str, request: int) -> tuple[Ioctl | None, Handler | None]:
+def _plan(kind: str, request: int) -> _Plan | None:
     row = find(kind, request)
     handler = _handler(kind, row.function) if row is not None else None
-    if row is not None and handler is not None:
-        _found[kind, request] = row, handler
-    return row, handler
+    if row is None or handler is None:
+        return None
+    layout = row.argument if row.copies_in else None
+    made = _Plan(handler, layout.size if layout else 0, layout.parse if layout else None, row.name, row.extension)
+    _plans[kind, request] = made
+    return made
 
 
 @cache
@@ -92,6 +102,6 @@ def preload() -> None:
 
     for row in IOCTLS:
         for kind in row.on:
-            _find(kind, row.number)
+            _plan(kind, row.number)
         if row.argument is not None:
             row.argument.parse(bytes(row.argument.size))

@@ -6,6 +6,7 @@ I/O thread); see kvmcore/vm/objects.py. Structs come parsed; rows with a variabl
 
 from __future__ import annotations
 
+from array import array
 from errno import E2BIG, EINVAL
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from kvmcore.vm.vcpu import Vcpu
 
 _SIGSET_SIZE = 8
-_U64_SIZE = 8
 
 
 def run(vcpu: Vcpu, argument: int) -> int:
@@ -58,7 +58,7 @@ def get_reg_list(vcpu: Vcpu, pointer: int) -> None:
     mm.copy_to_user(pointer, structs.REG_LIST.build(n=len(ids)))
     if room < len(ids):
         raise KvmError(E2BIG, reason=f"{len(ids)} registers")
-    mm.copy_to_user(pointer + structs.REG_LIST.size, b"".join(i.to_bytes(_U64_SIZE, "little") for i in ids))
+    mm.copy_to_user(pointer + structs.REG_LIST.size, array("Q", ids).tobytes())
 
 
 def get_mp_state(vcpu: Vcpu, argument: int) -> bytes:

@@ -13,6 +13,7 @@ from errno import EBADF, EINVAL, EMFILE
 
 from kvmcore.vm.objects import Handle, HostFile, VmChild, not_found
 from protocol.abi.errors import KvmError
+from protocol.codec import control
 
 #: Client descriptors are below this number, handles are not.
 FIRST_HANDLE = 1 << 16
@@ -26,6 +27,8 @@ class HandleTable:
         self._limit = limit
         self._entries: dict[int, Handle | HostFile] = {}
         self._retired: set[int] = set()
+        self._made: dict[str, list[int]] | None = None
+        """Of the batch that is being served: what it has made, by kind (control.made)."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -41,8 +44,18 @@ class HandleTable:
                 if number not in self._entries and number not in self._retired:
                     break
             self._entries[number] = handle
+        if self._made is not None:
+            self._made.setdefault(handle.kind, []).append(number)
         handle.opened()
         return number
+
+    def batch_begins(self) -> None:
+        """From now on numbers may say "what this batch has made"."""
+        self._made = {}
+
+    def batch_ends(self) -> None:
+        """No longer."""
+        self._made = None
 
     def lookup(self, number: int) -> Handle | HostFile:
         """KvmError(EBADF) if there is nothing behind `number`."""
@@ -52,14 +65,32 @@ class HandleTable:
         return entry
 
     def handle(self, number: int) -> Handle:
-        """As lookup(), for numbers that must be handles."""
-        entry = self.lookup(number)
-        if not isinstance(entry, Handle):
+        """As lookup(), for numbers that must be handles, or stand for one that the batch has made."""
+        entry = self._entries.get(number)
+        if isinstance(entry, Handle):
+            return entry
+        if number >> 31:
+            entry = self._entries.get(self.resolve(number))
+            if isinstance(entry, Handle):
+                return entry
+        raise not_found(number)
+
+    def resolve(self, number: int) -> int:
+        """The number that control.made() stands for; any other one itself. EBADF."""
+        if not number >> 31:
+            return number
+        kind, position = control.made_what(number)
+        made = (self._made or {}).get(kind, ())
+        if position >= len(made):
             raise not_found(number)
-        return entry
+        return made[position]
 
     def close(self, number: int) -> None:
         """close(2): EBADF if it is not open."""
+        if 0 <= number < FIRST_HANDLE:
+            self.close_file(number)
+            return
+        number = self.resolve(number)
         with self._lock:
             entry = self._entries.get(number)
             if not isinstance(entry, Handle):

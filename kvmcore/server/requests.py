@@ -18,7 +18,7 @@ from kvmcore import ioctl
 from kvmcore.server.session import ClientSession
 from kvmcore.vm.address_space import InlineSegment
 from kvmcore.vm.irqchip.aia import Aia
-from kvmcore.vm.objects import Deferred, Handle
+from kvmcore.vm.objects import Deferred, Handle, HostFile
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
@@ -33,6 +33,7 @@ log = logging.getLogger("kvmcore.requests")
 
 _RUN = BY_NAME["RUN"].number
 _INTERRUPT = BY_NAME["INTERRUPT"].number
+_BRIEF = envelope.FLAG_BRIEF | envelope.FLAG_INLINE_PAGE
 #: Bytes that READ and READ_GPA give at most.
 _READ_LIMIT = 1 << 19
 #: The head of kvm_run, all but the sync registers: what a client without shared memory sends and gets.
@@ -55,17 +56,18 @@ class Ticket:
 
     def answer(self, ret: int, extra: bytes = b"", copies: tuple[tuple[int, bytes], ...] = ()) -> None:
         """Success: what ioctl(2) returns, and whatever goes with it."""
-        self._send(Reply(self.request.seq, ret, 0, copies, extra))
+        self._send(ret, 0, extra, copies)
 
     def fail(self, errno: int, extra: bytes = b"", copies: tuple[tuple[int, bytes], ...] = ()) -> None:
         """Failure. What had been copied out before stays copied out, as in Linux (GET_REG_LIST's E2BIG)."""
-        self._send(Reply(self.request.seq, -1, errno, copies, extra))
+        self._send(-1, errno, extra, copies)
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, ret: int, errno: int, extra: bytes, copies: tuple[tuple[int, bytes], ...]) -> None:
+        seq = self.request.seq
         try:
-            frame = envelope.encode_reply(reply)
+            frame = envelope.encode_reply(Reply(seq, ret, errno, copies, extra))
         except FrameError as error:
-            frame = envelope.encode_reply(Reply(reply.seq, -1, EIO, extra=str(error).encode()))
+            frame = envelope.encode_reply(Reply(seq, -1, EIO, extra=str(error).encode()))
         self._finish(self, frame)
 
 
@@ -76,20 +78,22 @@ current: list[Ticket] = []
 def dispatch(ticket: Ticket) -> None:
     """Have `ticket` served."""
     request = ticket.request
+    number = request.request
     try:
-        if control.is_control(request.request):
+        if control.is_control(number):
             _control(ticket)
             return
         handle = ticket.session.table.handle(request.handle)
     except KvmError as error:
         ticket.fail(error.errno or EINVAL, error.reason.encode())
         return
-    if handle.kind != "vcpu" or request.request == _INTERRUPT:
+    if handle.kind != "vcpu" or number == _INTERRUPT:
         _perform(ticket, handle)
         return
     vcpu = cast("Vcpu", handle)
-    if request.request == _RUN or not vcpu.try_now(lambda: _perform(ticket, vcpu)):
-        vcpu.submit(lambda: _perform(ticket, vcpu))
+    waits = number == _RUN and (request.flags & _BRIEF != _BRIEF or vcpu.may_wait)
+    if waits or not vcpu.try_now(_perform, ticket, vcpu):
+        vcpu.submit(partial(_perform, ticket, vcpu))
 
 
 def _perform(ticket: Ticket, handle: Handle) -> None:
@@ -98,17 +102,19 @@ def _perform(ticket: Ticket, handle: Handle) -> None:
     if request.request == _RUN and request.flags & envelope.FLAG_INLINE_PAGE and handle.kind == "vcpu":
         _run_inline(ticket, cast("Vcpu", handle))
         return
-    inline = [
-        InlineSegment(copy.va, bytearray(copy.data or copy.length), writable=bool(copy.direction & COPY_OUT))
-        for copy in request.copies
-    ]
+    mm = ticket.session.mm
+    inline: list[InlineSegment] = []
+    if request.copies:
+        inline = [
+            InlineSegment(va, data or bytes(length), direction & COPY_OUT != 0)
+            for va, length, direction, data in request.copies
+        ]
+        mm.lay_over(inline)
     errno, reason = 0, ""
     result: int | Deferred = 0
-    mm = ticket.session.mm
     if handle.kind == "system":
         current.append(ticket)
     try:
-        mm.lay_over(inline)
         result = ioctl.call(handle, request.request, request.arg)
     except KvmError as error:
         errno, reason = error.errno or EIO, error.reason
@@ -118,14 +124,15 @@ def _perform(ticket: Ticket, handle: Handle) -> None:
             log.exception("internal error in %s", ioctl.name_of(handle.kind, request.request))
             errno, reason = EIO, "internal error, see kvmcore's log"
     finally:
-        mm.lay_over([])
         if handle.kind == "system":
             current.pop()
+        if inline:
+            mm.lay_over(())
     copies = tuple([(segment.va, bytes(segment.data)) for segment in inline if segment.dirty])
     if errno:
         ticket.fail(errno, reason.encode()[:512], copies)
     elif not isinstance(result, Deferred):
-        ticket.answer(result, copies=copies)
+        ticket.answer(result, b"", copies)
 
 
 def _exhausted(error: Exception) -> int:
@@ -146,24 +153,24 @@ def _run_inline(ticket: Ticket, vcpu: Vcpu) -> None:
     vcpu.page[: len(head)] = head
     errno, ret = 0, 0
     try:
+        vcpu.brief = bool(request.flags & envelope.FLAG_BRIEF)
         ret = cast(int, ioctl.call(vcpu, _RUN, request.arg))
     except KvmError as error:
         errno = error.errno or EIO
     except Exception:
         log.exception("internal error in RUN")
         errno = EIO
+    finally:
+        vcpu.brief = False
     extra = bytes(vcpu.page[:_PAGE_HEAD])
-    first, last = (run_page.U32.unpack_from(vcpu.page, at)[0] for at in _RING_ENDS)
-    if first != last:
-        extra += bytes(vcpu.page[run_page.COALESCED_RING : run_page.MMAP_SIZE])
-        run_page.U32.pack_into(vcpu.page, run_page.COALESCED_FIRST, last)
+    ring = vcpu.vm.ring_view
+    if ring is not None and ring[:4] != ring[4:8]:  # first and last
+        extra += bytes(ring)
+        ring[:4] = ring[4:8]
     if errno:
         ticket.fail(errno, extra)
     else:
         ticket.answer(ret, extra)
-
-
-_RING_ENDS = (run_page.COALESCED_FIRST, run_page.COALESCED_LAST)
 
 
 # -- control requests -----------------------------------------------------------------------------------------
@@ -185,6 +192,9 @@ def _control(ticket: Ticket) -> None:
         case control.GOODBYE:
             ticket.answer(0)
             session.close()
+        case control.MAP | control.UNMAP:
+            _segment(session, request)
+            ticket.answer(0)
         case control.KICK:
             _kick(session.table.handle(request.handle), request.arg)
             ticket.answer(0)
@@ -249,6 +259,20 @@ def _transfer(ticket: Ticket, get: Callable[[int], int], put: Callable[[int, int
         ticket.fail(error.errno or EIO, f"{key:#x}: {error.reason}".encode())
         return
     ticket.answer(0, values.tobytes())
+
+
+def _segment(session: ClientSession, request: Request) -> None:
+    """MAP, UNMAP."""
+    if len(request.payload) != control.SEGMENT.size:
+        raise KvmError(EINVAL, reason="the payload is a size, an offset and a protection")
+    size, offset, prot = control.SEGMENT.unpack(request.payload)
+    if request.request == control.UNMAP:
+        session.unmap(request.arg, size)
+        return
+    file = session.table.lookup(request.handle)
+    if not isinstance(file, HostFile):
+        raise KvmError(EINVAL, reason="handles are shared by the session's socket, descriptors are mapped")
+    session.map(request.arg, size, file.fd, offset, prot)
 
 
 def _kick(handle: Handle, arg: int) -> None:

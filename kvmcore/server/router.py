@@ -111,12 +111,17 @@ class Router:
         except FrameError as error:
             self._refuse(identity, batch, EBADMSG, str(error))
             return
+        session = self._sessions.get(batch.session)
         self._together = []
         try:
+            if session is not None:
+                session.table.batch_begins()
             for data in frames:
                 self._serve_frame(identity, frame, data)
         finally:
             answers, self._together = self._together, None
+            if session is not None:
+                session.table.batch_ends()
         extra: list[bytes] = []
         room = _ROOM
         for answer in answers:

@@ -106,10 +106,10 @@ class ClientSession:
     def _perform(self, message: Message, fds: list[int]) -> list[int]:
         match message.op:
             case Op.MAP:
-                self._map(message, fds)
+                _exactly_one(fds)
+                self.map(message.a, message.b, fds[0], message.c, message.d)
             case Op.UNMAP:
-                self.mm.unmap(message.a, message.b)
-                self._segments_left += 1
+                self.unmap(message.a, message.b)
             case Op.PASS_FILE:
                 _exactly_one(fds)
                 self.table.pass_file(message.a, fds[0])
@@ -134,14 +134,19 @@ class ClientSession:
                 raise KvmError(EOPNOTSUPP, reason=f"unknown message {message.op}")
         return []
 
-    def _map(self, message: Message, fds: list[int]) -> None:
-        _exactly_one(fds)
-        if not is_sealed(fds[0]):
+    def map(self, va: int, size: int, fd: int, offset: int, prot: int) -> None:
+        """mmap() of the sealed memfd `fd`, which stays the caller's. EINVAL, EEXIST, EMFILE."""
+        if not is_sealed(fd):
             raise KvmError(EINVAL, reason="segments need a memfd sealed with F_SEAL_SHRINK|F_SEAL_GROW")
         if self._segments_left == 0:
             raise KvmError(EMFILE, reason="too many segments")
-        self.mm.map(message.a, message.b, fds[0], message.c, message.d)
+        self.mm.map(va, size, fd, offset, prot)
         self._segments_left -= 1
+
+    def unmap(self, va: int, size: int) -> None:
+        """munmap(). EINVAL."""
+        self.mm.unmap(va, size)
+        self._segments_left += 1
 
     def _hot(self, message: Message, fds: list[int]) -> list[int]:
         vm = self.table.handle(message.a)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EEXIST, EFAULT, EINVAL
@@ -47,11 +47,17 @@ class Segment:
 class InlineSegment:
     """A pointee that travelled in the request: bytes at `va`; `dirty` once written, so that it is copied out."""
 
-    __slots__ = ("data", "dirty", "va", "writable")
+    __slots__ = ("data", "dirty", "size", "va", "writable")
 
-    def __init__(self, va: int, data: bytearray, writable: bool = True) -> None:
-        self.va, self.data, self.writable = va, data, writable
+    def __init__(self, va: int, data: bytes | bytearray, writable: bool = True) -> None:
+        self.va, self.data, self.size, self.writable = va, data, len(data), writable
         self.dirty = False
+
+    def write(self, start: int, data: bytes) -> None:
+        """The caller has looked whether it fits."""
+        if not self.dirty:
+            self.data, self.dirty = bytearray(self.data), True
+        self.data[start : start + len(data)] = data  # type: ignore[index]
 
 
 class AddressSpace:
@@ -117,26 +123,26 @@ class AddressSpace:
 
     # -- copies ---------------------------------------------------------------------------------------------
 
-    def lay_over(self, segments: list[InlineSegment]) -> None:
+    def lay_over(self, segments: Sequence[InlineSegment]) -> None:
         """Let this thread see `segments` before the mapped ones; none any more when the request is done."""
         self._local.inline = segments
 
     @contextmanager
-    def overlay(self, segments: list[InlineSegment]) -> Iterator[None]:
+    def overlay(self, segments: Sequence[InlineSegment]) -> Iterator[None]:
         """lay_over() for the time of a with block."""
         self.lay_over(segments)
         try:
             yield
         finally:
-            self.lay_over([])
+            self.lay_over(())
 
     def copy_from_user(self, va: int, size: int) -> bytes:
         """`size` bytes at `va`; EFAULT if any of them is not readable."""
         if size == 0:
             return b""
         for inline in self._inline():
-            if inline.va <= va and va + size <= inline.va + len(inline.data):
-                start = va - inline.va
+            start = va - inline.va
+            if 0 <= start <= inline.size - size:
                 return bytes(inline.data[start : start + size])
         out = bytearray()
         for segment, start, length in self._walk(va, size, PROT_READ):
@@ -148,18 +154,17 @@ class AddressSpace:
         if not data:
             return
         for inline in self._inline():
-            if inline.writable and inline.va <= va and va + len(data) <= inline.va + len(inline.data):
-                start = va - inline.va
-                inline.data[start : start + len(data)] = data
-                inline.dirty = True
+            start = va - inline.va
+            if inline.writable and 0 <= start <= inline.size - len(data):
+                inline.write(start, data)
                 return
         done = 0
         for segment, start, length in self._walk(va, len(data), PROT_READ | PROT_WRITE):
             segment.view[start : start + length] = data[done : done + length]
             done += length
 
-    def _inline(self) -> list[InlineSegment]:
-        inline: list[InlineSegment] = getattr(self._local, "inline", [])
+    def _inline(self) -> Sequence[InlineSegment]:
+        inline: Sequence[InlineSegment] = getattr(self._local, "inline", ())
         return inline
 
     def _walk(self, va: int, size: int, prot: int) -> list[tuple[Segment, int, int]]:

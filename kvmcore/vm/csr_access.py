@@ -83,6 +83,12 @@ def write(hart: Hart, name: str, value: int) -> None:
         setattr(state, name, value & _WRITABLE.get(name, U64))
 
 
+def begin(hart: Hart) -> None:
+    """What the engine's fresh hart lacks of a new vCPU's state."""
+    # CY, TM and IR, as kvm_arch_vcpu_create has it: guests' vDSOs read time, and no SBI call would open it.
+    hart.state.scounteren = 7
+
+
 def reset(hart: Hart) -> None:
     """The state of a new vCPU: 0 but for scounteren, S-mode, no timer. The interrupt file stays as it is: it
     is not the hart's, and other harts may be sending to it at this moment.
@@ -93,8 +99,7 @@ def reset(hart: Hart) -> None:
     for array in (state.x, state.f):
         array[:] = [0] * len(array)
     state.mode, state.stimecmp = 1, U64
-    # CY, TM and IR, as kvm_arch_vcpu_create has it: guests' vDSOs read time, and no SBI call would open it.
-    state.scounteren = 7
+    begin(hart)
     for interrupt in (SSI, SEI):
         hart.clear_pending(interrupt)
     hart.flush_tlb()

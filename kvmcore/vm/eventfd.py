@@ -30,16 +30,6 @@ _FLAGS = (1 << 5) - 1
 _U64 = (1 << 64) - 1
 
 
-def eventfd_id(fd: int) -> int:
-    """What tells one eventfd from another: the kernel's id, the same for every descriptor of it."""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
-        for line in info:
-            if line.startswith("eventfd-id:"):
-                return int(line.split(":")[1])
-    status = os.fstat(fd)
-    return status.st_dev << 32 | status.st_ino
-
-
 class Ioeventfd(NamedTuple):
     """A registration: stores of `length` bytes (0: any) of `datamatch` (None: any value) to exactly `addr`.
     """
@@ -48,7 +38,7 @@ class Ioeventfd(NamedTuple):
     addr: int
     length: int
     datamatch: int | None
-    identity: int
+    identity: int | None
     fd: int
 
     @property
@@ -127,6 +117,11 @@ class Eventfds:
         self._reserved = 0
         self._stuck: list[int] = []
         """Descriptors that a blocked vCPU may be writing to."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing that a guest does is written to an eventfd."""
+        return not self._events and self.irqfds.empty
 
     def _publish(self, gone: Iterable[int] = ()) -> None:
         """Native code sees the bus as it is now; the descriptors that are `gone` are closed. The lock is held."""
@@ -207,13 +202,13 @@ class Eventfds:
             if any(event.collides(bus, addr, length, match) for event in self._events.get(addr, ())):
                 raise KvmError(EEXIST, reason=f"an ioeventfd watches {addr:#x}")
             self._check_room(1 if bus == "pio" else 0)
-            event = Ioeventfd(bus, addr, length, match, eventfd_id(file.fd), file.dup())
+            event = Ioeventfd(bus, addr, length, match, file.eventfd_id, file.dup())
             self._events[addr] = [*self._events.get(addr, ()), event]
             self._bus = _insert(self._bus, event)
             self._publish()
 
     def _deassign(self, file: HostFile, bus: str, addr: int, length: int, match: int | None) -> None:
-        key = (bus, addr, length, match, eventfd_id(file.fd))
+        key = (bus, addr, length, match, file.eventfd_id)
         with self._lock:
             events = self._events.get(addr, [])
             for event in events:
@@ -276,8 +271,9 @@ class Eventfds:
         self.irqfds.release()
         with self._lock:
             events, self._events = self._events, {}
-            self._zones, self._bus = 0, []
-            self._publish([event.fd for group in events.values() for event in group])
+            if self._bus:
+                self._zones, self._bus = 0, []
+                self._publish([event.fd for group in events.values() for event in group])
             stuck, self._stuck = self._stuck, []
             for fd in stuck:
                 os.close(fd)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Irqfd:
     """One registration; owns duplicates of the client's descriptors."""
 
-    def __init__(self, identity: int, fd: int, gsi: int, resample_fd: int) -> None:
+    def __init__(self, identity: int | None, fd: int, gsi: int, resample_fd: int) -> None:
         self.identity = identity
         self.fd = fd
         self.gsi = gsi
@@ -49,6 +49,10 @@ class Irqfds:
         self._irqfds: list[Irqfd] = []
         self._native: NativeIrqfds | None = None
 
+    @property
+    def empty(self) -> bool:
+        return not self._irqfds
+
     def assign(self, number: int, gsi: int, flags: int, resample_number: int) -> None:
         """KVM_IRQFD. EINVAL: flags, or not an eventfd; EBADF; EBUSY: this eventfd is an irqfd of the VM
         already.
@@ -56,12 +60,11 @@ class Irqfds:
         The gsi is not checked, and no irqchip is needed: a signal that leads nowhere is dropped, as Linux
         does here.
         """
-        from kvmcore.vm.eventfd import eventfd_id
 
         if flags & ~(structs.IRQFD_FLAG_DEASSIGN | structs.IRQFD_FLAG_RESAMPLE):
             raise KvmError(EINVAL, reason=f"flags {flags:#x}")
         file = eventfd_of(self._vm.session, number)
-        identity = eventfd_id(file.fd)
+        identity = file.eventfd_id
         if flags & structs.IRQFD_FLAG_DEASSIGN:
             self._deassign(identity, gsi)
             return
@@ -102,7 +105,7 @@ class Irqfds:
             self._native.remove(irqfd.slot)
             irqfd.slot = None
 
-    def _deassign(self, identity: int, gsi: int) -> None:
+    def _deassign(self, identity: int | None, gsi: int) -> None:
         with self._lock:
             gone = [irqfd for irqfd in self._irqfds if irqfd.identity == identity and irqfd.gsi == gsi]
             self._irqfds = [irqfd for irqfd in self._irqfds if irqfd not in gone]

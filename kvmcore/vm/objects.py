@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from errno import EBADF, EINVAL
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from protocol.abi.errors import KvmError
@@ -67,10 +68,17 @@ class HostFile:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def is_eventfd(self) -> bool:
-        """True if the descriptor is an eventfd (fdinfo shows its counter)."""
+    @cached_property
+    def eventfd_id(self) -> int | None:
+        """The kernel's id of this eventfd, the same for every descriptor of it; None: it is something else."""
         with open(f"/proc/self/fdinfo/{self.fd}", encoding="ascii") as info:
-            return any(line.startswith("eventfd-count:") for line in info)
+            lines = dict(line.split(":", 1) for line in info if line.startswith("eventfd-"))
+        if "eventfd-count" not in lines:
+            return None
+        if "eventfd-id" in lines:
+            return int(lines["eventfd-id"])
+        status = os.fstat(self.fd)  # Linux before 5.2 shows no id
+        return status.st_dev << 32 | status.st_ino
 
     def dup(self) -> int:
         """A new close-on-exec descriptor of the same open file, owned by the caller. KvmError(EMFILE)."""
@@ -86,7 +94,7 @@ class HostFile:
 def eventfd_of(session: Session, number: int) -> HostFile:
     """The eventfd behind `number`. EBADF: no such number; EINVAL: it is something else."""
     file = session.lookup(number)
-    if not isinstance(file, HostFile) or not file.is_eventfd():
+    if not isinstance(file, HostFile) or file.eventfd_id is None:
         raise KvmError(EINVAL, reason="not an eventfd")
     return file
 
@@ -96,6 +104,8 @@ class Handle:
 
     kind: ClassVar[str] = ""
     session: Session
+    dead: bool = False
+    """Whether its VM is: every ioctl is EIO then."""
 
     def opened(self) -> None:
         """The object has got its number."""
@@ -135,6 +145,10 @@ class VmChild(Handle):
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
         self.session = vm.session
+
+    @property
+    def dead(self) -> bool:  # type: ignore[override]
+        return self.vm.dead
 
     def opened(self) -> None:
         self.vm.get()

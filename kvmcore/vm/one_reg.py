@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from errno import EBUSY, EINVAL, ENOENT
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmcore.isa.paging import LEVELS
@@ -39,6 +40,16 @@ kernel).
 _SBI_OFFERED = _SBI_ON | {SbiExt.DBCN}
 
 
+_lists: dict[tuple[bool, frozenset[IsaExt]], list[int]] = {}
+"""What Registers.ids() gives by configuration: of the extensions, few can be switched."""
+
+
+@cache
+def _names(extensions: frozenset[IsaExt]) -> frozenset[str]:
+    """As the engine calls them."""
+    return frozenset(extension.name.lower() for extension in extensions)
+
+
 class _Register(NamedTuple):
     """How one register is read and written; `size` its bytes."""
 
@@ -61,7 +72,7 @@ class Registers:
         self._machine_ids = {"mvendorid": 0, "marchid": 0, "mimpid": 0}
         self._raw: dict[str, int] = {}
         """CSRs written by user space since the vCPU last ran, as written."""
-        self.reset()
+        self.reset(new=True)
 
     # -- for the rest of kvmcore -------------------------------------------------------------------
 
@@ -81,14 +92,17 @@ class Registers:
         """KVM_INTERRUPT: sip is no longer what was last written to it."""
         self._raw.pop("sip", None)
 
-    def reset(self) -> None:
-        """The hart's state is a new vCPU's. Configuration stays."""
+    def reset(self, *, new: bool = False) -> None:
+        """The hart's state is a new vCPU's; `new`: it is one. Configuration stays."""
         self._raw = {"sstatus": 0}  # the hart's own has UXL set, once it has run
-        csr_access.reset(self._vcpu.hart)
+        if new:
+            csr_access.begin(self._vcpu.hart)
+        else:
+            csr_access.reset(self._vcpu.hart)
         self._apply_isa()
 
     def _apply_isa(self) -> None:
-        self._vcpu.hart.set_extensions(frozenset(extension.name.lower() for extension in self._isa))
+        self._vcpu.hart.set_extensions(_names(frozenset(self._isa)))
 
     # -- KVM_GET/SET_ONE_REG -----------------------------------------------------------------------
 
@@ -107,7 +121,11 @@ class Registers:
 
     def ids(self) -> list[int]:
         """Every register that get() knows, in Linux's order."""
-        return list(self._ids())
+        key = (self._is_6_12, frozenset(self._isa))
+        found = _lists.get(key)
+        if found is None:
+            found = _lists[key] = list(self._ids())
+        return found
 
     def _find(self, register: int) -> _Register:
         found = _TABLE.get(register & ((1 << 52) - 1)) or self._extension(register)

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from errno import EINTR, EIO, ENOMEM
 from typing import TYPE_CHECKING
 
+from kvmcore.engine import blocks
 from kvmcore.engine.exits import ExitKind, Wanted
+from kvmcore.engine.hart_state import SLICE
 from kvmcore.engine.machine import Hart
 from kvmcore.vm import exits
 from kvmcore.vm.accelerator import make_hart
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvmcore.vcpu")
 
 _PAUSE_SECONDS = 20e-6
+_BRIEF_ENTRIES = 64
 RUNNABLE = 0
 STOPPED = 5
 Job = Callable[[], None]
@@ -91,48 +94,61 @@ class Vcpu(VmChild):
         self.signal_mask: bytes | None = None
         self.sleep_now = False
         """Set by exits.py when an SBI call suspends the hart until an interrupt, as WFI would."""
-        self._shared: _Shared | None = None
-        self._shared_lock = threading.Lock()
+        self.brief = False
+        """Whether the RUN under way ends soon (FLAG_BRIEF)."""
+        self._page: _Private | _Shared | None = None
         self._reset: tuple[int, int] | None = None
         self.hart.answer_exits(0)
         self._jobs: deque[Job] = deque()
         self._thread: threading.Thread | None = None
 
-    # -- shared memory: made when it is first needed, for a vCPU that never runs needs none ----------------------
+    # -- kvm_run: shared with the client when it is to be mapped, or a thread looks at its doorbell ------------------
 
     @property
-    def shared(self) -> _Shared:
+    def run_page(self) -> _Private | _Shared:
         """kvm_run's page and what leads to it."""
-        if self._shared is None:
-            with self._shared_lock:
-                if self._shared is None:
-                    self._shared = _Shared(self)
-                    self.hart.answer_exits(self._shared.mapping.address)
-        return self._shared
+        if self._page is None:
+            self._page = _Private()
+            self.hart.answer_exits(self._page.address)
+        return self._page
+
+    def _share(self) -> _Shared:
+        """On the I/O thread, while no other thread is at this vCPU. KvmError(ENOMEM)."""
+        if not isinstance(self._page, _Shared):
+            made = _Shared(self)
+            if self._page is not None:
+                made.view[: run_page.PAGE] = self._page.view
+                self._page.close()
+            self._page = made
+            self.hart.answer_exits(made.address)
+        return self._page
 
     @property
     def page(self) -> memoryview:
-        """The 8192 bytes that the client maps: kvm_run and the doorbell words, then the VM's coalesced ring."""
-        return self.shared.mapping.view
+        """Page 0 of what the client maps, kvm_run and the doorbell words; page 1 is the VM's coalesced ring."""
+        return self.run_page.view
 
     @property
     def doorbell(self) -> Doorbell:
         """By which a client that maps the page hands over KVM_RUN, and anybody kicks."""
-        return self.shared.doorbell
+        return self.run_page.doorbell
 
     def shared_fds(self) -> list[int]:
         """Memfds of kvm_run's page, of the coalesced ring's page (map them one behind the other), of the dirty ring."""
         ring = [self.dirty_ring.fd] if self.dirty_ring is not None else []
+        memfd = self._share().memfd
         self._start_thread()  # whoever maps the page may ring the doorbell
-        return [self.shared.memfd, self.vm.ring_memfd, *ring]
+        return [memfd, self.vm.ring_memfd, *ring]
 
     # -- the thread -------------------------------------------------------------------------------------------
 
     def _start_thread(self) -> None:
         """On the I/O thread. A dead VM's does not start."""
-        if self._thread is None and self.vm.thread_begins():
-            self._thread = threading.Thread(target=self._live, args=(self.doorbell,), name=f"vcpu-{self.id}", daemon=True)
-            self._thread.start()
+        if self._thread is None:
+            bell = self._share().doorbell
+            if self.vm.thread_begins():
+                self._thread = threading.Thread(target=self._live, args=(bell,), name=f"vcpu-{self.id}", daemon=True)
+                self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Run `job` on the vCPU's thread, with the mutex held, after everything that was there before it.
@@ -147,19 +163,19 @@ class Vcpu(VmChild):
             self.hart.summon()
             self.doorbell.ring()
 
-    def try_now(self, job: Job) -> bool:
-        """Run `job` here and now if the vCPU is idle and nothing waits; False if it must be submitted."""
+    def try_now(self, job: Callable[..., None], *arguments: object) -> bool:
+        """Run `job` here and now if the vCPU is idle and nothing waits; False if it must be submitted. On the I/O thread."""
+        if self._thread is None:  # nobody else can be at it
+            job(*arguments)
+            return True
         if self._jobs or not self.mutex.acquire(blocking=False):
             return False
         try:
-            self._do(job)
+            self.hart.state.ready = 0  # whatever it changes, the next RUN looks at all of it
+            job(*arguments)
         finally:
             self.mutex.release()
         return True
-
-    def _do(self, job: Job) -> None:
-        self.hart.state.ready = 0  # whatever it changes, the next RUN looks at all of it
-        job()
 
     def _live(self, bell: Doorbell) -> None:
         woken_soon(VCPU_SLICE_NS)
@@ -183,7 +199,8 @@ class Vcpu(VmChild):
                 while self._jobs and not self.vm.dead:
                     job = self._jobs.popleft()
                     with self.mutex:
-                        self._do(job)
+                        self.hart.state.ready = 0
+                        job()
                 continue
             if what == Wanted.BUSY:
                 self.mutex.acquire()
@@ -224,7 +241,7 @@ class Vcpu(VmChild):
         try:
             if left is None:
                 self._begin()
-            return self._run(left)
+            return self._run_briefly() if self.brief else self._run(left)
         finally:
             exits.after_run(self)
 
@@ -238,6 +255,37 @@ class Vcpu(VmChild):
             raise KvmError(EINTR, "RUN", "immediate_exit")
         self.set_exit_reason(Exit.UNKNOWN)
         self.registers.entering()
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether even a brief RUN may be kept waiting: by an eventfd that its owner has filled up."""
+        return not self.vm.eventfds.empty
+
+    def _run_briefly(self) -> int:
+        """At most hart_state.SLICE instructions at a time, as often as the guest leaves for us, so many times."""
+        hart = self.hart
+        end = int(hart.state.icount) + SLICE
+        try:
+            for _ in range(_BRIEF_ENTRIES):
+                self._apply_reset()
+                if self.vm.dead or self.doorbell.take_kick() or self.mp_state == STOPPED or int(hart.state.icount) >= end:
+                    break
+                if not exits.before_entry(self):
+                    return 0
+                hart.be_brief()
+                kind = hart.run()
+                if kind in (ExitKind.KICK, ExitKind.WFI):
+                    break
+                if kind == ExitKind.USER or not exits.serve(self, kind):
+                    return 0
+                if self.sleep_now:
+                    self.sleep_now = False
+                    break
+        finally:
+            hart.be_no_longer_brief()
+        self.set_exit_reason(Exit.INTR)
+        self.stats.signal_exits += 1
+        raise KvmError(EINTR, "RUN", "brief")
 
     def _run(self, left: int | None) -> int:
         while True:
@@ -337,12 +385,25 @@ class Vcpu(VmChild):
     def release(self) -> None:
         """The VM is gone and the thread has ended: give memory and descriptors back."""
         self._jobs.clear()
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        if self._page is not None:
+            self._page.close()
+            self._page = None
         if self.dirty_ring is not None:
             self.dirty_ring.close()
             self.dirty_ring = None
+
+
+class _Private:
+    """The page of a vCPU whose client does not map it."""
+
+    def __init__(self) -> None:
+        self._block = blocks.take(run_page.PAGE)
+        self.address = self._block.address
+        self.view = memoryview(self._block.map)
+        self.doorbell = Doorbell(self.view, self.address, run_page.DOORBELL_BELL)
+
+    def close(self) -> None:
+        blocks.give_back(self._block, [(0, run_page.PAGE)])
 
 
 class _Shared:
@@ -359,7 +420,8 @@ class _Shared:
                 raise
         except OSError as error:
             raise KvmError(ENOMEM, reason=f"the vCPU's shared page: {error}") from error
-        self.doorbell = Doorbell(self.mapping.view, self.mapping.address, run_page.DOORBELL_BELL)
+        self.address, self.view = self.mapping.address, self.mapping.view
+        self.doorbell = Doorbell(self.view, self.address, run_page.DOORBELL_BELL)
 
     def close(self) -> None:
         self.mapping.close()

@@ -170,6 +170,12 @@ class Vm(Handle):
         """The same, mapped."""
         return self._the_ring()[1]
 
+    @property
+    def ring_view(self) -> memoryview | None:
+        """Its bytes, if there is a ring yet."""
+        ring = self._ring
+        return ring[1].view if ring is not None else None
+
     def _the_ring(self) -> tuple[int, Mapping]:
         with self._counts_lock:
             if self._ring is None:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from functools import cache
 
 _LINUX_NAMES = {_errno.EOPNOTSUPP: "EOPNOTSUPP", _errno.EAGAIN: "EAGAIN"}
 """Where Python prefers another name for the same number."""
+
+
+_text = cache(os.strerror)
 
 
 class KvmError(OSError):
@@ -20,7 +24,7 @@ class KvmError(OSError):
     """
 
     def __init__(self, errno: int, ioctl: str = "", reason: str = "") -> None:
-        super().__init__(errno, os.strerror(errno))
+        super().__init__(errno, _text(errno))
         self.ioctl = ioctl
         self.reason = reason
 

@@ -106,7 +106,7 @@ class Layout:
             values = [
                 tuple(next(left) for _ in range(field.count or 0)) if field.array else next(left) for field in self.fields
             ]
-        return self._record._make(values)
+        return tuple.__new__(self._record, values)
 
     def build(self, **members: Any) -> bytes:
         """`size` bytes; members not given are zero.

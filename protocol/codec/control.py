@@ -16,7 +16,7 @@ HELLO = _BASE | 0
 PING = _BASE | 1
 """Prove life: a tcp session that has not pinged for its lease is dead. Returns 0."""
 CLOSE = _BASE | 2
-"""close() of `handle`. EBADF when it is not open."""
+"""close() of `handle`, or of a descriptor that the session's socket has passed. EBADF when it is not open."""
 READ = _BASE | 3
 """pread() of a file handle (statistics); arg = offset; payload: u32 size. The extra holds the bytes."""
 KICK = _BASE | 4
@@ -43,16 +43,25 @@ BATCH = _BASE | 11
 """Many requests in one message, for whoever sends so many that messages cost more than what is in them. Payload: at most
 MAX_BATCH request frames, each behind its u32 length. They are served in order, as if each had come by itself; those that
 are answered at once are answered together: the extra holds reply frames in the same form. Replies that come later (KVM_RUN,
-what waits behind it) come by themselves. Whoever has no room left for that many answers gets EAGAIN for those."""
+what waits behind it) come by themselves. Whoever has no room left for that many answers
+gets EAGAIN for those. A request may be for a handle that one before it makes: made() is its number then."""
 
 CLOSE_VM = _BASE | 12
 """close() of all that keeps the VM `handle`: its vCPUs, devices, files and guest_memfds, and its own number, last. What
 exit(2) does to a process's descriptors, for sessions that go on with another VM. Returns how many there were."""
 
+MAP = _BASE | 13
+"""mmap() of a memfd whose descriptor `handle` the session's socket has passed (PASS_FILE) into the session's address space at
+arg. Payload: SEGMENT. As the socket's own MAP, for those who send much in one message."""
+UNMAP = _BASE | 14
+"""munmap() of the segment at arg. Payload: SEGMENT, of which only the size counts."""
+
 LEASE_SECONDS = 15.0
 """A tcp session that has not said PING for so long is over."""
 
 LENGTH = struct.Struct("<I")
+SEGMENT = struct.Struct("<QQQ")
+"""Bytes, offset in the file, PROT_*."""
 MAX_STATE = 8192
 """Keys in one message."""
 MAX_BATCH = 256
@@ -60,7 +69,26 @@ MAX_BATCH = 256
 
 NAMES = {HELLO: "HELLO", PING: "PING", CLOSE: "CLOSE", READ: "READ", KICK: "KICK", READ_GPA: "READ_GPA",
          WRITE_GPA: "WRITE_GPA", GOODBYE: "GOODBYE", DUP: "DUP",
-         GET_STATE: "GET_STATE", SET_STATE: "SET_STATE", BATCH: "BATCH", CLOSE_VM: "CLOSE_VM"}  # fmt: skip
+         GET_STATE: "GET_STATE", SET_STATE: "SET_STATE", BATCH: "BATCH", CLOSE_VM: "CLOSE_VM",
+         MAP: "MAP", UNMAP: "UNMAP"}  # fmt: skip
+
+MADE = ("system", "vm", "vcpu", "device", "guest_memfd", "stats")
+"""Kinds of handles that requests make."""
+_MADE = 1 << 31
+
+
+def made(kind: str, position: int) -> int:
+    """A number for requests in a batch: the handle of this kind that the batch has made as its `position`-th, from 0 on.
+
+    Handles' own numbers are below 2^31.
+    """
+    return _MADE | MADE.index(kind) << 16 | position
+
+
+def made_what(number: int) -> tuple[str, int]:
+    """(kind, position) of such a number; ("", 0) if it is none."""
+    kind = number >> 16 & 0x7FFF
+    return (MADE[kind], number & 0xFFFF) if number >> 31 == 1 and kind < len(MADE) else ("", 0)
 
 
 def is_control(request: int) -> bool:

@@ -67,8 +67,9 @@ def _fuzz(arguments: list[str]) -> int:
         "--coverage", action="store_true", help="watch which of the server's lines run, and build on what is new (slower)"
     )
     parser.add_argument(
-        "--devices", action="store_true", help="the virtio devices and migration streams instead, in this process"
-    )
+        "--devices", nargs="?", const="", metavar="TARGETS",
+        help="the virtio devices and formats instead, in this process: all, or those whose names begin so (blk,qcow2,...)",
+    )  # fmt: skip
     parser.add_argument("--sequences", type=int, default=0, metavar="N", help="stop after so many")
     parser.add_argument("--seed", type=int, help="same seed, same sequences (default: a random one, which is said)")
     parser.add_argument(
@@ -85,11 +86,12 @@ def _fuzz(arguments: list[str]) -> int:
     daemon = None
     left: list[str] = []
     try:
-        if options.devices:
+        if options.devices is not None:
             from qemu_user.fuzz import devices
 
+            targets = devices.chosen(options.devices)
             with Live() as live:
-                figures = devices.run(seed, options.time, options.output, live.show, options.sequences)
+                figures = devices.run(seed, options.time, options.output, live.show, options.sequences, targets)
             print(f"{figures.sequences} cases, {figures.findings} findings; {write(options.output)}")
             return 1 if figures.findings else 0
         if real:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from protocol.abi.errors import KvmError
 from qemu_user.fuzz import transport
 from qemu_user.fuzz.corpus import Corpus
 from qemu_user.fuzz.daemon import Daemon
-from qemu_user.fuzz.executor import Executor
+from qemu_user.fuzz.executor import Executor, Sequence
 from qemu_user.fuzz.grammar import Grammar
 from qemu_user.fuzz.model import Model
 from qemu_user.fuzz.oracles import Bystander, Leaks, judge
@@ -28,6 +28,8 @@ from qemu_user.fuzz.wire import Gone, Hang
 
 _SLOW_CHECKS = 5.0
 """Seconds between looks at the bystander and at what the daemon takes."""
+_OF_THE_PROCESS = ("crash", "hang", "log")
+"""Faults that may be another sequence's, which is under way at the same time."""
 _WARM = 50
 """Sequences before memory and descriptors are counted for the first time."""
 
@@ -38,6 +40,8 @@ class Figures:
 
     seed: int = 0
     sequences: int = 0
+    vms: int = 0
+    """Of a differential run, whose sequences share VMs."""
     operations: int = 0
     refused: int = 0
     attacks: int = 0
@@ -47,6 +51,8 @@ class Figures:
     """(ioctl, handle kind, outcome) -> how often: the states of the protocol that were reached."""
     lines: int = 0
     corpus: int = 0
+    server_cpu: float = 0.0
+    """Seconds of CPU time of a private daemon's processes, all but the bystander's."""
 
     @property
     def seconds(self) -> float:
@@ -55,7 +61,8 @@ class Figures:
     def row(self) -> dict[str, float]:
         """One point of the plot."""
         return {
-            "seconds": round(self.seconds, 1), "sequences": self.sequences, "operations": self.operations,
+            "seconds": round(self.seconds, 1), "cpu": round(time.process_time(), 1), "server_cpu": round(self.server_cpu, 1),
+            "vms": self.vms, "sequences": self.sequences, "operations": self.operations,
             "states": len(self.reached), "lines": self.lines, "corpus": self.corpus, "findings": self.findings,
         }  # fmt: skip
 
@@ -64,16 +71,36 @@ def perform(
     executor: Executor, ops: list[Op], figures: Figures | None = None, complaints: Callable[[], str] = lambda: ""
 ) -> Finding | None:
     """One sequence in a fresh VM; the first fault, None if there was none."""
+    return finish(begin(executor, ops), ops, figures, complaints)
+
+
+def begin(executor: Executor, ops: list[Op]) -> Sequence | Finding:
+    """Send a sequence off; finish() looks what came of it, and others may be sent meanwhile."""
+    run = None
     try:
         run = executor.start()
+        run.begin(ops)
+        return run
     except KvmError as error:
-        return Finding("start", f"no VM for the sequence: {error}")
+        finding = Finding("start", f"no VM for the sequence: {error}")
+    except (Hang, Gone) as error:
+        finding = Finding("crash", str(error), 0)
+    if run is not None:
+        run.close()
+    return finding
+
+
+def finish(
+    run: Sequence | Finding, ops: list[Op], figures: Figures | None = None, complaints: Callable[[], str] = lambda: ""
+) -> Finding | None:
+    """The first fault of a sequence that has begun, None if there was none."""
+    if isinstance(run, Finding):
+        return run
     model = Model()
-    step = -1
+    step = 0
     finding: Finding | None = None
     try:
-        step = 0
-        for op, outcome in zip(ops, run.perform_all(ops), strict=True):
+        for op, outcome in zip(ops, run.outcomes(), strict=True):
             if figures is not None:
                 figures.operations += 1
                 figures.refused += bool(outcome.errno)
@@ -89,6 +116,8 @@ def perform(
         finding = Finding("hang", f"{ops[step]}: {error}", step)
     except Gone as error:
         finding = Finding("crash", f"{ops[step]}: {error}", step)
+    except KvmError as error:
+        finding = Finding("start", f"no VM for the sequence: {error}")
     finally:
         run.close()
     if text := complaints():
@@ -108,7 +137,9 @@ class Campaign:
         *,
         attacks: bool = True,
         corpus: Corpus | None = None,
+        overlap: int = 1,
     ) -> None:
+        """`overlap`: how many sequences are sent before one is answered (0: none)."""
         self.directory = directory
         self.figures = Figures(seed)
         self._grammar = Grammar(seed)
@@ -119,6 +150,7 @@ class Campaign:
         self._leaks: Leaks | None = None
         self._kinds: set[str] = set()
         self._corpus = corpus if corpus is not None else Corpus(None)
+        self._overlap = 0 if self._corpus.lines else overlap  # whose were the new lines, else?
         directory.mkdir(parents=True, exist_ok=True)
         self._log = (directory / "figures.jsonl").open("a")
         self._last_look = time.monotonic()
@@ -126,27 +158,51 @@ class Campaign:
     def run(self, seconds: float, show: Callable[[Figures], None] = lambda figures: None, most: int = 0) -> Figures:
         """Until the time is up (or `most` sequences are done)."""
         figures, end = self.figures, time.monotonic() + seconds
-        while time.monotonic() < end and (not most or figures.sequences < most):
+        begun = 0
+        under_way: deque[tuple[list[Op], Sequence | Finding]] = deque()
+        while True:
+            more = time.monotonic() < end and (not most or begun < most)
+            pause = (self._attacks and self._random.random() < 0.02) or self._executor.full
+            slow = time.monotonic() - self._last_look > _SLOW_CHECKS
+            while under_way and (not more or pause or slow or len(under_way) > self._overlap):
+                self._finish(*under_way.popleft(), [ops for ops, _ in under_way])
+            if not more:
+                break
+            if pause and not self._executor.full:
+                self._attack()
+            if slow:
+                self._look([])
+                show(figures)
             ops = (
                 self._corpus.mutate(self._random)
                 if self._corpus.wants_mutation(self._random)
-                else self._grammar.sequence(figures.sequences)
+                else self._grammar.sequence(begun)
             )
-            before = len(figures.reached)
-            finding = perform(self._executor, ops, figures, self._daemon.complaints if self._daemon else lambda: "")
-            figures.sequences += 1
-            if self._corpus.consider(ops, len(figures.reached) > before):
-                figures.corpus, figures.lines = len(self._corpus), self._corpus.lines
-            if finding is not None:
-                self._found(finding, ops)
-            if self._attacks and self._random.random() < 0.02:
-                self._attack()
-            if time.monotonic() - self._last_look > _SLOW_CHECKS:
-                self._look(ops)
-                show(figures)
+            begun += 1
+            under_way.append((ops, begin(self._executor, ops)))
         self._look([])
         show(figures)
         return figures
+
+    def _finish(self, ops: list[Op], run: Sequence | Finding, others: list[list[Op]]) -> None:
+        """What came of a sequence; `others` were sent after it and are under way still."""
+        figures, before = self.figures, len(self.figures.reached)
+        complaints = self._daemon.complaints if self._daemon else lambda: ""
+        finding = finish(run, ops, figures, complaints)
+        figures.sequences += 1
+        if self._corpus.consider(ops, len(figures.reached) > before):
+            figures.corpus, figures.lines = len(self._corpus), self._corpus.lines
+        if finding is None:
+            return
+        if others and finding.oracle in _OF_THE_PROCESS:
+            for suspect in (ops, *others):  # which of them was it?
+                executor = Executor(self._endpoint)
+                alone = perform(executor, suspect, None, complaints)
+                executor.close()
+                if alone is not None:
+                    finding, ops = alone, suspect
+                    break
+        self._found(finding, ops)
 
     def minimise_corpus(self) -> int:
         """Drop kept sequences that reach no state that smaller ones do not reach; how many went."""
@@ -173,6 +229,8 @@ class Campaign:
 
     def _look(self, ops: list[Op]) -> None:
         """The oracles that take time, and a point for the plot."""
+        if self._daemon is not None:
+            self.figures.server_cpu = self._daemon.cpu_seconds(self._bystander.pid)
         if finding := self._bystander.check():
             self._found(finding, ops)
         if self._daemon is not None and self.figures.sequences >= _WARM:

@@ -6,6 +6,7 @@ the client saw an errno.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shutil
@@ -104,6 +105,16 @@ class Daemon:
         return (
             text if any(word in text for word in ("Traceback", "internal error", "Fatal", "Segmentation", "Assertion")) else ""
         )
+
+    def cpu_seconds(self, but: int) -> float:
+        """CPU time of the daemon and its processes so far, those that have ended included, without process `but`."""
+        seconds = 0.0
+        for process in (self._tree, *self._tree.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                seconds += times.children_user + times.children_system
+                seconds += times.user + times.system if process.pid != but else 0.0
+        return seconds
 
     def footprint(self) -> Footprint:
         """As it is now. Processes that end meanwhile count as ended."""

@@ -6,13 +6,17 @@ compared is the API. Host code and data must have the same meaning on x86 and RI
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from errno import EEXIST, EINVAL
 from typing import Any, Protocol
 
+from protocol.abi import run_page
 from protocol.abi.ioctls import BY_NAME
 from qemu_user.fuzz import rules
 from qemu_user.fuzz.executor import Outcome, errno_name
@@ -38,6 +42,9 @@ class Kernel(Protocol):
     def close(self, fd: int) -> None:
         """close(2). OSError."""
 
+    def run_page(self, vcpu: int) -> mmap.mmap:
+        """kvm_run of a vCPU. OSError."""
+
 
 class Linux:
     """The real one."""
@@ -60,19 +67,44 @@ class Linux:
     def close(self, fd: int) -> None:
         os.close(fd)
 
+    def run_page(self, vcpu: int) -> mmap.mmap:
+        return mmap.mmap(vcpu, mmap.PAGESIZE)
+
 
 class DevKvm:
-    """Performs sequences on /dev/kvm. Mapped memory is one anonymous mapping, with holes where nothing is mapped."""
+    """Performs sequences on /dev/kvm. Mapped memory is one anonymous mapping, with holes where nothing is mapped.
+
+    Closing a VM keeps one waiting for milliseconds: threads do it.
+    """
+
+    _CLOSERS = 4
+    _MOST_CLOSING = 64
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self.system = kernel.open()
+        self._segments = Segments()
+        self._closers = ThreadPoolExecutor(self._CLOSERS)
+        self._closing: deque[Future[None]] = deque()
 
     def start(self) -> DevKvmSequence:
-        """A fresh VM. OSError."""
-        return DevKvmSequence(self._kernel, self.system)
+        """A fresh VM; the sequence before must be closed. OSError."""
+        self._segments.reset()
+        return DevKvmSequence(self._kernel, self.system, self._segments, self._close_later)
+
+    def _close_later(self, fds: list[int]) -> None:
+        self._closing.append(self._closers.submit(self._close_all, fds))
+        while self._closing and (self._closing[0].done() or len(self._closing) > self._MOST_CLOSING):
+            self._closing.popleft().result()
+
+    def _close_all(self, fds: list[int]) -> None:
+        for fd in fds:
+            with contextlib.suppress(OSError):
+                self._kernel.close(fd)
 
     def close(self) -> None:
+        self._closers.shutdown()
+        self._segments.close()
         self._kernel.close(self.system)
 
 
@@ -103,6 +135,11 @@ class Segments:
         self._put(self.base + index * rules.MAP_SIZE, rules.MAP_SIZE, 3 * mapped, 0x10)  # MAP_FIXED
         (self._mapped.add if mapped else self._mapped.discard)(index)
 
+    def reset(self) -> None:
+        """Nothing is mapped any more."""
+        for index in list(self._mapped):
+            self.change(index, False)
+
     def begin(self) -> None:
         """The next operation: what lay() has laid out is no longer needed."""
         self._used = 0
@@ -125,22 +162,29 @@ class Segments:
 class DevKvmSequence:
     """One VM, and the memory that the sequence's pointers lead to."""
 
-    def __init__(self, kernel: Kernel, system: int) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Kernel, system: int, segments: Segments, close: Callable[[list[int]], None]) -> None:
+        """`close`: is given the descriptors at the end."""
+        self._kernel, self._segments, self._close_all = kernel, segments, close
         vm = kernel.ioctl(system, BY_NAME["CREATE_VM"].number, 0)
         self.made: dict[str, list[int]] = {"system": [system], "vm": [vm]}
         self._close: list[int] = [vm]
-        self._segments = Segments()
+        self._ops: list[Op] = []
 
-    def perform_all(self, ops: list[Op]) -> Iterator[Outcome]:
+    def begin(self, ops: list[Op]) -> None:
+        """outcomes() does them."""
+        self._ops = ops
+
+    def outcomes(self) -> Iterator[Outcome]:
         """Do operations in order."""
-        return map(self.perform, ops)
+        return map(self.perform, self._ops)
 
     def perform(self, op: Op) -> Outcome:
         """Do one operation; those that have no meaning here succeed without effect, as on the other target."""
         try:
             if op.do == "ioctl":
                 return self._ioctl(op)
+            if op.do == "run":
+                return self._run(op)
             if op.do == "eventfd":
                 fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 os.eventfd_write(fd, min(int(op.arg), (1 << 64) - 2))
@@ -162,6 +206,14 @@ class DevKvmSequence:
         """The descriptor of a resource; one that is not open if there is none."""
         made = self.made.get(kind, [])
         return made[position] if position < len(made) else _NOWHERE
+
+    def _run(self, op: Op) -> Outcome:
+        """KVM_RUN with immediate_exit: no guest runs here."""
+        vcpu = self.number(*op.on)
+        if vcpu != _NOWHERE:
+            with contextlib.suppress(OSError, ValueError), self._kernel.run_page(vcpu) as page:
+                page[run_page.IMMEDIATE_EXIT] = 1
+        return Outcome(self._kernel.ioctl(vcpu, BY_NAME["RUN"].number, int(op.arg)))
 
     def _ioctl(self, op: Op) -> Outcome:
         row = BY_NAME.get(op.name)
@@ -203,9 +255,4 @@ class DevKvmSequence:
 
     def close(self) -> None:
         """Close everything."""
-        for fd in reversed(self._close):
-            try:
-                self._kernel.close(fd)
-            except OSError:
-                pass
-        self._segments.close()
+        self._close_all(self._close[::-1])

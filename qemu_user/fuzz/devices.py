@@ -57,6 +57,14 @@ def perform_device(op: Op, directory: Path) -> Finding | None:
     return None
 
 
+def chosen(words: str) -> tuple[str, ...]:
+    """The targets whose names begin with one of the words, which commas divide; "": all. ValueError: there is none."""
+    found = tuple(name for name in TARGETS if name.startswith(tuple(words.split(","))))
+    if not found:
+        raise ValueError(f"no target is called {words}: {', '.join(TARGETS)}")
+    return found
+
+
 def run(
     seed: int,
     seconds: float,

@@ -1,15 +1,16 @@
 """Performs sequences on kvmcore, in a fresh VM each: the target ipc://PATH. See Executor for what "fresh" is.
 
 Keeps what the sequence has made (vCPUs, descriptors, mapped memory) by kind and position, and gives each operation's
-outcome. Must end with everything closed, whatever the sequence was.
+outcome. As much as possible travels in one message: most sequences, from the making of their VM to their last operation. Must
+end with everything closed, whatever the sequence was.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno as errno_numbers
 import os
-import threading
+import struct
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from errno import EBADF
@@ -18,27 +19,30 @@ from typing import Any
 from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
-from protocol.abi.structs import CREATE_DEVICE_TEST
-from protocol.channel.shared_memory import Mapping, create_memfd
-from protocol.client import Kvm, Vm
+from protocol.abi.structs import CREATE_DEVICE_TEST, Layout
+from protocol.channel.shared_memory import Mapping
+from protocol.client import Kvm
 from protocol.client.handle import ARGUMENT, POINTEE
 from protocol.codec import control, envelope
 from protocol.codec.envelope import COPY_IN, COPY_OUT, Copy, FrameError, Reply
 from protocol.codec.session import Op as Message
 from qemu_user.fuzz import rules
+from qemu_user.fuzz.place import SEGMENTS, Place, Slot
 from qemu_user.fuzz.sequence import Op
 from qemu_user.fuzz.wire import Gone, Hang, Wire
 
-MAP_BASE = 0x10_0000_0000
-"""Where the session's address space has the memory that {"map": n} points into."""
-_RUN_SECONDS = 0.0003
-"""A guest that runs longer (than this and than some round trips) is kicked."""
-_BEHIND_RUN_SECONDS = 0.5
+_RUN_SECONDS = 0.0005
+"""A guest that runs longer is kicked."""
+_BEHIND_RUN_SECONDS = 0.01
+"""The same for what waits behind a RUN, which a scribble on the doorbell may have begun."""
 _RUN = BY_NAME["RUN"].number
-_SEGMENTS = 64
-"""Segments that a sequence may name."""
+_BRIEFLY = envelope.FLAG_INLINE_PAGE | envelope.FLAG_BRIEF
+_MOST_BYTES = envelope.MAX_FRAME * 3 // 4
+"""Of the requests in one message."""
 _NOWHERE = 0x7FFF_FFFF
 """A number that no resource has."""
+_MADE = {"vm": "vm", "vcpu": "vcpu", "device": "device", "memfd": "guest_memfd", "file": "stats"}
+"""Our word for a kind of resource -> the protocol's (control.made)."""
 
 
 @dataclass
@@ -68,10 +72,10 @@ def errno_name(number: int) -> str:
 
 
 class Executor:
-    """One client of one daemon, whose sequences run one after the other.
+    """One client of one daemon, whose sequences run one after the other, or overlap: one is sent while another is awaited.
 
-    Its VMs share a process of kvmcore unless `apart`, and what VMs do not own (mapped memory) stays where it is for the next
-    sequence, cleared: that makes a fresh VM cheap. After _TOGETHER sequences the process is replaced.
+    Its VMs share a process of kvmcore unless `apart`. After _TOGETHER sequences the process is replaced, as soon as no
+    sequence is under way.
     """
 
     _TOGETHER = 500
@@ -82,23 +86,26 @@ class Executor:
         self._system = Wire(self.kvm.link)
         self._place: Place | None = None
 
+    @property
+    def full(self) -> bool:
+        """Whether the process should be replaced: let no sequence overlap the next start()."""
+        return self._place is not None and (self._place.used >= self._TOGETHER or not self._place.usable)
+
     def start(self) -> Sequence:
-        """A fresh VM to run a sequence in. KvmError."""
-        place = self._place
-        if place is not None and (place.used >= self._TOGETHER or not place.usable):
+        """A fresh VM to run a sequence in; it may be made with the sequence's first operations. KvmError."""
+        if self._place is not None and self.full and not self._place.busy:
             self.settle()
-            place = None
-        if place is None:
-            if not self._apart:
-                self.kvm.leave_shared()
-            vm = self.kvm.create_vm()
-            place = Place(vm, self.kvm.shared_number)
-            self._place = place if not self._apart else None
-            return Sequence(self, vm.number, place)
-        return Sequence(self, place.next_vm(), place)
+        if self._place is not None:
+            return Sequence(self, self._place, self._place.slot())
+        if not self._apart:
+            self.kvm.leave_shared()
+        vm = self.kvm.create_vm()
+        place = Place(vm, self.kvm.shared_number)
+        self._place = place if not self._apart else None
+        return Sequence(self, place, place.slot(), vm.number)
 
     def quiet(self) -> None:
-        """Between sequences: the last one's VM and memory go now, so that what is left can be counted. Hang, Gone, KvmError."""
+        """Between sequences: the last ones' VMs and memory go, so that what is left can be counted. Hang, Gone, KvmError."""
         if self._place is not None and self._place.usable:
             self._place.quiet()
 
@@ -118,122 +125,30 @@ class Executor:
         return self._system
 
 
-class Place:
-    """A process of kvmcore as sequences use it: its connection, and the memory mapped there."""
-
-    def __init__(self, vm: Vm, system: int | None) -> None:
-        """`system`: its /dev/kvm, where further VMs are made; None if it has but this one."""
-        self.vm, self.system = vm, system
-        self.wire = Wire(vm.link)
-        self.used = 1
-        self.done = 0
-        """The VM of the last sequence, which goes when the next one comes."""
-        self._segments: dict[int, int] = {}
-        self._claimed: set[int] = set()
-        self._lock = threading.RLock()
-
-    @property
-    def usable(self) -> bool:
-        """Whether the process lives and answers."""
-        return not self.wire.failed and self.vm.link.alive
-
-    def next_vm(self) -> int:
-        """Close the last VM and make one, in one message; its number. KvmError; Hang, Gone."""
-        assert self.system is not None
-        self.used += 1
-        self._claimed.clear()
-        self.wire.forget()
-        frames = [self.wire.frame(self.done, control.CLOSE_VM)] if self.done else []
-        frames.append(self.wire.frame(self.system, BY_NAME["CREATE_VM"].number))
-        self.done = 0
-        self.wire.batch([frame for _, frame in frames])
-        reply = self.wire.wait(frames[-1][0])
-        assert reply is not None
-        if reply.errno:
-            raise KvmError(reply.errno, "CREATE_VM", reply.extra.decode(errors="replace"))
-        return reply.ret
-
-    def quiet(self) -> None:
-        """Close the last VM and unmap everything."""
-        if self.done:
-            sequence, frame = self.wire.frame(self.done, control.CLOSE_VM)
-            self.done = 0
-            self.wire.send(frame)
-            self.wire.wait(sequence)
-        self._claimed.clear()
-        self.settle_memory()
-
-    # -- memory of the session: mapped by the sequence, or still by one before it -------------------------------------
-
-    def map(self, index: int) -> None:
-        """Segment number `index`, empty. KvmError: EEXIST."""
-        with self._lock:
-            if index in self._segments and index not in self._claimed:
-                _clear(self._segments[index])
-                self._claimed.add(index)
-                return
-            self.settle_memory()
-            fd = create_memfd("fuzz", rules.MAP_SIZE)
-            try:
-                self.vm.map_segment(MAP_BASE + index * rules.MAP_SIZE, rules.MAP_SIZE, fd)
-            except BaseException:
-                os.close(fd)
-                raise
-            self._segments[index] = fd
-            self._claimed.add(index)
-
-    def unmap(self, index: int) -> None:
-        """KvmError: EINVAL."""
-        with self._lock:
-            self.settle_memory()
-            self.vm.unmap_segment(MAP_BASE + index * rules.MAP_SIZE, rules.MAP_SIZE)
-            self._claimed.discard(index)
-            os.close(self._segments.pop(index))
-
-    def settle_memory(self) -> None:
-        """Before anything can look at memory: what only earlier sequences have mapped goes."""
-        if len(self._segments) == len(self._claimed):
-            return
-        with self._lock:
-            for index in [index for index in self._segments if index not in self._claimed]:
-                self.vm.unmap_segment(MAP_BASE + index * rules.MAP_SIZE, rules.MAP_SIZE)
-                os.close(self._segments.pop(index))
-
-    def close(self) -> None:
-        """The VM goes, and with the last one the process. Never raises for a server that is gone."""
-        self.wire.close()
-        for fd in self._segments.values():
-            os.close(fd)
-        self._segments.clear()
-        if self.system is not None or self.wire.failed:
-            self.vm.link.close()
-            return
-        try:
-            self.vm.close()
-        except (KvmError, OSError):
-            pass
-
-
-def _clear(memfd: int) -> None:
-    """Make it all zeros again."""
-    _fallocate(memfd, _PUNCH_HOLE | _KEEP_SIZE, 0, rules.MAP_SIZE)
-
-
-_PUNCH_HOLE, _KEEP_SIZE = 2, 1
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
 class Sequence:
     """A VM and what its sequence has made."""
 
-    def __init__(self, executor: Executor, number: int, place: Place, wire: Wire | None = None) -> None:
-        """`wire`: a connection of one's own, for one thread of several."""
-        self._executor, self.place = executor, place
+    def __init__(self, executor: Executor, place: Place, slot: Slot, number: int = 0, wire: Wire | None = None) -> None:
+        """`number`: the VM's, if it is there already. `wire`: a connection of one's own, for one thread of several."""
+        self._executor, self.place, self._slot = executor, place, slot
         self.wire = wire or place.wire
-        self.made: dict[str, list[int]] = {"system": [executor.kvm.number], "vm": [number]}
-        self._fds: list[int] = []
-        self._passed: set[int] = set()
+        self.made: dict[str, list[int]] = {"system": [executor.kvm.number if place.system is None else place.system]}
+        if number:
+            self.made["vm"] = [number]
+        self._ops: list[Op] = []
+        self._at = 0
+        self._begun = False
+        self._waiting: deque[tuple[Op, int | Outcome]] = deque()
+        self._creating = 0
+        """The number of the request that makes the VM."""
+        self._coming: set[str] = set()
+        """Kinds of what the message makes that is being put together."""
+        self._ready: set[int] = set()
+        """Segments that are mapped and empty, for the sequence's first operations."""
+        self._used: set[int] = set()
+        """Segments that the sequence has mapped before."""
+        self._events: set[int] = set()
+        self._closed: list[int] = []
         self._pages: dict[int, Mapping] = {}
 
     @property
@@ -242,86 +157,132 @@ class Sequence:
         return self.place.vm.pid
 
     def perform_all(self, ops: list[Op]) -> Iterator[Outcome]:
-        """Do them in order, as many in one message as do not depend on what the ones before give. Hang, Gone."""
-        at = 0
-        while at < len(ops):
-            group = self._group(ops, at)
-            if len(group) == 1:
-                yield self.perform(ops[at])
-            else:
-                yield from self._perform_group(group)
-            at += len(group)
+        """Do them in order. Hang, Gone: the server does not answer; KvmError: there is no VM."""
+        self.begin(ops)
+        yield from self.outcomes()
 
     def perform(self, op: Op) -> Outcome:
-        """Do one operation. wire.Hang, wire.Gone: the server does not answer."""
-        do: Callable[[Op], Outcome] | None = getattr(self, f"_do_{op.do}", None)
-        if do is None:
-            raise ValueError(f"no operation {op.do!r}")
-        try:
-            if op.do != "map":
-                self.place.settle_memory()
-            return do(op)
-        except KvmError as error:
-            if error.errno == errno_numbers.ECONNRESET:
-                raise Gone(str(error)) from error
-            return Outcome(-1, error.name, reason=error.reason)
+        """Do one operation. Hang, Gone, KvmError."""
+        return next(iter(list(self.perform_all([op]))))
+
+    def begin(self, ops: list[Op]) -> None:
+        """Send what can be sent before anything is known of what comes of it; outcomes() does the rest. Gone."""
+        self._ops, self._at = ops, 0
+        frames: list[bytes] = []
+        if not self._begun:
+            self._begun = True
+            frames = self._prologue(ops)
+        self._send(frames)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """What comes of begin()'s operations, in order."""
+        while True:
+            yield from self._receive()
+            if self._at >= len(self._ops):
+                return
+            if _travels(self._ops[self._at], self.place):
+                self._send([])
+            else:
+                self._at += 1
+                yield self._alone(self._ops[self._at - 1])
 
     def release(self) -> None:
         """Give back what is ours, and leave the VM."""
         for mapping in self._pages.values():
             mapping.close()
         self._pages.clear()
-        for number in self._passed if self.place.usable and self.place.system is not None else ():
-            try:
-                self.place.vm.link.say(Message.CLOSE_FILE, "close", number)
-            except KvmError:
-                pass
-        self._passed.clear()
         if self.wire is not self.place.wire:
             self.wire.close()
-        for fd in self._fds:
+        for fd in self._events:
+            self._slot.event_back(fd)
+        for fd in self._closed:
             os.close(fd)
-        self._fds.clear()
+        self._events.clear()
+        self._closed.clear()
+        self._slot.busy = False
 
     def close(self) -> None:
         """Destroy the VM, at once or when the next sequence begins. Never raises for a server that is gone."""
+        try:
+            while self.place.usable and (self._waiting or self._creating):  # nobody has asked what came of these
+                for _ in self._receive():
+                    pass
+        except (KvmError, Hang, Gone):
+            pass
         self.release()
         if self.place.system is None:
             self.place.close()
         else:
-            self.place.done = self.made["vm"][0]
+            self._slot.done = self.made.get("vm", [0])[0]
 
     # -- several operations in one message ------------------------------------------------------------------------------
 
-    def _group(self, ops: list[Op], at: int) -> list[Op]:
-        """The operations from `at` on that can travel together: at least one."""
-        group: list[Op] = []
-        pending: set[str] = set()
-        for op in ops[at : at + control.MAX_BATCH]:
-            if not _travels(op) or any(kind in pending for kind in _uses(op)):
+    def _prologue(self, ops: list[Op]) -> list[bytes]:
+        """What ends the sequence before this one, and makes the VM."""
+        first: set[int] = set()
+        for op in ops:
+            if op.do != "map":
                 break
-            group.append(op)
-            if op.do == "ioctl" and (kind := rules.MAKES.get(op.name)):
-                pending.add(kind)
-        return group or [ops[at]]
+            first.add(int(op.arg) % SEGMENTS)
+        frames = [frame for _, frame in self._slot.clean_up(first)]
+        self._ready = set(self._slot.mapped)
+        if "vm" not in self.made:
+            assert self.place.system is not None
+            self._creating, frame = self.wire.frame(self.place.system, BY_NAME["CREATE_VM"].number)
+            self._coming.add("vm")
+            frames.append(frame)
+        return frames
 
-    def _perform_group(self, group: list[Op]) -> Iterator[Outcome]:
-        self.place.settle_memory()
-        waiting: list[tuple[Op, int | None]] = []
-        frames: list[bytes] = []
-        for op in group:
+    def _send(self, frames: list[bytes]) -> None:
+        """Put a message together, beginning with `frames`: the operations from here on that can be in it."""
+        size = sum(map(len, frames))
+        while self._at < len(self._ops) and len(frames) < control.MAX_BATCH and size < _MOST_BYTES:
+            op = self._ops[self._at]
+            if not _travels(op, self.place) or self._needs_answer(op):
+                break
+            self._at += 1
             try:
                 sequence, frame = self._frame(op)
             except FrameError:
-                waiting.append((op, None))
+                self._waiting.append((op, Outcome(-1, errno_name(EBADF))))
                 continue
-            waiting.append((op, sequence))
-            frames.append(frame)
+            except KvmError as error:
+                if error.errno == errno_numbers.ECONNRESET:
+                    raise Gone(str(error)) from error
+                self._waiting.append((op, Outcome(-1, error.name, reason=error.reason)))
+                continue
+            if frame:
+                frames.append(frame)
+                size += len(frame)
+            self._waiting.append((op, sequence if frame else Outcome()))
+            if op.do == "ioctl" and (kind := rules.MAKES.get(op.name)):
+                self._coming.add(kind)
+        self._coming.clear()
         if frames:
             self.wire.batch(frames)
-        for op, number in waiting:
-            if number is None:
-                yield Outcome(-1, errno_name(EBADF))
+
+    def _needs_answer(self, op: Op) -> bool:
+        """Whether an operation cannot be put into words before an earlier one of the message is answered."""
+        if op.do == "map" and int(op.arg) % SEGMENTS in self._used and self._waiting:
+            return True
+        return bool(self._coming) and any(
+            isinstance(value, dict) and "ref" in value and value["ref"][0] in self._coming
+            for value in (op.members or {}).values()
+        )
+
+    def _receive(self) -> Iterator[Outcome]:
+        """The outcomes of the message that is on its way."""
+        if self._creating:
+            reply = self.wire.wait(self._creating)
+            self._creating = 0
+            assert reply is not None
+            if reply.errno:
+                raise KvmError(reply.errno, "CREATE_VM", reply.extra.decode(errors="replace"))
+            self.made["vm"] = [reply.ret]
+        while self._waiting:
+            op, number = self._waiting.popleft()
+            if isinstance(number, Outcome):
+                yield number
                 continue
             try:
                 outcome = _outcome(self._await(self.wire, number, op, _BEHIND_RUN_SECONDS))
@@ -332,20 +293,59 @@ class Sequence:
             yield outcome
 
     def _frame(self, op: Op) -> tuple[int, bytes]:
-        number = self.number(*op.on)
-        if op.do == "close":
-            return self.wire.frame(number, control.CLOSE)
-        if op.do == "control":
-            return self.wire.frame(number, int(op.extra["request"]), int(op.arg), (), bytes.fromhex(op.tail))
-        if op.name not in BY_NAME:
-            return self.wire.frame(number, int(op.extra.get("request", 0)), int(op.arg) & (1 << 64) - 1)
-        argument, copies = self.argument(op)
-        return self.wire.frame(number, BY_NAME[op.name].number, argument, copies)
+        """(sequence number, request); no bytes if there is nothing to ask. FrameError; KvmError: the outcome."""
+        match op.do:
+            case "ioctl" if op.name in BY_NAME:
+                argument, copies = self.argument(op)
+                return self.wire.frame(self.number(*op.on), BY_NAME[op.name].number, argument, copies)
+            case "ioctl":
+                return self.wire.frame(self.number(*op.on), int(op.extra.get("request", 0)), int(op.arg) & (1 << 64) - 1)
+            case "close":
+                return self.wire.frame(self.number(*op.on), control.CLOSE)
+            case "control":
+                payload = bytes.fromhex(op.tail)
+                return self.wire.frame(self.number(*op.on), int(op.extra["request"]), int(op.arg), (), payload)
+            case "run":
+                return self._run(op, _BRIEFLY)
+            case "map":
+                return self._map(int(op.arg) % SEGMENTS)
+            case "unmap":
+                return self._slot.unmap(self.wire, int(op.arg) % SEGMENTS)
+            case _:
+                fd = self._slot.event(min(int(op.arg), (1 << 64) - 2))
+                self._events.add(fd)
+                self.made.setdefault("eventfd", []).append(fd)
+                return 0, b""
+
+    def _map(self, index: int) -> tuple[int, bytes]:
+        if index in self._ready:
+            self._ready.discard(index)
+            self._used.add(index)
+            return 0, b""
+        if index not in self._slot.mapped:
+            self._slot.clear(index)
+        self._used.add(index)
+        return self._slot.map(self.wire, index)
+
+    def _run(self, op: Op, flags: int) -> tuple[int, bytes]:
+        head = bytearray(run_page.UNION)
+        head[run_page.IMMEDIATE_EXIT] = int(op.extra.get("immediate", 0))
+        return self.wire.frame(self.number(*op.on), _RUN, int(op.arg), payload=bytes(head), flags=flags)
 
     def _keep(self, op: Op, outcome: Outcome) -> None:
-        """Note what the operation has made; the outcome says 0 for a handle's number."""
+        """Note what the operation has made or ended; the outcome says 0 for a handle's number."""
+        if outcome.errno:
+            return
+        if op.do == "map":
+            self._slot.mapped.add(int(op.arg) % SEGMENTS)
+        elif op.do == "unmap":
+            self._slot.mapped.discard(int(op.arg) % SEGMENTS)
+        elif op.do == "close" and op.on[0] == "eventfd":
+            fd = self.number(*op.on)
+            self._events.discard(fd)
+            self._closed.append(fd)
         kind = rules.MAKES.get(op.name)
-        if op.do != "ioctl" or not kind or outcome.errno:
+        if op.do != "ioctl" or not kind:
             return
         number = outcome.ret
         if op.name == "CREATE_DEVICE":
@@ -355,13 +355,30 @@ class Sequence:
             self.made.setdefault(kind, []).append(number)
         outcome.ret = 0
 
-    # -- operations -------------------------------------------------------------------------------------------------
+    # -- operations that go by themselves ----------------------------------------------------------------------------------
+
+    def _alone(self, op: Op) -> Outcome:
+        do: Callable[[Op], Outcome] | None = getattr(self, f"_do_{op.do}", None)
+        if do is None:
+            raise ValueError(f"no operation {op.do!r}")
+        try:
+            return do(op)
+        except KvmError as error:
+            if error.errno == errno_numbers.ECONNRESET:
+                raise Gone(str(error)) from error
+            return Outcome(-1, error.name, reason=error.reason)
 
     def _do_ioctl(self, op: Op) -> Outcome:
-        if op.name not in BY_NAME:
-            return self._request(op, int(op.extra.get("request", 0)), int(op.arg), ())
-        argument, copies = self.argument(op)
-        outcome = self._request(op, BY_NAME[op.name].number, argument, copies)
+        wire = self._executor.system_wire() if op.on[0] == "system" and self.place.system is None else self.wire
+        patience = _RUN_SECONDS if op.name == "RUN" or op.extra.get("request") == _RUN else _BEHIND_RUN_SECONDS
+        number = BY_NAME[op.name].number if op.name in BY_NAME else int(op.extra.get("request", 0))
+        argument, copies = self.argument(op) if op.name in BY_NAME else (int(op.arg), ())
+        try:
+            sequence, frame = wire.frame(self.number(*op.on), number, argument, copies)
+        except FrameError as error:
+            return Outcome(-1, errno_name(EBADF), reason=str(error))
+        wire.send(frame)
+        outcome = _outcome(self._await(wire, sequence, op, patience))
         self._keep(op, outcome)
         return outcome
 
@@ -372,44 +389,24 @@ class Sequence:
         return Outcome()
 
     def _do_control(self, op: Op) -> Outcome:
-        return self._request(op, int(op.extra["request"]), int(op.arg), (), bytes.fromhex(op.tail))
+        wire = self._executor.system_wire() if op.on[0] == "system" and self.place.system is None else self.wire
+        sequence, frame = wire.frame(
+            self.number(*op.on), int(op.extra["request"]), int(op.arg), payload=bytes.fromhex(op.tail)
+        )
+        wire.send(frame)
+        return _outcome(self._await(wire, sequence, op, _BEHIND_RUN_SECONDS))
 
     def _do_close(self, op: Op) -> Outcome:
-        if op.on[0] == "eventfd":
-            number = self.number(*op.on)
-            self.place.vm.link.say(Message.CLOSE_FILE, "close", number)
-            self._passed.discard(number)
-            return Outcome()
-        return self._request(op, control.CLOSE, 0, ())
+        sequence, frame = self.wire.frame(self.number(*op.on), control.CLOSE)
+        self.wire.send(frame)
+        return _outcome(self._await(self.wire, sequence, op, _BEHIND_RUN_SECONDS))
 
     def _do_run(self, op: Op) -> Outcome:
         """KVM_RUN by message; a guest that does not come out by itself is kicked."""
-        head = bytearray(run_page.UNION)
-        head[run_page.IMMEDIATE_EXIT] = int(op.extra.get("immediate", 0))
-        wire, number = self.wire, self.number(*op.on)
-        sequence, frame = wire.frame(
-            number, BY_NAME["RUN"].number, int(op.arg), payload=bytes(head), flags=envelope.FLAG_INLINE_PAGE
-        )
-        wire.send(frame)
-        reply = self._await(wire, sequence, op, max(_RUN_SECONDS, 2 * wire.round_trip))
+        sequence, frame = self._run(op, envelope.FLAG_INLINE_PAGE)
+        self.wire.send(frame)
+        reply = self._await(self.wire, sequence, op, _RUN_SECONDS)
         return Outcome(reply.ret, errno_name(reply.errno))
-
-    def _do_map(self, op: Op) -> Outcome:
-        self.place.map(int(op.arg) % _SEGMENTS)
-        return Outcome()
-
-    def _do_unmap(self, op: Op) -> Outcome:
-        self.place.unmap(int(op.arg) % _SEGMENTS)
-        return Outcome()
-
-    def _do_eventfd(self, op: Op) -> Outcome:
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        os.eventfd_write(fd, min(int(op.arg), (1 << 64) - 2))
-        self._fds.append(fd)
-        self.place.vm.link.say(Message.PASS_FILE, "sendmsg", fd, fds=[fd])
-        self._passed.add(fd)
-        self.made.setdefault("eventfd", []).append(fd)
-        return Outcome()
 
     def _do_scribble(self, op: Op) -> Outcome:
         """Bytes into a vCPU's shared pages, as a hostile client writes them."""
@@ -432,9 +429,13 @@ class Sequence:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def number(self, kind: str, position: int) -> int:
-        """What the server calls a resource; a number of nothing if there is none."""
-        made = self.made.get(kind, [])
-        return made[position] if position < len(made) else _NOWHERE
+        """What the server calls a resource, or will call it when the message makes it; a number of nothing if there is none."""
+        made = self.made.get(kind, ())
+        if position < len(made):
+            return made[position]
+        if kind in self._coming:
+            return control.made(_MADE[kind], position - len(made))
+        return _NOWHERE
 
     def argument(self, op: Op) -> tuple[int, tuple[Copy, ...]]:
         """The ioctl's argument, and the memory that it and what is in it point at."""
@@ -442,22 +443,21 @@ class Sequence:
         if row.argument is None or op.members is None:
             return int(op.arg) & (1 << 64) - 1, ()
         pointees: list[Copy] = []
-        members = {name: self._resolve(value, pointees) for name, value in op.members.items()}
-        for member in row.argument.fields:  # what a file's author may have written too large
-            if isinstance(members.get(member.name), int) and member.count is None and member.type != "bytes":
-                bits = 8 * member.size
-                value = members[member.name] & (1 << bits) - 1
-                members[member.name] = value - (1 << bits) if member.type == "s32" and value >> 31 else value
-        data = row.argument.build(**members) + bytes.fromhex(op.tail)
+        members = {
+            name: self._resolve(value, pointees) if isinstance(value, dict) else value for name, value in op.members.items()
+        }
+        try:
+            data = row.argument.build(**members)
+        except struct.error:  # what a file's author may have written too large
+            data = row.argument.build(**_fitted(row.argument, members))
+        data += bytes.fromhex(op.tail)
         return ARGUMENT, (Copy(ARGUMENT, len(data), COPY_IN | COPY_OUT, data), *pointees)
 
-    def _resolve(self, value: Any, pointees: list[Copy]) -> Any:
-        if not isinstance(value, dict):
-            return value
+    def _resolve(self, value: dict[str, Any], pointees: list[Copy]) -> Any:
         if "ref" in value:
             return self.number(str(value["ref"][0]), int(value["ref"][1])) & 0xFFFFFFFF
         if "map" in value:
-            return MAP_BASE + int(value["map"])
+            return self._slot.address(int(value["map"]))
         va = POINTEE + len(pointees) * (1 << 20)
         if "in" in value:
             data = bytes.fromhex(value["in"])
@@ -466,16 +466,6 @@ class Sequence:
             size = int(value["out"])
             pointees.append(Copy(va, size, COPY_IN | COPY_OUT, bytes(size)))
         return va
-
-    def _request(self, op: Op, number: int, arg: int, copies: tuple[Copy, ...], payload: bytes = b"") -> Outcome:
-        wire = self._executor.system_wire() if op.on[0] == "system" else self.wire
-        try:
-            sequence, frame = wire.frame(self.number(*op.on), number, arg, copies, payload)
-        except FrameError as error:
-            return Outcome(-1, errno_name(EBADF), reason=str(error))
-        wire.send(frame)
-        patience = max(_RUN_SECONDS, 2 * wire.round_trip) if number == _RUN else _BEHIND_RUN_SECONDS
-        return _outcome(self._await(wire, sequence, op, patience))
 
     def _await(self, wire: Wire, sequence: int, op: Op, patience: float) -> Reply:
         """The reply. A vCPU's ioctls wait while it runs, which a scribble on the doorbell may have asked for: kick it."""
@@ -491,34 +481,50 @@ class Sequence:
                 kick, frame = wire.frame(self.number(*op.on), control.KICK, 1)
                 wire.send(frame)
                 kicked = wire.wait(kick)
-                if kicked is not None and kicked.errno and (reply := wire.wait(sequence, _BEHIND_RUN_SECONDS)) is None:
+                if kicked is not None and kicked.errno and (reply := wire.wait(sequence, 0.5)) is None:
                     # Another thread has closed the vCPU under this RUN, which now ends with the VM, as in Linux.
                     raise KvmError(kicked.errno, op.name, "nobody can kick it any more")
                 if reply is not None:
                     break
-                patience = _BEHIND_RUN_SECONDS  # another thread's RUN may have taken the kick
+                patience = 0.1  # another thread's RUN may have taken the kick
         assert reply is not None  # Hang was raised otherwise
         return reply
 
 
-def _travels(op: Op) -> bool:
-    """Whether the operation is one request to the VM's process whose answer does not keep others waiting."""
-    if op.on[0] == "system" or (op.do == "close" and op.on[0] in ("eventfd", "vm")):
+def _fitted(layout: Layout, members: dict[str, Any]) -> dict[str, Any]:
+    """Numbers cut to their members' sizes."""
+    for member in layout.fields:
+        value = members.get(member.name)
+        if isinstance(value, int) and member.count is None and member.type != "bytes":
+            value &= (1 << 8 * member.size) - 1
+            members[member.name] = value - (1 << 32) if member.type == "s32" and value >> 31 else value
+    return members
+
+
+def _travels(op: Op, place: Place) -> bool:
+    """Whether the operation is one request to the VM's process whose answer does not keep others waiting, or none at all."""
+    if op.on[0] == "system" and place.system is None:
         return False
-    if op.do == "control":
-        return int(op.extra["request"]) not in (control.CLOSE, control.CLOSE_VM, control.GOODBYE, control.BATCH)
-    return op.do == "close" or (op.do == "ioctl" and op.name != "RUN" and op.extra.get("request") != _RUN)
+    match op.do:
+        case "ioctl":
+            return op.name != "RUN" and op.extra.get("request") != _RUN
+        case "map" | "unmap" | "eventfd":
+            return True
+        case "close":
+            return op.on[0] != "vm"
+        case "run":
+            return bool(op.extra.get("brief"))
+        case "control":
+            return int(op.extra["request"]) not in _BY_ITSELF
+        case _:
+            return False
 
 
-def _uses(op: Op) -> Iterator[str]:
-    """Kinds of the resources that an operation names."""
-    yield op.on[0]
-    for value in (op.members or {}).values():
-        if isinstance(value, dict) and "ref" in value:
-            yield str(value["ref"][0])
+_BY_ITSELF = {control.CLOSE, control.CLOSE_VM, control.GOODBYE, control.BATCH, control.DUP}
 
 
 def _outcome(reply: Reply) -> Outcome:
+    if not reply.errno and not reply.copies:
+        return Outcome(reply.ret)
     out = {0 if va == ARGUMENT else 1 + (va - POINTEE) // (1 << 20): data.hex() for va, data in reply.copies}
-    reason = reply.extra.decode(errors="replace") if reply.errno else ""
-    return Outcome(reply.ret, errno_name(reply.errno), out, reason)
+    return Outcome(reply.ret, errno_name(reply.errno), out, reply.extra.decode(errors="replace") if reply.errno else "")

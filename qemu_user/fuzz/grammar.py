@@ -20,6 +20,8 @@ from qemu_user.fuzz.sequence import Op
 
 LENGTH = 25
 """Operations in a usual sequence."""
+SHORT = 10
+"""Operations in a short one."""
 _NEVER = {"CREATE_VM"}
 """Sequences run in one VM; CREATE_VM is what starts them."""
 _ROWS: dict[str, tuple[Ioctl, ...]] = {
@@ -41,6 +43,14 @@ class Grammar:
         ops = self._preamble(rng)
         length = rng.choice((5, LENGTH, LENGTH, LENGTH, 60))
         while len(ops) < length:
+            ops.append(self._op(rng))
+        return ops
+
+    def together(self, index: int, parts: int) -> list[Op]:
+        """As many sequences, short ones, on one VM, where a VM is what takes the time: the first opens it, the others go on."""
+        rng = Random(f"{self.seed}:{index}:{parts}")
+        ops = self._preamble(rng)
+        while len(ops) < parts * SHORT:
             ops.append(self._op(rng))
         return ops
 
@@ -85,7 +95,8 @@ class Grammar:
         if chance < 0.92:
             return Op("eventfd", ("vm", 0), arg=rng.choice((0, 0, 1, (1 << 64) - 2)))
         if chance < 0.94 or self.generic:
-            return Op("close", _resource(rng, ("vcpu", "device", "memfd", "file", "eventfd", "vcpu")))
+            kinds = ("vcpu", "device", "memfd", "file", "eventfd", "vcpu") if rng.random() < 0.98 else ("vm",)
+            return Op("close", _resource(rng, kinds))
         if chance < 0.96:
             return Op("ioctl", _resource(rng, KINDS), extra={"request": _request(rng)}, arg=rules.boundary(64)(rng))
         if chance < 0.97:
@@ -103,13 +114,16 @@ class Grammar:
         if rng.random() < 0.03:
             on = _resource(rng, KINDS)
         if row.name == "RUN":
-            return self._run(rng)
-        return build(rng, row, on)
+            return self._run(rng, at_once=self.generic)
+        op = build(rng, row, on)
+        if self.generic and row.name == "CREATE_DEVICE" and op.members is not None:
+            op.members["type"] = rng.choice((0, 12, 99, 0xFFFFFFFF))  # none that either has
+        return op
 
     @staticmethod
-    def _run(rng: Random) -> Op:
+    def _run(rng: Random, at_once: bool = False) -> Op:
         return Op("run", ("vcpu", rng.randrange(2) if rng.random() < 0.3 else 0), "RUN", arg=rules.INTEGERS["RUN"](rng),
-                  extra={"immediate": int(rng.random() < 0.5)})  # fmt: skip
+                  extra={"immediate": int(at_once or rng.random() < 0.3), "brief": int(rng.random() < 0.97)})  # fmt: skip
 
     @staticmethod
     def _control(rng: Random) -> Op:
@@ -217,7 +231,12 @@ GENERIC = frozenset(
     [
         "GET_API_VERSION",
         "CHECK_EXTENSION",
+        "GET_VCPU_MMAP_SIZE",
         "CREATE_VCPU",
+        "CREATE_DEVICE",
+        "GET_STATS_FD",
+        "IRQFD",
+        "RUN",
         "GET_DIRTY_LOG",
         "SET_USER_MEMORY_REGION",
         "SET_USER_MEMORY_REGION2",

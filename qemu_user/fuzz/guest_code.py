@@ -59,7 +59,7 @@ def load(rng: Random) -> list[Op]:
         Op("control", ("vm", 0), arg=BASE, tail=code.hex(), extra={"request": 0xAF06}),
         Op("control", ("vm", 0), arg=_SCRIPT, tail=script.hex(), extra={"request": 0xAF06}),
         _set(start, BASE), _set(riscv.CORE_ID["t0"], _SCRIPT), _set(riscv.CSR_ID["stvec"], BASE + 0x40 * rng.randrange(8)),
-        Op("run", ("vcpu", 0), "RUN"), Op("run", ("vcpu", 0), "RUN"),
+        *(Op("run", ("vcpu", 0), "RUN", extra={"brief": int(rng.random() < 0.97)}) for _ in range(2)),
     ]  # fmt: skip
 
 

@@ -76,6 +76,10 @@ class Bystander:
         for name, value in start.items():
             self._vcpu.set_one_reg(riscv.CORE_ID[name], value)
 
+    @property
+    def pid(self) -> int:
+        return self._vm.pid
+
     def check(self) -> Finding | None:
         """Have it compute on, and compare."""
         state = self._state

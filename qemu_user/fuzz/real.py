@@ -15,13 +15,15 @@ from pathlib import Path
 from qemu_user.fuzz.campaign import Figures
 from qemu_user.fuzz.daemon import Daemon
 from qemu_user.fuzz.dev_kvm import DevKvm, Kernel, Linux
-from qemu_user.fuzz.differential import Running, compare
+from qemu_user.fuzz.differential import Comparison, Running, compare
 from qemu_user.fuzz.executor import Executor
-from qemu_user.fuzz.grammar import Grammar
+from qemu_user.fuzz.grammar import SHORT, Grammar
 from qemu_user.fuzz.model import X86, Model
 from qemu_user.fuzz.sequence import Finding, Op, save
 
 _SHOW = 2.0
+_TOGETHER = 4
+"""Short sequences on one VM."""
 
 
 class RealRun:
@@ -41,13 +43,14 @@ class RealRun:
         self._output.mkdir(parents=True, exist_ok=True)
         with (self._output / "figures.jsonl").open("a") as log:
             while time.monotonic() < end and (not most or figures.sequences < most):
-                ops = self._grammar.sequence(figures.sequences)
+                ops = self._grammar.together(figures.vms, _TOGETHER)
                 run = self._target.start()
-                finding = compare(ops, self._ours.start(), run) if self._ours else self._against_rules(ops, run)
-                figures.sequences += 1
-                figures.operations += len(ops)
-                if finding is not None:
-                    self._found(finding, ops)
+                result = compare(ops, self._ours.start(), run) if self._ours else self._against_rules(ops, run)
+                figures.vms += 1
+                figures.sequences += -(-result.compared // SHORT)
+                figures.operations += result.compared
+                if result.finding is not None:
+                    self._found(result.finding, ops)
                 if time.monotonic() - shown > _SHOW:
                     shown = time.monotonic()
                     log.write(json.dumps(figures.row()) + "\n")
@@ -56,18 +59,20 @@ class RealRun:
         show(figures)
         return figures
 
-    def _against_rules(self, ops: list[Op], run: Running) -> Finding | None:
+    def _against_rules(self, ops: list[Op], run: Running) -> Comparison:
         model = Model(X86)
         try:
-            for step, (op, outcome) in enumerate(zip(ops, run.perform_all(ops), strict=True)):
+            run.begin(ops)
+            for step, (op, outcome) in enumerate(zip(ops, run.outcomes(), strict=True)):
                 expected = model.expect(op)
                 self.figures.reached[f"{op.name or op.do} {op.on[0]} {outcome.errno}"] += 1
                 if expected is not None and expected != outcome.errno:
-                    return Finding("model", f"{op}: {outcome.errno or 0}, the rules say {expected or 0}", step)
+                    text = f"{op}: {outcome.errno or 0}, the rules say {expected or 0}"
+                    return Comparison(step + 1, Finding("model", text, step))
                 model.learn(op, outcome)
         finally:
             run.close()
-        return None
+        return Comparison(len(ops))
 
     def _found(self, finding: Finding, ops: list[Op]) -> None:
         name = ops[finding.step].name

@@ -213,13 +213,16 @@ def _race(kvm: Kvm, endpoint: str, rng: Random) -> None:
     grammar = Grammar(rng.getrandbits(32), guest=False)
     trouble: list[Exception] = []
 
+    twins = [
+        Sequence(executor, first.place, first.place.slot(), first.made["vm"][0], Wire(first.place.vm.link)) for _ in range(3)
+    ]
+
     def work(index: int) -> None:
-        twin = Sequence(executor, first.made["vm"][0], first.place, Wire(first.place.vm.link))
+        twin = twins[index]
         twin.made = first.made
         try:
             for op in grammar.sequence(index):
-                if op.on[0] != "system":
-                    twin.perform(op)
+                twin.perform(op)
         except (Hang, Gone) as error:
             trouble.append(error)
         finally:

@@ -7,6 +7,7 @@ trusts none of them.
 from __future__ import annotations
 
 from errno import EINVAL
+from functools import cache
 from typing import NamedTuple
 
 from protocol.abi import structs
@@ -25,8 +26,9 @@ class Route(NamedTuple):
     data: int = 0
 
 
+@cache
 def default_table(sources: int) -> Table:
-    """GSI i is pin i, for the pins that the APLIC has (pin 0 included, which leads nowhere)."""
+    """GSI i is pin i, for the pins that the APLIC has (pin 0 included, which leads nowhere). Not to be changed."""
     return {pin: [Route(pin)] for pin in range(sources + 1)}
 
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from kvmcore.engine import hart_state
 from kvmcore.engine.exits import ExitKind
 from tests.framework.bare_guest import RAM
 
@@ -310,3 +311,33 @@ def test_pauses_far_apart_are_no_loop(guest):
         ecall""")
     assert g.run(20) == ExitKind.ECALL
     assert g.harts[0].state.pauses == 0
+
+
+def test_a_kick_ends_code_without_branches(guest):
+    """512 GB of addresses that all lead to one page of nops: nothing to branch, for minutes."""
+    g = guest("")
+    nops, leaf, middle, root = (RAM + page * 0x1000 for page in (16, 17, 18, 19))
+    g.put(nops, "nop\n" * 1024)
+    for index in range(512):
+        g[leaf + 8 * index] = nops >> 12 << 10 | 0xCF  # V R W X A D
+        g[middle + 8 * index] = leaf >> 12 << 10 | 1
+        g[root + 8 * index] = middle >> 12 << 10 | 1
+    g.harts[0].state.satp, g.harts[0].state.pc = 8 << 60 | root >> 12, 0
+    begin = time.monotonic()
+    assert g.run(0.05) == ExitKind.KICK
+    assert time.monotonic() - begin < 10
+    g.harts[0].be_brief()
+    assert g.run() == ExitKind.KICK, "nor does it outlast a brief run"
+
+
+def test_a_brief_run_ends_though_the_guest_only_traps(guest):
+    g = guest("1: j 1b")
+    g.harts[0].state.pc = 0x1000  # nothing is there, at stvec (0) neither
+    g.harts[0].be_brief()
+    assert g.run() == ExitKind.KICK
+    g.harts[0].be_no_longer_brief()
+    before = g.harts[0].state.icount
+    g.harts[0].state.pc = RAM
+    g.harts[0].be_brief()
+    assert g.run() == ExitKind.KICK
+    assert 0 < g.harts[0].state.icount - before <= hart_state.SLICE + 64

@@ -1,0 +1,53 @@
+"""Anonymous memory that machines and harts are made of, kept for the next ones of this process.
+
+Fresh pages cost a fault each, some dozen for a VM with a vCPU; where one VM after the other lives in a process that is most
+of what they cost. A block that comes back is all zeros again. Called by machine.py; any thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+
+_MAP_NORESERVE = 0x4000
+_KEPT = 8
+"""Blocks of a size that are kept."""
+
+
+class Block:
+    """`size` bytes of zeros at `address`. give_back() unmaps it or keeps it for take()."""
+
+    def __init__(self, size: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.map = mmap.mmap(-1, self.size, flags=flags)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+
+
+_kept: dict[int, list[Block]] = {}
+_lock = threading.Lock()
+
+
+def take(size: int) -> Block:
+    """A block of at least `size` bytes, page aligned, all zeros. OSError: no memory."""
+    rounded = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    with _lock:
+        kept = _kept.get(rounded)
+        if kept:
+            return kept.pop()
+    return Block(rounded)
+
+
+def give_back(block: Block, used: list[tuple[int, int]] | None = None) -> None:
+    """Nobody uses it any more. `used`: the (offset, size) pieces that may not be zero, None: it may be anywhere."""
+    with _lock:
+        kept = _kept.setdefault(block.size, [])
+        if len(kept) >= _KEPT:
+            return  # unmapped with the object
+        if used is None:
+            block.map.madvise(mmap.MADV_DONTNEED)
+        else:
+            for offset, size in used:
+                ctypes.memset(block.address + offset, 0, size)
+        kept.append(block)
