@@ -71,7 +71,7 @@ class IdleWork:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + (self._under_way is not None)
 
     def add(self, wish: Wish) -> None:
         """One more, at the end; forgotten when there are too many."""

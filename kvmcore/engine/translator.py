@@ -98,7 +98,9 @@ class Client:
 class Translator:
     """The whole of it. serve() runs until the process is killed."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, waiting: mmap.mmap | None = None) -> None:
+        """`waiting`: 8 bytes, always how many regions have yet to be translated (little-endian)."""
+        self._shown = waiting
         self._offsets = _functions()
         self._secret = secret()
         self._cache = CodeCache(self._secret)
@@ -126,8 +128,15 @@ class Translator:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._finished)
         threading.Thread(target=self._compile_for_ever, name="compiler", daemon=True).start()
         while True:
-            for key, _ in self._selector.select(self._idle.next(time.monotonic() - self._last_hot)):
+            timeout = self._idle.next(time.monotonic() - self._last_hot)
+            if self._shown is not None:
+                self._shown[:] = self._waiting.to_bytes(len(self._shown), "little")
+            for key, _ in self._selector.select(timeout):
                 key.data()
+
+    @property
+    def _waiting(self) -> int:
+        return self._work.qsize() + len(self._idle)
 
     # -- clients -----------------------------------------------------------------------------------------------
     def _accept(self) -> None:
@@ -218,8 +227,7 @@ class Translator:
         regions = list(self._arena.placed.get(identity, {}).items())
         if offset >= 0:
             regions = [(head, at) for head, at in regions if head == offset]
-        waiting = self._work.qsize() + len(self._idle)
-        totals = Totals(self._compiled, self._nanoseconds, waiting, self._arena.used)
+        totals = Totals(self._compiled, self._nanoseconds, self._waiting, self._arena.used)
         self._send(client, Regions(page, identity, self._arena.number, offset, regions, took, totals))
 
     def _translate(self, client: Client, message: Translate) -> None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ log = logging.getLogger("kvmcore.daemon")
 
 MAX_NAME = 64
 _TRANSLATOR_DELAY = 0.3
+#: Between two looks whether the translator has done what is left, and how long it gets for it.
+_IDLE_WORK_SECONDS, _IDLE_WORK_AT_MOST = 5.0, 1800.0
 
 
 @dataclass(frozen=True)
@@ -350,10 +353,14 @@ class Daemon:
         """Start counting idle time if there is no session and no VM."""
         self._idle_since += 1
         if self._options.idle_timeout > 0 and not self._sessions and not self._vms:
-            mark = self._idle_since
-            self._loop.call_later(self._options.idle_timeout, lambda: self._stop_if_idle(mark))
+            mark, latest = self._idle_since, time.monotonic() + _IDLE_WORK_AT_MOST
+            self._loop.call_later(self._options.idle_timeout, lambda: self._stop_if_idle(mark, latest))
 
-    def _stop_if_idle(self, mark: int) -> None:
-        if mark == self._idle_since and not self._sessions and not self._vms:
-            log.info("idle for %g s: done", self._options.idle_timeout)
-            self._loop.stop()
+    def _stop_if_idle(self, mark: int, latest: float) -> None:
+        if mark != self._idle_since or self._sessions or self._vms:
+            return
+        if self._translator.waiting and time.monotonic() < latest:  # what VMs have left to translate is for the next ones
+            self._loop.call_later(_IDLE_WORK_SECONDS, lambda: self._stop_if_idle(mark, latest))
+            return
+        log.info("idle for %g s: done", self._options.idle_timeout)
+        self._loop.stop()

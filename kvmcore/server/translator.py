@@ -7,6 +7,7 @@ on it, `main` what runs in it (kvmcore/engine/translator.py). The daemon itself 
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ log = logging.getLogger("kvmcore.daemon")
 #: Seconds between two starts, doubled with each that did not last; at most the second.
 _PAUSE, _LONGEST = 1.0, 60.0
 _LASTED = 30.0
+#: Of the memory that the translator tells in how much is waiting.
+WAITING_BYTES = 8
 
 
 class TranslatorProcess:
@@ -32,6 +35,9 @@ class TranslatorProcess:
         self.path = private.name("t")
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
+        self._waiting_fd = os.memfd_create("softkvm-waiting", os.MFD_CLOEXEC)
+        os.ftruncate(self._waiting_fd, WAITING_BYTES)
+        self._waiting = mmap.mmap(self._waiting_fd, WAITING_BYTES, prot=mmap.PROT_READ)
         self._pause = _PAUSE
         self._started = 0.0
 
@@ -39,6 +45,11 @@ class TranslatorProcess:
     def pid(self) -> int:
         """0 if none runs."""
         return self._process.pid if self._process is not None else 0
+
+    @property
+    def waiting(self) -> int:
+        """Regions that somebody has asked for or wished for, and that are not translated yet."""
+        return int.from_bytes(self._waiting, "little") if self._process is not None else 0
 
     def start(self) -> None:
         """Unless it runs already, or has died a moment ago."""
@@ -48,8 +59,8 @@ class TranslatorProcess:
         os.set_inheritable(self._private.fd, True)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvmcore.server.translator", self.path, str(os.getpid())],
-                pass_fds=[self._private.fd],
+                [sys.executable, "-m", "kvmcore.server.translator", self.path, str(self._waiting_fd), str(os.getpid())],
+                pass_fds=[self._private.fd, self._waiting_fd],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 cwd=Path(__file__).parents[2],
@@ -74,11 +85,11 @@ class TranslatorProcess:
 
 
 def main() -> int:
-    """`python -m kvmcore.server.translator SOCKET PARENT`: be the translator of the daemon with process id PARENT.
-    `--idle FD PARENT`: be the translator's process for idle time.
+    """`python -m kvmcore.server.translator SOCKET FD PARENT`: be the translator of the daemon with process id PARENT, which
+    looks into the memfd FD for how much is waiting. `--idle FD PARENT`: be the translator's process for idle time.
     """
     idle = sys.argv[1:2] == ["--idle"]
-    path, parent = sys.argv[1 + idle :]
+    path, number, parent = sys.argv[1:]
     process.die_with_parent(int(parent))
     process.ignore_terminal_signals()
     process.set_title("kvmcore-translator idle" if idle else "kvmcore-translator")
@@ -86,11 +97,11 @@ def main() -> int:
     if idle:
         from kvmcore.engine.idle_translator import work
 
-        work(int(path))
+        work(int(number))
         return 0
     from kvmcore.engine.translator import Translator
 
-    Translator(path).serve()
+    Translator(path, mmap.mmap(int(number), WAITING_BYTES)).serve()
     return 0
 
 

@@ -18,6 +18,7 @@ from kvmcore.engine.code_cache import CodeCache, secret
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.loader import Image, ensure_image
 from kvmcore.engine.translation import Later, Wishes, encode_wishes, in_memory, send
+from kvmcore.server.translator import WAITING_BYTES
 from protocol.channel import fd_passing
 from tests.framework.bare_guest import RAM, Guest
 
@@ -49,8 +50,10 @@ class Process:
 
     def start(self) -> None:
         environment = {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache")}
-        command = [sys.executable, "-m", "kvmcore.server.translator", self.path, str(os.getpid())]
-        self.process = subprocess.Popen(command, env=environment, cwd=ROOT)
+        self.memory = os.memfd_create("waiting")
+        os.ftruncate(self.memory, WAITING_BYTES)
+        command = [sys.executable, "-m", "kvmcore.server.translator", self.path, str(self.memory), str(os.getpid())]
+        self.process = subprocess.Popen(command, env=environment, cwd=ROOT, pass_fds=[self.memory])
         end = time.monotonic() + 30
         while not os.path.exists(self.path):
             assert time.monotonic() < end
@@ -59,7 +62,13 @@ class Process:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        os.close(self.memory)
         Path(self.path).unlink(missing_ok=True)
+
+    @property
+    def waiting(self) -> int:
+        """What the daemon sees of its work."""
+        return int.from_bytes(os.pread(self.memory, WAITING_BYTES, 0), "little")
 
     @property
     def database(self) -> Path:
@@ -224,6 +233,26 @@ def test_what_is_hot_goes_along_to_another_host(translator: Process, tmp_path: P
         assert moved.run(0.1) == ExitKind.KICK
     finally:
         other.kill()
+
+
+def test_what_is_waiting_can_be_seen(translator: Process) -> None:
+    """The daemon stays as long as there is work that is left for idle time."""
+    add = bytes.fromhex("3305b500")  # add a0, a0, a1
+    page = add * 1023 + bytes.fromhex("67800000")  # ret
+    sock = fd_passing.connect(translator.path)
+    fd = in_memory("wishes", encode_wishes(Wishes([(0, 0, page)], [(0, 4 * number) for number in range(8)])))
+    send(sock, Later(), [fd])
+    os.close(fd)
+    seen = {0}
+    end = time.monotonic() + 60
+    while not (translator.waiting == 0 and len(seen) > 1):
+        seen.add(translator.waiting)
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert max(seen) == 8
+    with sqlite3.connect(translator.database) as database:
+        assert database.execute("SELECT count(*) FROM regions WHERE code != x''").fetchone()[0] == 8
+    sock.close()
 
 
 def test_wishes_that_cannot_be(translator: Process) -> None:
