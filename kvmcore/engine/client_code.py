@@ -13,7 +13,7 @@ Used by kvmcore/vm/vdso.py, mapped by protocol/channel/vdso.py, whose VERSION ch
 
 from __future__ import annotations
 
-from kvmcore.engine.running import FAILED_SPIN, GAP_SHIFT
+from kvmcore.engine.running import BEST_SCORE, CROWDED_SPIN, CROWDED_TICKS, FAILED_SPIN, SPIN_TICKS
 from protocol.abi import run_page
 from protocol.channel.vdso import CHANGED, CROWDED, GAVE_UP, IN_VAIN
 
@@ -73,19 +73,28 @@ spin:
   %earlier = phi i64 [ %started, %prepare ], [ %now, %spin_on ]
   %seen = load volatile i32, ptr %replies
   %answered = icmp eq i32 %seen, %number
-  br i1 %answered, label %done, label %spin_on
+  br i1 %answered, label %paid, label %spin_on
+paid:
+  %poor = icmp slt i64 %score, {BEST_SCORE}
+  %one = zext i1 %poor to i64
+  %richer = add i64 %score, %one
+  store i64 %richer, ptr %scores
+  br label %done
 spin_on:
   call void @llvm.x86.sse2.pause()
   %now = call i64 @llvm.readcyclecounter()
   %spent = sub i64 %now, %started
   %gap = sub i64 %now, %earlier
-  %gaps = shl i64 %gap, {GAP_SHIFT}
-  %worse = icmp ugt i64 %gaps, %spent
-  %worst = select i1 %worse, i64 %gaps, i64 %spent
-  %may = icmp ult i64 %worst, %most
-  br i1 %may, label %spin, label %failed
+  %gaps = mul i64 %gap, {SPIN_TICKS}
+  %crowds = mul i64 %most, {CROWDED_TICKS}
+  %crowded = icmp uge i64 %gaps, %crowds
+  %late = icmp uge i64 %spent, %most
+  %over = or i1 %crowded, %late
+  br i1 %over, label %failed, label %spin
 failed:
-  store i64 -{FAILED_SPIN}, ptr %scores
+  %price = select i1 %crowded, i64 {CROWDED_SPIN}, i64 {FAILED_SPIN}
+  %poorer = sub i64 %score, %price
+  store i64 %poorer, ptr %scores
   br label %sleep
 sleep:
   store atomic i32 1, ptr %ours seq_cst, align 4
@@ -108,8 +117,8 @@ awake:
 again:
   %patiences = getelementptr i8, ptr %scores, i64 16
   %patience = load i64, ptr %patiences
-  %late = icmp ugt i64 %took, %patience
-  br i1 %late, label %give_up, label %sleep
+  %overdue = icmp ugt i64 %took, %patience
+  br i1 %overdue, label %give_up, label %sleep
 give_up:
   store i64 0, ptr %ring_at
   ret i64 {GAVE_UP}

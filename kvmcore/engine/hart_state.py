@@ -152,7 +152,7 @@ FIELDS: tuple[Field, ...] = (
     _f("run_page", 64, "host address of kvm_run's page; 0: exits are not written there"),
     _f("in_bus", 32, "1: looks at the bus and the memory slots from outside guest code", shared=True),
     _f("pending_access", 64, "what the next RUN completes (completion.packed); 0: no MMIO exit"),
-    _f("spin", 64, "score of spinning at the doorbell (running.FAILED_SPIN), signed"),
+    _f("spin", 64, "score of spinning at the doorbell (running.BEST_SCORE), signed"),
     _f("halt_spin", 64, "the same in WFI"),
     _f("pauses", 64, "of the loop that the hart waits in (running.relax)"),
     _f("paused_at", 64, "icount of the last of them"),

@@ -33,10 +33,13 @@ NS_PER_TICK = 100
 """Of the guest's time, machine.FREQUENCY."""
 SPIN_TICKS = 500
 """50 us: longer waits sleep."""
-FAILED_SPIN = 1000
-"""A spin that was in vain makes the score so negative; short sleeps raise it by one each; from 0 on waits spin first."""
-GAP_SHIFT = 2
-"""A quarter of the spin without us running: somebody else needs the core, so it was in vain."""
+BEST_SCORE, FAILED_SPIN, CROWDED_SPIN = 64, 32, 1000
+"""From a score of 0 on waits spin first. A spin that was not in vain gains 1, as does a sleep that was short, up to
+BEST_SCORE; one in vain costs FAILED_SPIN, and CROWDED_SPIN if somebody else had the core: who spins then loses its turn to
+him, for milliseconds.
+"""
+CROWDED_TICKS = 370
+"""So long without us running, or longer: the host's own interruptions are shorter."""
 _LOOP = 1000
 """Instructions between two pauses of one loop, at most."""
 _MANY_PAUSES, _FEW_PAUSES, _NAP_TICKS = 2048, 64, 300
@@ -87,14 +90,15 @@ def halt(h: FunctionHart) -> None:
         left = select(until - started < _LONGEST_SLEEP, until - started, left)
     if ~h.get("halt_spin").slt(0) & (left > SPIN_TICKS):
         _count(h, "halt_attempted_poll")
-        _, woken = call("spin_for_wake", h.s, p1(), started + SPIN_TICKS, started)
+        price, woken = call("spin_for_wake", h.s, p1(), started + SPIN_TICKS, started)
         if woken == OK:
+            _gain(h, "halt_spin")
             spun = h.time() - started
             _count(h, "halt_successful_poll")
             _count(h, "halt_poll_success_ns", spun * NS_PER_TICK)
             returns(u64(0))
         _count(h, "halt_poll_fail_ns", SPIN_TICKS * NS_PER_TICK)
-        h.set("halt_spin", u64(-FAILED_SPIN))
+        h.set("halt_spin", h.get("halt_spin") - price)
     h.set("blocking", 1)
     call("sleep_hart", h.s, p1(), left)
     h.set("blocking", 0)
@@ -115,13 +119,21 @@ def _judge(h: FunctionHart, score: str, slept: Value) -> None:
     h.set(score, before + ((slept <= SPIN_TICKS) & before.slt(0)).zext(64))
 
 
+def _gain(h: FunctionHart, score: str) -> None:
+    """A spin was not in vain."""
+    before = h.get(score)
+    h.set(score, before + before.slt(BEST_SCORE).zext(64))
+
+
 def spin_for_wake(h: FunctionHart) -> None:
-    """(seen, until, time of the last look): OK when `wake` has changed."""
+    """(seen, until, time of the last look): OK when `wake` has changed, else what that costs."""
     if load(h.address("wake"), 32, "volatile").zext(64) != p1():
         returns(u64(0))
     now = h.time()
-    if (now >= p2()) | (now - p3() > SPIN_TICKS >> GAP_SHIFT):
-        returns(u64(0), EXITED)
+    if now - p3() >= CROWDED_TICKS:
+        returns(u64(CROWDED_SPIN), EXITED)
+    if now >= p2():
+        returns(u64(FAILED_SPIN), EXITED)
     pause()
     returns(*call("spin_for_wake", h.s, p1(), p2(), now))
 
@@ -276,10 +288,11 @@ def await_ring(h: FunctionHart) -> None:
     bell, sample = h.get("run_page") + run_page.DOORBELL_BELL, p1()
     started = h.time()
     if ~h.get("spin").slt(0):
-        _, rung = call("spin_for_ring", h.s, sample, started + SPIN_TICKS, started)
+        price, rung = call("spin_for_ring", h.s, sample, started + SPIN_TICKS, started)
         if rung == OK:
+            _gain(h, "spin")
             returns(u64(0))
-        h.set("spin", u64(-FAILED_SPIN))
+        h.set("spin", h.get("spin") - price)
     sleeps = h.get("run_page") + run_page.DOORBELL_BELL_SLEEPS
     where, _ = call("set_timeout", h.s, u64(_LOOK_TICKS))
     store(sleeps, const(32, 1), "atomic")
@@ -290,12 +303,14 @@ def await_ring(h: FunctionHart) -> None:
 
 
 def spin_for_ring(h: FunctionHart) -> None:
-    """(sample, until, time of the last look): OK when the bell has been rung."""
+    """(sample, until, time of the last look): OK when the bell has been rung, else what that costs."""
     if load(h.get("run_page") + run_page.DOORBELL_BELL, 32, "volatile").zext(64) != p1():
         returns(u64(0))
     now = h.time()
-    if (now >= p2()) | (now - p3() > SPIN_TICKS >> GAP_SHIFT):
-        returns(u64(0), EXITED)
+    if now - p3() >= CROWDED_TICKS:
+        returns(u64(CROWDED_SPIN), EXITED)
+    if now >= p2():
+        returns(u64(FAILED_SPIN), EXITED)
     pause()
     returns(*call("spin_for_ring", h.s, p1(), p2(), now))
 

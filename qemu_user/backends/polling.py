@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 from protocol.channel.vdso import CHANGED, CROWDED, IN_VAIN, Vdso
 
-LONGEST_US, SETTLE_US, GAP_US = 50.0, 5.0, 12.0
+LONGEST_US, SETTLE_US, GAP_US = 50.0, 5.0, 37.0
 """How long it looks; after how much of that drivers are told of what has been answered; how long others may have the core."""
 SHARE = 0.5
 """Of a core, for looks in vain."""
 _MOST_SECONDS = 0.005
 """What can be saved of that share."""
-_VAIN_SECONDS, _CROWDED_SECONDS = LONGEST_US * 1e-6, 0.0002
+_VAIN_SECONDS, _CROWDED_SECONDS = LONGEST_US * 1e-6, 0.001
 _MOST_WORDS = 16
 Callback = Callable[[], None]
 
