@@ -21,13 +21,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvmcore.engine import hart_state, machine_state
+from kvmcore.engine import hart_state, machine_state, warm_pages
 from kvmcore.engine.translation import (
     ENTRY,
     MAX_LATER,
     MAX_PAGES,
     PAGE,
     BadMessage,
+    Elsewhere,
     Hello,
     Known,
     Later,
@@ -38,6 +39,8 @@ from kvmcore.engine.translation import (
     Used,
     Wanted,
     Wishes,
+    decode_elsewhere,
+    encode_elsewhere,
     encode_wishes,
     identity_of,
     in_memory,
@@ -67,6 +70,8 @@ _AWAY, _MAPPED = 8192, 65536
 #: Samples of one place at least before it is wished for, and seconds between two lots of wishes.
 _SEEN = 2
 _WISHES = 10.0
+#: Before a VM that comes from elsewhere runs the translator is waited for so long, if it is there at all.
+_HELLO_SECONDS, _HELLO_PAUSE = 0.05, 0.001
 
 
 @dataclass(slots=True, eq=False)
@@ -109,6 +114,7 @@ class HotCode:
         self._next_queue = 0.0
         self._under_way: dict[tuple[int, int], float] = {}
         self._expected = b""
+        self._pages_elsewhere: list[int] = []
         self._index: dict[bytes, list[tuple[int, int]]] = {}
         """Identity of a page -> (offset of a head, offset in the arena): what is known to be in the arena."""
         self._used: dict[bytes, None] = {}
@@ -438,12 +444,27 @@ class HotCode:
         return wishes
 
     # -- another host's ----------------------------------------------------------------------------------------
-    def hot_elsewhere(self, wishes: bytes) -> None:
-        """Encoded Wishes: what was hot where this VM comes from. Asked for as soon as there is a translator."""
+    def hot_elsewhere(self, told: bytes) -> None:
+        """What hot_here() says where this VM comes from. Translated as soon as there is a translator; prepare() decodes the
+        pages. BadMessage: it makes no sense."""
+        elsewhere = decode_elsewhere(told)
         with self._machine.gate:
-            self._expected = wishes
+            self._expected, self._pages_elsewhere = elsewhere.wishes, elsewhere.pages
             if self._connected():
                 self._expect()
+
+    def prepare(self) -> None:
+        """The guest is about to run for the first time, its memory is there: decode the pages that it has used elsewhere, and
+        install what there is of them, for to do so page by page would let it wait."""
+        pages, self._pages_elsewhere = self._pages_elsewhere, []
+        end = time.monotonic() + _HELLO_SECONDS
+        with self._machine.quiesce():
+            while pages and self._connected() and not self._secret and time.monotonic() < end:
+                self._read()
+                time.sleep(_HELLO_PAUSE)
+            made = warm_pages.make(self._machine, pages)
+            for page in made if self._secret else ():
+                self._identify(page)
 
     def _expect(self) -> None:
         wishes, self._expected = self._expected, b""
@@ -451,13 +472,17 @@ class HotCode:
             self._expected = wishes
 
     def hot_here(self) -> bytes:
-        """Encoded Wishes: the places that have regions, then those that were seen; b"" if there are none."""
+        """Encoded Elsewhere: the pages that are in use; the places that have regions, then those that were seen. b"" if
+        there is nothing."""
         if not self._machine.gate.acquire(timeout=0.1):
             return b""
         try:
             heads = [(page, offset) for page in self._pages.values() if page.seen is not None for offset in page.heads]
             places = (heads + self._seen(again=True))[:MAX_LATER]
-            return encode_wishes(self._wishes(places)) if places else b""
+            pages = warm_pages.in_use(self._machine)
+            if not pages and not places:
+                return b""
+            return encode_elsewhere(Elsewhere(pages, encode_wishes(self._wishes(places)) if places else b""))
         finally:
             self._machine.gate.release()
 

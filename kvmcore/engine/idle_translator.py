@@ -154,6 +154,9 @@ def work(fd: int) -> None:
     os.nice(19)
     with suppress(OSError):  # some sandboxes forbid it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with suppress(OSError):  # where the host has autogroups (sched(7)) niceness counts within a session only
+        os.setsid()
+        Path("/proc/self/autogroup").write_text("19")
     sock = socket.socket(fileno=fd)
     offsets = msgspec.msgpack.decode(sock.recv(1 << 20), type=dict[str, int])
     while data := sock.recv(2 * _MAX_PACKET):

@@ -128,10 +128,15 @@ class Machine:
         blocks.give_back(self._block, [(0, machine_state.OFFSET["buckets"])])
 
     # -- memory ----------------------------------------------------------------------------------------------
+    @property
+    def slots(self) -> ctypes.Array[machine_state.Slot]:
+        """The memory map."""
+        return self._slots
+
     def set_slots(self, views: Sequence[SlotView]) -> None:
         """Replace the memory map; harts must be stopped (`quiesce`).
 
-        All translations and decoded pages go.
+        All translations go, and decoded pages, if memory is not where it was.
         """
         ordered = sorted(views, key=lambda view: view.gpa)
         slots = (machine_state.Slot * len(ordered))()
@@ -148,7 +153,9 @@ class Machine:
         self.state.main_slot = ctypes.addressof(main)
         before, self._slots = self._slots, slots
         self._retire(before)
-        self.forget_decoded()
+        places = [[(slot.start, slot.end, slot.delta, slot.flags) for slot in table] for table in (before, slots)]
+        if places[0] != places[1]:  # else the dirty log goes on or off, or memory has come
+            self.forget_decoded()
         for hart in self.harts:
             hart.flush_tlb()
 

@@ -20,6 +20,7 @@ PAGE = 4096
 ENTRY = struct.Struct("<16sHxxI")
 #: Bytes of Wishes at most, and heads in them.
 MAX_WISHES, MAX_LATER = 16 << 20, 1024
+MAX_PAGES_ELSEWHERE = 4096
 #: Pages that one request may hold: what fits a packet.
 MAX_PAGES = 8
 _MAX_PACKET = 128 << 10
@@ -75,6 +76,14 @@ class Wishes(msgspec.Struct, array_like=True):
     heads: list[tuple[int, int]]
 
 
+class Elsewhere(msgspec.Struct, array_like=True):
+    """What the VM process of another host is told about code of a VM that moves there. `pages`: guest-physical addresses of
+    those in use; `wishes`: encoded Wishes, or nothing."""
+
+    pages: list[int]
+    wishes: bytes
+
+
 class Totals(msgspec.Struct, array_like=True, frozen=True):
     """What the host's translator has done for all VMs since it was started, and has to do."""
 
@@ -116,7 +125,7 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 
 
-class BadMessage(Exception):
+class BadMessage(ValueError):
     """Not one of our packets."""
 
 
@@ -160,6 +169,22 @@ def in_memory(name: str, content: bytes) -> int:
 def encode_wishes(wishes: Wishes) -> bytes:
     """What the memfd of a Later holds."""
     return _encoder.encode(wishes)
+
+
+def encode_elsewhere(elsewhere: Elsewhere) -> bytes:
+    """What travels with the VM."""
+    return _encoder.encode(elsewhere)
+
+
+def decode_elsewhere(data: bytes) -> Elsewhere:
+    """The other way. BadMessage."""
+    try:
+        elsewhere = msgspec.msgpack.decode(data, type=Elsewhere)
+    except msgspec.DecodeError as error:
+        raise BadMessage(str(error)) from error
+    if len(elsewhere.pages) > MAX_PAGES_ELSEWHERE or any(not 0 <= gpa < 1 << 64 for gpa in elsewhere.pages):
+        raise BadMessage("pages that there cannot be")
+    return elsewhere
 
 
 def decode_wishes(fd: int) -> Wishes:

@@ -19,9 +19,11 @@ from protocol.channel import fd_passing
 from protocol.codec import session as codec
 from protocol.codec.envelope import FrameError
 from protocol.codec.session import Message, Op
+from protocol.version import fingerprint
 
 log = logging.getLogger("kvmcore.acceptor")
 
+_VERSION = fingerprint()
 #: A connection that has not said hello by then is closed.
 HELLO_SECONDS = 5.0
 #: Packets that one connection may have answered in one turn, so that a flood leaves time for others.
@@ -103,7 +105,7 @@ class Connection:
             self.close()
             return
         self.session = session
-        self._send(Message(Op.HELLO, message.seq, body=body), shared)
+        self._send(Message(Op.HELLO, message.seq, body={**body, "version": _VERSION}), shared)
 
     def _send(self, message: Message, fds: list[int]) -> None:
         fd_passing.send(self.sock, codec.encode(message), fds, block=False)
@@ -189,10 +191,15 @@ class Acceptor:
         self._loop.remove_reader(connection.sock.fileno())
         self._loop.remove_reader(connection.pidfd)
 
+    def shut(self) -> None:
+        """Nobody comes in any more; who is inside stays. Idempotent."""
+        if self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+
     def close(self) -> None:
         """Close the door and every connection."""
-        self._loop.remove_reader(self._listener.fileno())
-        self._listener.close()
+        self.shut()
         for connection in list(self._connections):
             connection.close()
         os.close(self._spare)

@@ -118,6 +118,7 @@ class Daemon:
         self._loop = EventLoop()
         self._translator = TranslatorProcess(private, self._loop)
         self._idle_since = 0
+        self._retired = False
         self._context = zmq_socket.context()
         self._endpoint = f"ipc://{private.name('r')}"
         self._socket = zmq_socket.router(self._context, self._endpoint)
@@ -182,7 +183,9 @@ class Daemon:
     def hello(
         self, connection: Connection, message: Message
     ) -> tuple[ClientSession, dict[str, object], list[int]]:
-        """Open a session for a local process."""
+        """Open a session for a local process; with `retire`, it is the last one."""
+        if message.body.get("retire") is True:
+            self._retire()
         session = self.open_session(connection.peer, message.body)
         return session, self.describe(session, self._endpoint), []
 
@@ -349,17 +352,25 @@ class Daemon:
         theirs.close()
         self._loop.add_reader(self._zygote.fileno(), self._zygote_is_gone)
 
+    def _retire(self) -> None:
+        """Make way for another daemon at this path; end when nobody needs us any more."""
+        log.info("retired")
+        self._acceptor.shut()
+        self._retired = True
+
     def _note_idle(self) -> None:
         """Start counting idle time if there is no session and no VM."""
         self._idle_since += 1
-        if self._options.idle_timeout > 0 and not self._sessions and not self._vms:
+        if (self._options.idle_timeout > 0 or self._retired) and not self._sessions and not self._vms:
             mark, latest = self._idle_since, time.monotonic() + _IDLE_WORK_AT_MOST
-            self._loop.call_later(self._options.idle_timeout, lambda: self._stop_if_idle(mark, latest))
+            timeout = 0.0 if self._retired else self._options.idle_timeout
+            self._loop.call_later(timeout, lambda: self._stop_if_idle(mark, latest))
 
     def _stop_if_idle(self, mark: int, latest: float) -> None:
         if mark != self._idle_since or self._sessions or self._vms:
             return
-        if self._translator.waiting and time.monotonic() < latest:  # what VMs have left to translate is for the next ones
+        if self._translator.waiting and not self._retired and time.monotonic() < latest:
+            # what VMs have left to translate is for the next ones
             self._loop.call_later(_IDLE_WORK_SECONDS, lambda: self._stop_if_idle(mark, latest))
             return
         log.info("idle for %g s: done", self._options.idle_timeout)

@@ -152,6 +152,9 @@ class ClientSession:
         vm = self.table.handle(message.a)
         if not isinstance(vm, Vm):
             raise KvmError(EINVAL, reason="hot code is a VM's")
+        if message.b:
+            vm.prepare_hot()
+            return []
         if fds:
             _exactly_one(fds)
             if not is_sealed(fds[0]) or os.fstat(fds[0]).st_size > MAX_HOT:

@@ -216,11 +216,21 @@ class Vm(Handle):
         code = self._machine.hot_code if self._machine is not None else None
         return code.hot_here() if code is not None else b""
 
-    def hot_elsewhere(self, wishes: bytes) -> None:
-        """What was hot on the host that ran this VM before: translated when there is time, like what earlier VMs left."""
+    def hot_elsewhere(self, told: bytes) -> None:
+        """What hot_here() said on the host that ran this VM before: translated when there is time, like what earlier VMs left.
+        KvmError(EINVAL)."""
         code = self._machine.hot_code if self._machine is not None else None
         if code is not None:
-            code.hot_elsewhere(wishes)
+            try:
+                code.hot_elsewhere(told)
+            except ValueError as error:
+                raise KvmError(EINVAL, reason=str(error)) from error
+
+    def prepare_hot(self) -> None:
+        """Its memory is there now: what can be done before it runs is done."""
+        code = self._machine.hot_code if self._machine is not None else None
+        if code is not None:
+            code.prepare()
 
     @property
     def has_machine(self) -> bool:

@@ -29,15 +29,19 @@ class Device(Handle):
         )
         return bytes(value)
 
-    def get_attrs(self, attributes: list[tuple[int, int]]) -> list[int]:
-        """Many (group, attribute) at once, at most control.MAX_STATE."""
-        keys = array("Q", [group << 32 | attribute for group, attribute in attributes])
-        return list(array("Q", self.control(control.GET_STATE, 0, keys.tobytes()).extra))
+    @staticmethod
+    def keys(attributes: list[tuple[int, int]]) -> list[int]:
+        """GET_STATE's keys of (group, attribute)."""
+        return [group << 32 | attribute for group, attribute in attributes]
+
+    @staticmethod
+    def flat(values: list[tuple[int, int, int]]) -> list[int]:
+        """SET_STATE's keys and values of (group, attribute, value)."""
+        return [word for group, attribute, value in values for word in (group << 32 | attribute, value)]
 
     def set_attrs(self, values: list[tuple[int, int, int]]) -> None:
         """Many (group, attribute, value) at once, in order; those before one that fails are written."""
-        flat = array("Q", [word for group, attribute, value in values for word in (group << 32 | attribute, value)])
-        self.control(control.SET_STATE, 0, flat.tobytes())
+        self.control(control.SET_STATE, 0, array("Q", self.flat(values)).tobytes())
 
     def has_attr(self, group: int, attr: int) -> bool:
         """Whether it exists. KvmError only if the server is gone."""

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from errno import ECONNREFUSED, ECONNRESET, EINVAL, EIO, ENOENT, EPROTO
 from typing import Any
@@ -23,14 +24,17 @@ from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing, zmq_socket
 from protocol.channel.vdso import Vdso
 from protocol.channel.zmq_socket import Curve
-from protocol.codec import envelope
+from protocol.codec import control, envelope
 from protocol.codec import session as session_codec
 from protocol.codec.envelope import Copy, Reply, Request
 from protocol.codec.session import Message, Op
+from protocol.version import fingerprint
 
 _LOOK_MS = 1000
 _LAST_WORD_MS = 20
 """How long the reply of a process that has ended may still be on its way."""
+_VERSION = fingerprint()
+"""When this process was started: its code may be replaced on the disk meanwhile."""
 _context: list[zmq.Context[zmq.Socket[bytes]]] = []
 _context_lock = threading.Lock()
 
@@ -94,13 +98,44 @@ class Channel:
                 copies,
                 payload,
             )
-            reply = self._exchange(envelope.encode_request(request), sequence, name)
+            reply = self._exchange(envelope.encode_request(request), lambda reply: reply.seq == sequence, name)
         if reply.errno:
             reason = reply.extra.decode(errors="replace") if not flags & envelope.FLAG_INLINE_PAGE else ""
             error = KvmError(reply.errno, name, reason)
             error.copies, error.extra = reply.copies, reply.extra  # type: ignore[attr-defined]
             raise error
         return reply
+
+    def request_all(self, requests: list[tuple[int, int, int, tuple[Copy, ...], bytes]]) -> list[Reply]:
+        """The replies, errors too, to many requests (handle, number, arg, copies, payload) that go in one message. KvmError
+        when the server is gone, or refuses the message as such.
+        """
+        self._link.check_owner("BATCH")
+        link = self._link
+        with self._lock:
+            wanted, frames = [], []
+            for handle, number, arg, copies, payload in requests:
+                wanted.append(next(self._sequence))
+                request = Request(link.incarnation, link.session, wanted[-1], handle, number, arg, 0, copies, payload)
+                frames.append(envelope.encode_request(request))
+            sequence = next(self._sequence)
+            whole = envelope.encode_batch(frames)
+            batch = Request(link.incarnation, link.session, sequence, 0, control.BATCH, 0, 0, (), whole)
+            found: dict[int, Reply] = {}
+
+            def take(reply: Reply) -> bool:
+                if reply.seq != sequence:  # its own reply: long, or of a vCPU that was busy
+                    found[reply.seq] = reply
+                elif reply.errno:
+                    raise KvmError(reply.errno, "BATCH", reply.extra.decode(errors="replace"))
+                else:
+                    for frame in envelope.decode_batch(reply.extra, len(frames)):
+                        part = envelope.decode_reply(frame)
+                        found[part.seq] = part
+                return all(number in found for number in wanted)
+
+            self._exchange(envelope.encode_request(batch), take, "BATCH")
+        return [found[number] for number in wanted]
 
     def _connected(self) -> zmq.Socket[bytes]:
         made = zmq_socket.dealer(shared_context(), self._endpoint, self._curve)
@@ -109,7 +144,7 @@ class Channel:
             self._poller.register(self._link.fileno(), zmq.POLLIN)
         return made
 
-    def _exchange(self, frame: bytes, sequence: int, name: str) -> Reply:
+    def _exchange(self, frame: bytes, is_last: Callable[[Reply], bool], name: str) -> Reply:
         if self._link.closed:
             raise KvmError(ECONNRESET, name, "the session is closed")
         if not self._link.alive:
@@ -131,7 +166,7 @@ class Channel:
                         raise KvmError(ECONNRESET, name, "kvmcore's process is gone")
                     continue
                 reply = envelope.decode_reply(self._socket.recv())
-                if reply.seq == sequence:
+                if is_last(reply):
                     return reply
         except zmq.ZMQError as error:
             raise KvmError(ECONNRESET, name, "kvmcore's process does not answer") from error
@@ -141,6 +176,14 @@ class Channel:
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
+
+
+def other_version(path: str, pid: int) -> str:
+    """What to tell the user of a kvmcore process that was not started from the same source as this one."""
+    return (
+        f"kvmcore at {path} (process {pid}) is of another version than this program; `softkvm upgrade` starts one of this "
+        "version, VMs that run stay with theirs until they are upgraded, too"
+    )
 
 
 class Link:
@@ -169,6 +212,8 @@ class Link:
         self.incarnation = 0
         try:
             self.welcome = self._say(Op.HELLO, name, body=body)[0].body
+            if self.welcome.get("version") != _VERSION:
+                raise KvmError(EPROTO, name, other_version(path, fd_passing.credentials(self._socket).pid))
         except BaseException:
             self._socket.close()
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from array import array
 from errno import ECONNRESET, EINVAL, EPERM
 
 from protocol.abi import run_page, structs
@@ -17,7 +16,6 @@ from protocol.channel.shared_memory import PROT_EXEC, Mapping, create_memfd
 from protocol.channel.vdso import GAVE_UP
 from protocol.client.handle import ARGUMENT, POINTEE, Handle
 from protocol.client.link import Channel, Link
-from protocol.codec import control
 from protocol.codec.envelope import COPY_IN, FLAG_INLINE_PAGE, Copy
 from protocol.codec.session import Op
 
@@ -147,15 +145,6 @@ class Vcpu(Handle):
         """Write a register."""
         data = (value & (1 << 8 * one_reg_size(register)) - 1).to_bytes(one_reg_size(register), "little")
         self.ioctl("SET_ONE_REG", structs.ONE_REG.build(id=register, addr=POINTEE), {POINTEE: data})
-
-    def get_registers(self, registers: list[int]) -> list[int]:
-        """Many at once, at most control.MAX_STATE. KvmError names the one that fails."""
-        return list(array("Q", self.control(control.GET_STATE, 0, array("Q", registers).tobytes()).extra))
-
-    def set_registers(self, values: list[tuple[int, int]]) -> None:
-        """Many (register, value) at once, in order; those before one that fails are written."""
-        flat = array("Q", [word for pair in values for word in pair])
-        self.control(control.SET_STATE, 0, flat.tobytes())
 
     def get_reg_list(self) -> list[int]:
         """The ids of all registers."""

@@ -11,6 +11,7 @@ from errno import EOPNOTSUPP
 from protocol.abi import structs
 from protocol.abi.errors import KvmError
 from protocol.channel.shared_memory import create_memfd
+from protocol.client.batch import Batch
 from protocol.client.device import Device
 from protocol.client.handle import POINTEE, Handle
 from protocol.client.link import Channel, Link
@@ -79,6 +80,10 @@ class Vm(Handle):
         if self._stats is None:
             self._stats = Stats(self.link, self.channel, self.ioctl("GET_STATS_FD"))
         return self._stats.read()
+
+    def batch(self) -> Batch:
+        """Requests to this VM's handles that shall go in one message."""
+        return Batch(self.channel)
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -192,6 +197,10 @@ class Vm(Handle):
             self.link.say(Op.HOT, "hot", self.number, fds=[fd])
         finally:
             os.close(fd)
+
+    def prepare_hot(self) -> None:
+        """After hot_elsewhere(), when the VM's memory is there: what can be done before it runs is done. KvmError."""
+        self.link.say(Op.HOT, "hot", self.number, 1)
 
     # -- vCPUs and devices -------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ class Op(IntEnum):
 
     HELLO = 1
     """body {name, compat, session?}: open a session, or attach to a VM's. With attach: true, take over a VM that has outlived
-    its client. Answer: body, descriptor = pidfd of the server."""
+    its client. With retire: true, a daemon listens no more, and ends with its last VM. Answer: body, with the server's version
+    (protocol/version.py)."""
     MAP = 2
     """a = va, b = size, c = offset, d = prot, one descriptor: put a segment into the session's address space."""
     UNMAP = 3
@@ -47,7 +48,7 @@ class Op(IntEnum):
     """The answer carries a file of machine code: the client's half of the doorbell (protocol/channel/vdso.py)."""
     HOT = 11
     """a = a VM's handle. Without a descriptor: the answer carries a memfd that says what code is hot, if any is. With one: what
-    was hot on the host that ran the VM before."""
+    was hot on the host that ran the VM before; b = 1: the VM's memory is there now, and it is about to run."""
 
 
 class Message(NamedTuple):

@@ -14,8 +14,8 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from protocol.channel.latency import woken_soon
 from qemu_user.backends.polling import Poller, Watched
@@ -136,12 +136,11 @@ class IoLoop:
             self._wake()
         return cell.clear
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Another thread's `with`: inside, the loop stands between two callbacks and serves nothing. stop() there
-        means that it never serves anything again.
+    def freeze(self, leave: threading.Event) -> Callable[[], None]:
+        """Another thread's: the loop is to stand between two callbacks and serve nothing until `leave` is set. Returns what
+        waits until it stands. stop() meanwhile means that it never serves anything again.
         """
-        arrived, leave = threading.Event(), threading.Event()
+        arrived = threading.Event()
 
         def stand() -> None:
             arrived.set()
@@ -149,14 +148,14 @@ class IoLoop:
             if self._stopping:
                 raise _Stopped
 
-        if self._thread_id and not self._stopping:
-            self.call_soon(stand)
+        def wait() -> None:
             while not arrived.wait(0.1) and not self._stopping:
                 pass
-        try:
-            yield
-        finally:
-            leave.set()
+
+        if not self._thread_id or self._stopping:
+            return lambda: None
+        self.call_soon(stand)
+        return wait
 
     def stop(self) -> None:
         """Make run() return."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from protocol.channel.vdso import Vdso
 from qemu_user.backends.io_loop import IoLoop
@@ -52,10 +52,13 @@ class IoThreads:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, none of them serves anything."""
-        with ExitStack() as stack:
-            for loop in self._loops:
-                stack.enter_context(loop.frozen())
+        leave = threading.Event()
+        try:
+            for wait in [loop.freeze(leave) for loop in self._loops]:
+                wait()
             yield
+        finally:
+            leave.set()
 
     def stop(self) -> None:
         """None of them serves anything any more."""

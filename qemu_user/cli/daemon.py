@@ -1,24 +1,29 @@
-"""Finding the kvmcore daemon of this user, and starting one when none listens.
+"""Finding the kvmcore daemon of this user, and starting one when none listens, or one of another version.
 
-The daemon is started as a process of its own by its command line: the two halves share no code but protocol.
+The daemon is started as a process of its own by its command line: the two halves share no code but protocol. One of another
+version makes way: it listens no more, and ends with its last VM.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+from protocol.channel import fd_passing
+from protocol.codec import session
+from protocol.codec.session import Message, Op
+from protocol.version import fingerprint
 from qemu_user.management.registry import runtime_directory
 
 #: Seconds that a daemon that we started stays when nobody needs it.
 IDLE_TIMEOUT = 60
 _LOG = "kvmcore.log"
+_ANSWER_SECONDS = 10.0
 
 
 class DaemonError(Exception):
@@ -36,17 +41,18 @@ def ensure() -> str:
 
 
 def begin() -> Callable[[], str]:
-    """Start a daemon if none listens; what is returned waits for it, and is ensure(): meanwhile there is other work to do."""
+    """Start a daemon unless one listens that may stay. What is returned waits for it, and is ensure(): meanwhile there is other
+    work to do."""
     where = endpoint()
     if not where.startswith("ipc://"):
         return lambda: where
     directory = Path(where.removeprefix("ipc://")).parent
-    early = None if _listens(where) else _start(where, directory, fcntl.LOCK_NB)
+    early = None if _may_stay(where) else _start(where, directory, fcntl.LOCK_NB)
 
     def finish() -> str:
         if early is not None:
             _await(early, directory)
-        if not _listens(where):  # another command was starting one, or it had nothing to do for too long
+        if not _may_stay(where):  # another command was starting one, or it had nothing to do for too long
             late = _start(where, directory)
             if late is not None:
                 _await(late, directory)
@@ -55,13 +61,34 @@ def begin() -> Callable[[], str]:
     return finish
 
 
-def _listens(where: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        try:
-            probe.connect(where.removeprefix("ipc://"))
-        except OSError:
-            return False
-        return True
+def _may_stay(where: str) -> bool:
+    """Whether a daemon listens there that can be used: of our version; or the user has named it, and it is his business; or it
+    is too busy for more clients."""
+    welcome = _hello(where)
+    if welcome is None:
+        return False
+    return bool(welcome.errno) or welcome.body.get("version") == fingerprint() or bool(os.environ.get("SOFTKVM_ENDPOINT"))
+
+
+def _replace(where: str) -> None:
+    """A daemon of another version that listens there, if there is one, makes way. DaemonError: it does not."""
+    if _hello(where, retire=True) is not None and _hello(where) is not None:
+        raise DaemonError(
+            f"kvmcore at {where} is of another version and does not make way; end its VMs (softkvm ps), and it with SIGTERM"
+        )
+
+
+def _hello(where: str, **body: Any) -> Message | None:
+    """What a daemon says to a hello; None: nobody listens."""
+    try:
+        with fd_passing.connect(where.removeprefix("ipc://")) as sock:
+            sock.settimeout(_ANSWER_SECONDS)
+            sock.send(session.encode(Message(Op.HELLO, 1, body=body)))
+            return session.decode(sock.recv(session.MAX_MESSAGE))
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    except (OSError, ValueError) as error:
+        raise DaemonError(f"kvmcore at {where} does not answer: {error}") from error
 
 
 class _Starting(NamedTuple):
@@ -73,13 +100,16 @@ class _Starting(NamedTuple):
 
 
 def _start(where: str, directory: Path, how: int = 0) -> _Starting | None:
-    """Start one detached from our terminal, unless one listens (None). LOCK_NB: or somebody else starts one. DaemonError."""
+    """Start one detached from our terminal, unless one listens that may stay, or with LOCK_NB somebody else starts one (None).
+    DaemonError.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = open(directory / ".start", "w")  # closed when the daemon has said its word
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | how)  # two commands at once start one daemon
-            if not _listens(where):
+            if not _may_stay(where):
+                _replace(where)
                 return _Starting(*_launch(where, directory), lock)
         except BlockingIOError:
             pass

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="+")
     parser.add_argument(
         "--endpoint", default="", metavar="ipc://PATH",
-        help="a newer kvmcore daemon to go to (default: the one that runs; new device processes alone)",
+        help="a kvmcore daemon to go to (default: this user's; a new one is started when that is of another version)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     uri = f"ipc://{made_runtime_directory()}/upgrade-{os.getpid()}.sock"

@@ -138,6 +138,9 @@ class _Vector:
     def fire(self) -> None:
         pass
 
+    def prepare(self) -> None:
+        pass
+
 
 class Port(Protocol):
     """What a driver does through its transport."""

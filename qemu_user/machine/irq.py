@@ -26,6 +26,7 @@ from qemu_user.machine.msi import MsiRoutes
 
 if TYPE_CHECKING:
     from protocol.client import Vcpu, Vm
+    from protocol.client.batch import Batch
 
 EDGE_RISING, LEVEL_HIGH = 1, 4
 """Second interrupt cell under the APLIC (RISC-V AIA device-tree binding)."""
@@ -156,8 +157,9 @@ class Interrupts(Protocol):
     def reset(self) -> None:
         """The machine is reset, the vCPUs are parked: nothing is pending or enabled any more."""
 
-    def save(self) -> AiaState | None:
-        """The in-kernel part's state; None where the controller is a device like the others."""
+    def save(self, batch: Batch) -> Callable[[], AiaState | None]:
+        """Ask for the in-kernel part's state; what gives it when the batch was sent: None where the controller is a device
+        like the others."""
 
     def check(self, state: AiaState) -> None:
         """StateError unless restore() can take `state`."""
@@ -165,13 +167,16 @@ class Interrupts(Protocol):
     def settle(self) -> None:
         """The devices have taken a dead process's place: wires that none of them has driven are low."""
 
+    def prepare(self) -> None:
+        """Messages that devices have announced (VirtioTransport.rehearse) are made known to kvmcore."""
+
     @property
     def handle(self) -> int:
         """The number of the in-kernel controller's handle, -1 if there is none."""
 
-    def restore(self, state: AiaState, before: AiaState | None = None) -> None:
-        """Become what the checked `state` says. To be called when the devices have set their lines.
-        `before`: what it has become already. StateError.
+    def restore(self, state: AiaState, batch: Batch, before: AiaState | None = None) -> Callable[[], None]:
+        """Ask it to become what the checked `state` says. To be called when the devices have set their lines. `before`: what it
+        has become already. Returns what looks at the answer: StateError.
         """
 
     def close(self) -> None:
@@ -232,6 +237,9 @@ class AiaInterrupts:
         for line in self._levels:
             line.settle()
 
+    def prepare(self) -> None:
+        self._routes.settle()
+
     @property
     def handle(self) -> int:
         return self._device.number
@@ -278,21 +286,26 @@ class AiaInterrupts:
     def reset(self) -> None:
         self._device.set_attrs([(*key, 0) for cpu in range(self._cpus) for key in _imsic(cpu)])
 
-    def save(self) -> AiaState:
+    def save(self, batch: Batch) -> Callable[[], AiaState]:
         sources = virt.INTERRUPT_SOURCES
         parts = [(_DOMAINCFG, 1), (_SOURCECFG, sources), (_TARGET, sources), (_SETIP, _WORDS), (_SETIE, _WORDS)]
         keys = [key for first, count in parts for key in _aplic(first, count)]
         keys += [key for cpu in range(self._cpus) for key in _imsic(cpu)]
-        values = iter(self._device.get_attrs(keys))
-        (domaincfg,), sourcecfg, target, pending, enabled = (list(islice(values, count)) for _, count in parts)
-        return AiaState(
-            domaincfg=domaincfg,
-            sourcecfg=sourcecfg,
-            target=target,
-            pending=pending,
-            enabled=enabled,
-            imsics=[list(islice(values, len(_IMSIC_REGISTERS))) for _ in range(self._cpus)],
-        )
+        answer = batch.get_state(self._device, self._device.keys(keys))
+
+        def saved() -> AiaState:
+            values = iter(answer.words())
+            (domaincfg,), sourcecfg, target, pending, enabled = (list(islice(values, count)) for _, count in parts)
+            return AiaState(
+                domaincfg=domaincfg,
+                sourcecfg=sourcecfg,
+                target=target,
+                pending=pending,
+                enabled=enabled,
+                imsics=[list(islice(values, len(_IMSIC_REGISTERS))) for _ in range(self._cpus)],
+            )
+
+        return saved
 
     def check(self, state: AiaState) -> None:
         sources = virt.INTERRUPT_SOURCES
@@ -305,7 +318,7 @@ class AiaInterrupts:
             require(len(imsic) == len(_IMSIC_REGISTERS), "aia: wrong number of IMSIC registers")
             require(all(0 <= value < 1 << 64 for value in imsic), "aia: an IMSIC register out of range")
 
-    def restore(self, state: AiaState, before: AiaState | None = None) -> None:
+    def restore(self, state: AiaState, batch: Batch, before: AiaState | None = None) -> Callable[[], None]:
         everything = [0xFFFFFFFF] * _WORDS
         # With the domain off nothing is delivered while sources take their modes and lines.
         parts = [
@@ -321,10 +334,15 @@ class AiaInterrupts:
         ]
         for first, words in parts:
             values += [(*key, word) for key, word in zip(_aplic(first, len(words)), words, strict=True)]
-        try:
-            self._device.set_attrs(values)
-        except KvmError as error:
-            raise StateError(f"aia: {error}") from error
+        answer = batch.set_state(self._device, self._device.flat(values))
+
+        def done() -> None:
+            try:
+                answer.checked()
+            except KvmError as error:
+                raise StateError(f"aia: {error}") from error
+
+        return done
 
     def close(self) -> None:
         for fd in self._fds:
@@ -362,6 +380,9 @@ class PlicInterrupts:
     def settle(self) -> None:
         pass  # the PLIC has been restored as a device, and drives its vCPUs
 
+    def prepare(self) -> None:
+        pass
+
     @property
     def handle(self) -> int:
         return -1
@@ -369,14 +390,14 @@ class PlicInterrupts:
     def reset(self) -> None:
         pass  # the PLIC is reset with the other devices
 
-    def save(self) -> AiaState | None:
-        return None  # and saved with them
+    def save(self, batch: Batch) -> Callable[[], AiaState | None]:
+        return lambda: None  # and saved with them
 
     def check(self, state: AiaState) -> None:
         raise StateError("the saved machine has an AIA, this one a PLIC")
 
-    def restore(self, state: AiaState, before: AiaState | None = None) -> None:
-        self.check(state)
+    def restore(self, state: AiaState, batch: Batch, before: AiaState | None = None) -> Callable[[], None]:
+        return lambda: self.check(state)
 
     def close(self) -> None:
         pass

@@ -7,6 +7,7 @@ of it outlives close().
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import queue
@@ -157,6 +158,7 @@ class Machine:
         self._io.start()
         for thread in self.threads:
             thread.start()
+        gc.freeze()  # it stays until the end: collecting, and forks, need not look at it
         if predecessor is not None:
             self._go_on(predecessor)
         elif not arriving:
@@ -412,14 +414,16 @@ class Machine:
         """
         with self._life:
             running = self.status == RUNNING
-            if running:
-                self._stop_vcpus()
+            gc.disable()  # not now
             try:
+                if running:
+                    self._stop_vcpus()
                 with self._io.frozen():
                     yield
             finally:
                 if running and self.status == RUNNING:
                     self._gate.open()
+                gc.enable()
 
     def _stop_vcpus(self) -> None:
         if not self._gate.close(self.vm, self.vcpus, PAUSE, STOP_SECONDS):

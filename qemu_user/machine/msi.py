@@ -27,21 +27,37 @@ class MsiRoutes:
         chip = structs.IRQ_ROUTING_TYPE_IRQCHIP
         self._table = [_entry(gsi, chip, structs.IRQ_ROUTING_IRQCHIP.build(irqchip=0, pin=gsi)) for gsi in range(pins)]
         self._fds: list[int] = []
+        self._wanted: list[_Vector] = []
 
     def make(self) -> MsiVector:
         """One more vector."""
         return _Vector(self)
 
-    def add(self, address: int, data: int) -> tuple[int, int]:
-        """(GSI, eventfd) of a new message."""
+    def add(self, messages: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(GSI, eventfd) of each new message (address, data)."""
         with self._lock:
-            gsi = len(self._table)
-            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._fds.append(fd)
-            self._table.append(_message(gsi, address, data))
+            added = []
+            for address, data in messages:
+                gsi = len(self._table)
+                fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._fds.append(fd)
+                self._table.append(_message(gsi, address, data))
+                added.append((gsi, fd))
             self._vm.set_gsi_routing(self._table)
-            self._vm.irqfd(fd, gsi)
-        return gsi, fd
+            for gsi, fd in added:
+                self._vm.irqfd(fd, gsi)
+        return added
+
+    def want(self, vector: _Vector) -> None:
+        """It will be used: settle() makes it known."""
+        self._wanted.append(vector)
+
+    def settle(self) -> None:
+        """Make all that are wanted known at once."""
+        vectors, self._wanted = self._wanted, []
+        if vectors:
+            for vector, place in zip(vectors, self.add([vector.message for vector in vectors]), strict=True):
+                vector.known(place, vector.message)
 
     def route(self, gsi: int, address: int, data: int) -> None:
         """Replace a message."""
@@ -62,19 +78,27 @@ class _Vector:
     def __init__(self, routes: MsiRoutes) -> None:
         self._routes = routes
         self._gsi, self._fd = 0, -1
-        self._message = self._routed = (0, 0)
+        self.message = self._routed = (0, 0)
 
     def route(self, address: int, data: int) -> None:
-        self._message = address, data
+        self.message = address, data
+
+    def prepare(self) -> None:
+        if self._fd < 0:
+            self._routes.want(self)
+
+    def known(self, place: tuple[int, int], message: tuple[int, int]) -> None:
+        """kvmcore has the message by (GSI, eventfd)."""
+        (self._gsi, self._fd), self._routed = place, message
 
     def fire(self) -> None:
         try:
+            message = self.message
             if self._fd < 0:
-                self._gsi, self._fd = self._routes.add(*self._message)
-                self._routed = self._message
-            elif self._message != self._routed:
-                self._routes.route(self._gsi, *self._message)
-                self._routed = self._message
+                self.known(self._routes.add([message])[0], message)
+            elif message != self._routed:
+                self._routes.route(self._gsi, *message)
+                self._routed = message
         except KvmError:
             return  # kvmcore is gone, which the machine notices by itself, and the message with it
         os.eventfd_write(self._fd, 1)

@@ -6,6 +6,7 @@ Used by migration/machine_state.py. Knows no register by meaning but those that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from qemu_user.devices.device import State, StateError, require
 
 if TYPE_CHECKING:
     from protocol.client import Vcpu
+    from protocol.client.batch import Batch
 
 _MASK = (1 << 52) - 1
 """Type, subtype and index of a register id: architecture and size are ours to add."""
@@ -34,15 +36,20 @@ class VcpuState(State, frozen=True, tag="vcpu", kw_only=True):
     registers: list[tuple[int, int]]
 
 
-def save(vcpu: Vcpu) -> VcpuState:
-    """The state of a parked vCPU. KvmError."""
+def save(vcpu: Vcpu, batch: Batch) -> Callable[[], VcpuState]:
+    """Ask for the state of a parked vCPU; what gives it when the batch was sent. KvmError."""
     ids = _registers(vcpu)
-    registers = []
-    for register, value in zip(ids, vcpu.get_registers(ids), strict=True):
-        # What an interrupt controller holds up is its own state; stored here it could never fall again.
-        kept = value & ~_EXTERNAL_PENDING if register == _SIP else value
-        registers.append((register & ~(0xF << 60), kept))
-    return VcpuState(index=vcpu.id, mp_state=vcpu.get_mp_state(), registers=registers)
+    values, mp_state = batch.get_state(vcpu, ids), batch.get_mp_state(vcpu)
+
+    def saved() -> VcpuState:
+        registers = []
+        for register, value in zip(ids, values.words(), strict=True):
+            # What an interrupt controller holds up is its own state; stored here it could never fall again.
+            kept = value & ~_EXTERNAL_PENDING if register == _SIP else value
+            registers.append((register & ~(0xF << 60), kept))
+        return VcpuState(index=vcpu.id, mp_state=mp_state.number(), registers=registers)
+
+    return saved
 
 
 _known: WeakKeyDictionary[Vcpu, list[int]] = WeakKeyDictionary()
@@ -72,15 +79,23 @@ def check(state: VcpuState, vcpu: Vcpu) -> None:
     require(not missing, f"{where}: registers missing, the first {missing[0] if missing else 0:#x}")
 
 
-def restore(state: VcpuState, vcpu: Vcpu, before: VcpuState | None = None) -> None:
-    """Write a checked state into a vCPU that has not run; one that was restored `before` needs only what differs.
-    StateError: a value that this host refuses (an ISA extension that it does not have, say)."""
+def restore(state: VcpuState, vcpu: Vcpu, batch: Batch, before: VcpuState | None = None) -> Callable[[], None]:
+    """Ask for a checked state to be written into a vCPU that has not run; one that was restored `before` needs only what
+    differs. Returns what looks at the answers: StateError, a value that this host refuses (an ISA extension that it does not
+    have, say)."""
     same = set(before.registers) if before is not None else set()
     wanted = [(pair[0] | riscv.ARCH_RISCV, pair[1]) for pair in state.registers if pair not in same]
-    try:
-        # A timer that is off is how a new vCPU has it, and cannot be said (KVM_ABI 1.11).
-        vcpu.set_registers([pair for pair in wanted if pair != (_TIMER_STATE, 0)])
-    except KvmError as error:
-        raise StateError(f"CPU {state.index}: {error}") from error
+    # A timer that is off is how a new vCPU has it, and cannot be said (KVM_ABI 1.11).
+    words = [word for pair in wanted if pair != (_TIMER_STATE, 0) for word in pair]
+    answers = [batch.set_state(vcpu, words)] if words else []
     if before is None or before.mp_state != state.mp_state:
-        vcpu.set_mp_state(state.mp_state)
+        answers.append(batch.set_mp_state(vcpu, state.mp_state))
+
+    def done() -> None:
+        try:
+            for answer in answers:
+                answer.checked()
+        except KvmError as error:
+            raise StateError(f"CPU {state.index}: {error}") from error
+
+    return done

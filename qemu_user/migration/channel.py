@@ -34,6 +34,12 @@ STALL_SECONDS = 20.0
 """A peer that takes nothing for so long is given up."""
 
 
+Payload = bytes | memoryview | list[bytes | memoryview]
+"""A list: its parts, one behind the other."""
+_MOST_PARTS = 512
+"""Of one system call (IOV_MAX is 1024)."""
+
+
 class ChannelError(Exception):
     """The connection is gone, or the other end does not speak this protocol."""
 
@@ -54,7 +60,7 @@ class Channel(Protocol):
     fds: list[int]
     """Descriptors that came with frames, ours to close."""
 
-    def send(self, kind: int, a: int = 0, b: int = 0, payload: bytes | memoryview = b"", fds: list[int] | None = None) -> int:
+    def send(self, kind: int, a: int = 0, b: int = 0, payload: Payload = b"", fds: list[int] | None = None) -> int:
         """Send a frame; bytes sent. ChannelError."""
 
     def receive(self, seconds: float | None) -> Frame | None:
@@ -63,14 +69,21 @@ class Channel(Protocol):
     def read(self) -> bytes:
         """The payload of the frame just received. ChannelError."""
 
-    def read_into(self, view: memoryview) -> None:
-        """The same into memory of just that length."""
+    def read_part(self, size: int) -> bytes:
+        """The next `size` bytes of it. ChannelError: it has not so many."""
+
+    def read_into(self, *views: memoryview) -> None:
+        """The rest of it, into memory of just that length."""
 
     def cut(self) -> None:
         """End the connection as if the network had."""
 
     def close(self) -> None:
         """Idempotent."""
+
+
+def _size(payload: Payload) -> int:
+    return sum(map(len, payload)) if isinstance(payload, list) else len(payload)
 
 
 def _pack(kind: int, sequence: int, a: int, b: int, length: int) -> bytes:
@@ -110,9 +123,12 @@ class StreamChannel:
         self._socket.close()
         self._take(sock)
 
-    def send(self, kind: int, a: int = 0, b: int = 0, payload: bytes | memoryview = b"", fds: list[int] | None = None) -> int:
-        parts: list[bytes | memoryview] = [_pack(kind, self._sent, a, b, len(payload))]
-        if payload:
+    def send(self, kind: int, a: int = 0, b: int = 0, payload: Payload = b"", fds: list[int] | None = None) -> int:
+        size = _size(payload)
+        parts: list[bytes | memoryview] = [_pack(kind, self._sent, a, b, size)]
+        if isinstance(payload, list):
+            parts += payload
+        elif payload:
             parts.append(payload)
         self._sent += 1
         try:
@@ -123,20 +139,22 @@ class StreamChannel:
             self._write(parts)
         except OSError as error:
             raise ChannelError(f"the connection is gone: {error.strerror or error}") from error
-        return HEADER.size + len(payload)
+        return HEADER.size + size
 
     def _write(self, parts: list[bytes | memoryview]) -> None:
-        while parts:
+        at = 0
+        while at < len(parts):
             try:
-                done = self._socket.sendmsg(parts, [], socket.MSG_NOSIGNAL)
+                done = self._socket.sendmsg(parts[at : at + _MOST_PARTS], [], socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 if not self._wait(select.POLLOUT, STALL_SECONDS):
                     raise ChannelError(f"the other end takes nothing for {STALL_SECONDS:g} s") from None
                 continue
-            while parts and done >= len(parts[0]):
-                done -= len(parts.pop(0))
+            while at < len(parts) and done >= len(parts[at]):
+                done -= len(parts[at])
+                at += 1
             if done:
-                parts[0] = memoryview(parts[0])[done:]
+                parts[at] = memoryview(parts[at])[done:]
 
     def receive(self, seconds: float | None) -> Frame | None:
         if self._unread:
@@ -162,16 +180,26 @@ class StreamChannel:
         return frame
 
     def read(self) -> bytes:
-        data = bytearray(self._unread)
-        self.read_into(memoryview(data))
+        return self.read_part(self._unread)
+
+    def read_part(self, size: int) -> bytes:
+        if size > self._unread:
+            raise ChannelError(f"a payload of {self._unread} bytes where {size} were due")
+        data = bytearray(size)
+        if size:
+            self._fill([memoryview(data)])
         return bytes(data)
 
-    def read_into(self, view: memoryview) -> None:
-        if len(view) != self._unread:
-            raise ChannelError(f"a payload of {self._unread} bytes where {len(view)} were due")
-        while view:
+    def read_into(self, *views: memoryview) -> None:
+        if sum(map(len, views)) != self._unread:
+            raise ChannelError(f"a payload of {self._unread} bytes where {sum(map(len, views))} were due")
+        self._fill([view for view in views if view])
+
+    def _fill(self, views: list[memoryview]) -> None:
+        at = 0
+        while at < len(views):
             try:
-                done = self._socket.recv_into(view)
+                done = self._socket.recvmsg_into(views[at : at + _MOST_PARTS])[0]
             except BlockingIOError:
                 self._wait(select.POLLIN, None)
                 continue
@@ -179,8 +207,12 @@ class StreamChannel:
                 raise ChannelError(f"the connection is gone: {error.strerror}") from error
             if not done:
                 raise ChannelError("the other end has hung up")
-            view = view[done:]
-        self._unread = 0
+            self._unread -= done
+            while at < len(views) and done >= len(views[at]):
+                done -= len(views[at])
+                at += 1
+            if done:
+                views[at] = views[at][done:]
 
     def _wait(self, events: int, seconds: float | None) -> bool:
         """Until the socket is ready; False when it is not in time."""
@@ -234,9 +266,11 @@ class ZmqChannel:
         self._payload = memoryview(b"")
         self._broken = False
 
-    def send(self, kind: int, a: int = 0, b: int = 0, payload: bytes | memoryview = b"", fds: list[int] | None = None) -> int:
+    def send(self, kind: int, a: int = 0, b: int = 0, payload: Payload = b"", fds: list[int] | None = None) -> int:
         if fds:
             raise ChannelError("descriptors do not travel between machines")
+        if isinstance(payload, list):
+            payload = b"".join(payload)
         head = _pack(kind, self._sent, a, b, len(payload))
         self._sent += 1
         total = HEADER.size + len(payload)
@@ -330,14 +364,20 @@ class ZmqChannel:
             raise ChannelError("the connection is gone")
 
     def read(self) -> bytes:
-        payload, self._payload = self._payload, memoryview(b"")
-        return bytes(payload)
+        return self.read_part(len(self._payload))
 
-    def read_into(self, view: memoryview) -> None:
-        if len(view) != len(self._payload):
-            raise ChannelError(f"a payload of {len(self._payload)} bytes where {len(view)} were due")
-        view[:] = self._payload
-        self._payload = memoryview(b"")
+    def read_part(self, size: int) -> bytes:
+        if size > len(self._payload):
+            raise ChannelError(f"a payload of {len(self._payload)} bytes where {size} were due")
+        part, self._payload = self._payload[:size], self._payload[size:]
+        return bytes(part)
+
+    def read_into(self, *views: memoryview) -> None:
+        if sum(map(len, views)) != len(self._payload):
+            raise ChannelError(f"a payload of {len(self._payload)} bytes where {sum(map(len, views))} were due")
+        for view in views:
+            view[:] = self._payload[: len(view)]
+            self._payload = self._payload[len(view) :]
 
     def cut(self) -> None:
         self._broken = True

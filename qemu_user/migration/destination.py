@@ -49,6 +49,7 @@ _LOCK_SECONDS = 2.0
 _ASK_SECONDS = 0.02
 _PAGE_SECONDS = 30.0
 _MOST_UNITS = 1 << 20
+_PAGE = 4096
 _ZEROES = bytes(1 << 20)
 
 
@@ -181,13 +182,14 @@ class Incoming:
             machine_state.restore(instance.machine, trial)
             for transport in instance.machine.parts.transports:
                 transport.rehearse()
+            instance.machine.interrupts.prepare()
             if "postcopy" in self._features:
                 self._door = Door(self._channel, instance.config.uuid, hello.generation)
             recover = self._door.path if self._door is not None else ""
             accept = Accept(features=self._features, journal=str(self._journal.path), recover=recover)
             self._channel.send(messages.ACCEPT, payload=messages.encode(accept))
             state = self._take_volumes(instance.machine, hello)
-            checked = machine_state.check(instance.machine, sections.decode(state))
+            checked = machine_state.check(instance.machine, sections.decode(state), trial)
             if checked.machine.generation != hello.generation:
                 raise Refused(f"generation {checked.machine.generation} where {hello.generation} was announced")
             machine_state.restore(instance.machine, checked, trial)
@@ -265,9 +267,7 @@ class Incoming:
                 raise Refused(f"not enough memory: the VM has {config.memory >> 20} MiB, {available >> 20} MiB are free")
         self._features = [name for name in hello.features if name in ("zstd", "delta") and zstandard is not None]
         self._features += ["memory-fd"] if ram_fd >= 0 else []
-        if ram_fd < 0 and "hot" in hello.features:  # else the translations themselves are on this machine's disk
-            self._features.append("hot")
-        self._features += [name for name in hello.features if name == "postcopy" and ram_fd < 0]
+        self._features += [name for name in hello.features if name == "hot" or (name == "postcopy" and ram_fd < 0)]
         config = self._make_disks(config, hello)
         instance = Instance(config, self._endpoint, provisional=True)
         self._instance = instance
@@ -324,10 +324,11 @@ class Incoming:
                     self._take_disk(frame, disks[volume], start)
                 else:
                     raise ChannelError(f"data for volume {volume}")
-                if first:
-                    first = False
-                    steps.reached("destination:data", channel.cut)
+            elif frame.kind == messages.RUNS and "memory-fd" not in self._features:
+                self._take_runs(frame, ram)
             elif frame.kind == messages.ROUND:
+                if frame.a == 1:
+                    self._prepare_hot(machine)
                 channel.send(messages.ROUND, frame.a)
             elif frame.kind == messages.HOT and "hot" in self._features:
                 with suppress(KvmError):  # a promise of speed, no more
@@ -341,6 +342,14 @@ class Incoming:
                 raise Discarded
             else:
                 raise ChannelError(f"message {frame.kind} during the copy")
+            if first and frame.kind in (messages.DATA, messages.PACKED, messages.RUNS):
+                first = False
+                steps.reached("destination:data", channel.cut)
+
+    def _prepare_hot(self, machine: Machine) -> None:
+        """Memory is here, if perhaps not as it will be at the switch."""
+        with suppress(KvmError):
+            machine.vm.prepare_hot()
 
     def _leave_pages(self, machine: Machine, ram: memoryview, left: bytes, hello: Hello) -> None:
         """Post-copy: these pieces stay at the source until they are touched."""
@@ -353,11 +362,19 @@ class Incoming:
         self._source = RemotePages(self._channel, self._door, lambda: local and journals.is_dead(hello.journal))
         machine.await_pages(AbsentPages(ram, self._source, offsets))
 
-    def _take_memory(self, frame: Frame, ram: memoryview, start: int) -> None:
-        unit = 4096
-        if not 0 < frame.b <= _MOST_UNITS or (start + frame.b) * unit > len(ram):
+    def _take_runs(self, frame: Frame, ram: memoryview) -> None:
+        if not 0 < frame.a <= messages.MOST_RUNS:
+            raise ChannelError(f"{frame.a} runs of memory in a frame")
+        pages = len(ram) // _PAGE
+        runs = messages.runs_of(self._channel.read_part(8 * frame.a))
+        if any(first + count > pages for first, count in runs):
             raise ChannelError("memory beyond the machine's")
-        view = ram[start * unit : (start + frame.b) * unit]
+        self._channel.read_into(*[ram[first * _PAGE : (first + count) * _PAGE] for first, count in runs])
+
+    def _take_memory(self, frame: Frame, ram: memoryview, start: int) -> None:
+        if not 0 < frame.b <= _MOST_UNITS or (start + frame.b) * _PAGE > len(ram):
+            raise ChannelError("memory beyond the machine's")
+        view = ram[start * _PAGE : (start + frame.b) * _PAGE]
         if frame.kind == messages.DATA:
             self._channel.read_into(view)
         elif frame.kind == messages.PACKED:

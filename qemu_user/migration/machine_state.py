@@ -70,19 +70,23 @@ def capture(machine: Machine, generation: int | None = None, with_config: bool =
     """All of a standing machine, as it is to go on in `generation` (its own). The configuration, which may be large, does not
     change: who has it needs it not again. KvmError when its kvmcore process is gone.
     """
-    first = machine.vcpus[0]
+    batch = machine.vm.batch()
+    clock = batch.get_state(machine.vcpus[0], [riscv.TIMER_ID["time"], riscv.TIMER_ID["frequency"]])
+    vcpus = [vcpu_state.save(vcpu, batch) for vcpu in machine.vcpus]
+    aia = machine.interrupts.save(batch)
+    batch.send()
+    now, frequency = clock.words()
     own = MachineState(
-        time=first.get_one_reg(riscv.TIMER_ID["time"]),
-        frequency=first.get_one_reg(riscv.TIMER_ID["frequency"]),
+        time=now,
+        frequency=frequency,
         taken=time.time(),
         generation=machine.generation if generation is None else generation,
     )
     sections = [config_section(machine.config)] if with_config else []
     sections.append(_section("machine", own))
-    sections += [_section(f"vcpu/{vcpu.id}", vcpu_state.save(vcpu)) for vcpu in machine.vcpus]
-    aia = machine.interrupts.save()
-    if aia is not None:
-        sections.append(_section("aia", aia))
+    sections += [_section(f"vcpu/{vcpu.id}", saved()) for vcpu, saved in zip(machine.vcpus, vcpus, strict=True)]
+    if (controller := aia()) is not None:
+        sections.append(_section("aia", controller))
     sections += [_section(f"device/{device.name}", device.save()) for device in machine.parts.devices]
     return sections
 
@@ -100,11 +104,15 @@ class Checked(msgspec.Struct, frozen=True):
     devices: list[Any]
 
 
-def check(machine: Machine, sections: Mapping[str, Section]) -> Checked:
-    """Everything that can be known before anything is changed. StateError says what does not fit."""
+def check(machine: Machine, sections: Mapping[str, Section], before: Checked | None = None) -> Checked:
+    """Everything that can be known before anything is changed. `before`: an earlier state of the same VM that was checked.
+    StateError says what does not fit."""
     own = decode_state(MachineState, find(sections, "machine").payload)
     require(0 <= own.time < 1 << 64 and 0 <= own.generation < 1 << 63, "machine: time or generation out of range")
-    ours = machine.vcpus[0].get_one_reg(riscv.TIMER_ID["frequency"])
+    if before is not None:
+        ours = before.machine.frequency
+    else:
+        ours = machine.vcpus[0].get_one_reg(riscv.TIMER_ID["frequency"])
     require(own.frequency == ours, f"machine: a time base of {own.frequency} Hz, this host has {ours} Hz")
     vcpus = []
     for vcpu in machine.vcpus:
@@ -132,13 +140,22 @@ def restore(machine: Machine, checked: Checked, before: Checked | None = None) -
     """Become it. The machine stands and has not run; its memory is in place. `before`: an earlier state of the same VM
     that it has become already, while there was time. StateError.
     """
-    for index, (vcpu, state) in enumerate(zip(machine.vcpus, checked.vcpus, strict=True)):
-        vcpu_state.restore(state, vcpu, before.vcpus[index] if before is not None else None)
+    batch = machine.vm.batch()
+    answers = [
+        vcpu_state.restore(state, vcpu, batch, before.vcpus[index] if before is not None else None)
+        for index, (vcpu, state) in enumerate(zip(machine.vcpus, checked.vcpus, strict=True))
+    ]
+    batch.send()  # before the devices, whose lines may lead to vCPUs
     for device, saved in zip(machine.parts.devices, checked.devices, strict=True):
         device.restore(saved)
+    batch = machine.vm.batch()
     if checked.aia is not None:
-        machine.interrupts.restore(checked.aia, before.aia if before is not None else None)
+        answers.append(machine.interrupts.restore(checked.aia, batch, before.aia if before is not None else None))
     away = time.time() - checked.machine.taken
     ticks = int(away * checked.machine.frequency) if 0 < away < _LONGEST_ABSENCE else 0
-    machine.vcpus[0].set_one_reg(riscv.TIMER_ID["time"], checked.machine.time + ticks)
+    clock = batch.set_state(machine.vcpus[0], [riscv.TIMER_ID["time"], checked.machine.time + ticks])
+    batch.send()
+    for answer in answers:
+        answer()
+    clock.checked()
     machine.generation = checked.machine.generation

@@ -3,7 +3,7 @@
     source                                  destination
     HELLO (who, what, a trial state)   ->
                                        <-   ACCEPT, or REJECT with the reason
-    DATA, ZEROES ...  ROUND            ->                                        pre-copy: any number of rounds
+    DATA, RUNS, ZEROES ...  ROUND      ->                                        pre-copy: any number of rounds
                                        <-   ROUND
     (stands) DATA ... STATE            ->   takes disks and state, does not run
                                        <-   PREPARED, or REJECT with the reason
@@ -23,19 +23,24 @@ side does that hears nothing more. Sizes and units are checked by the receiver a
 
 from __future__ import annotations
 
+from array import array
+
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 HELLO, ACCEPT, REJECT = 1, 2, 3
 DATA, PACKED, ZEROES, ROUND = 4, 5, 6, 7
 STATE, PREPARED, COMMIT, RUNNING, ABORT = 8, 9, 10, 11, 12
 ABSENT, FETCH, PAGE, DONE = 13, 14, 15, 16
-RESUME, RESUMED, DELTA, HOT = 17, 18, 19, 20
+RESUME, RESUMED, DELTA, HOT, RUNS = 17, 18, 19, 20, 21
 """DATA: a = volume << 56 | first unit, b = units, payload: their bytes. PACKED: the same, zstd. DELTA: the same, of memory, as
 exclusive or with what was sent before. ZEROES: without payload. ROUND: a = number. COMMIT, RUNNING: a = generation. ABSENT:
 payload: a byte per PIECE of memory, 1: it stays behind. FETCH, PAGE: a = offset in memory, a multiple of PIECE; PAGE's payload
-are its bytes. RESUME, RESUMED: a = generation; RESUME's payload is the VM's uuid. HOT, once, right
-behind ACCEPT: what kvmcore says of hot code (Vm.hot_here)."""
+are its bytes. RUNS: a = how many runs of memory, payload: (u32 first page, u32 pages) of each, then their bytes. RESUME,
+RESUMED: a = generation; RESUME's payload is the VM's uuid. HOT, once, right behind ACCEPT: what kvmcore says of hot code
+(Vm.hot_here)."""
+MOST_RUNS = 1024
+"""In one RUNS."""
 PIECE = 32 << 10
 """Bytes of memory that post-copy moves at once: 8 pages, a byte of the userfault bitmap."""
 _VOLUME_SHIFT = 56
@@ -49,6 +54,17 @@ def place(volume: int, first: int) -> int:
 def placed(a: int) -> tuple[int, int]:
     """(volume, first unit) of it."""
     return a >> _VOLUME_SHIFT, a & (1 << _VOLUME_SHIFT) - 1
+
+
+def runs_header(runs: list[tuple[int, int]]) -> bytes:
+    """What stands before the bytes in RUNS: (first page, pages) of each."""
+    return array("I", [word for run in runs for word in run]).tobytes()
+
+
+def runs_of(header: bytes) -> list[tuple[int, int]]:
+    """The runs of it."""
+    words = array("I", header)
+    return list(zip(words[::2], words[1::2], strict=True))
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):

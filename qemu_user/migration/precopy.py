@@ -42,6 +42,9 @@ class Sink(Protocol):
         """These units are all zero; `fresh`: nothing was ever said about them."""
 
     def end_of_round(self) -> None:
+        """All that was given has to be there now."""
+
+    def flush(self) -> None:
         """All that was given has to be under way now."""
 
 
@@ -110,7 +113,7 @@ class Precopy:
             if self._leave_memory and isinstance(volume, Ram):
                 left, self._pending[position] = self._pending[position], bytearray()
         self._send(False)
-        self._sink.end_of_round()
+        self._sink.flush()
         self._job.remaining = 0
         return left
 

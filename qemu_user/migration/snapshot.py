@@ -107,6 +107,9 @@ class _Files:
     def end_of_round(self) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def complete(self) -> None:
         """Everything has been given: it reaches the disk."""
         for image in self.images.values():

@@ -16,12 +16,12 @@ from qemu_user.backends.errors import BackendError
 from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
 from qemu_user.migration import journal as journals
 from qemu_user.migration import machine_state, messages, sections, steps
-from qemu_user.migration.channel import Channel, ChannelError, ZmqChannel
+from qemu_user.migration.channel import Channel, ChannelError, StreamChannel, ZmqChannel
 from qemu_user.migration.delta import Sent, xor
 from qemu_user.migration.job import DEVICE, POSTCOPY, POSTCOPY_PAUSED, Job, JobError
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
-from qemu_user.migration.precopy import Precopy
+from qemu_user.migration.precopy import CHUNK, Precopy
 from qemu_user.migration.recovery import RETRY_SECONDS, Caller, Hopeless
 from qemu_user.migration.volumes import Disk, Ram, writable_disks
 
@@ -67,10 +67,15 @@ class _Wire:
         self._packer = zstandard.ZstdCompressor(level=1) if packed and zstandard is not None else None
         self._sent = Sent() if delta else None
         self._round = 0
+        self._runs: list[tuple[int, int]] = []
+        self._bytes: list[bytes | memoryview] = []
+        self._held = 0
 
     def data(self, volume: Ram | Disk, first: int, count: int, content: memoryview) -> int:
         place = messages.place(volume.number, first)
         if self._packer is None:
+            if isinstance(volume, Ram):
+                return self._gather(first, count, content)
             return self._channel.send(messages.DATA, place, count, content)
         plain = bytes(content)  # the guest writes on: what is sent and what is remembered must be one
         packed = self._packer.compress(plain)
@@ -86,6 +91,22 @@ class _Wire:
             return self._channel.send(messages.PACKED, place, count, packed)
         return self._channel.send(messages.DATA, place, count, plain)
 
+    def _gather(self, first: int, count: int, content: memoryview) -> int:
+        """Memory goes in large frames, however it is scattered: a frame for each page would be mostly work for nothing."""
+        self._runs.append((first, count))
+        self._bytes.append(content)
+        self._held += len(content)
+        if self._held >= CHUNK or len(self._runs) >= messages.MOST_RUNS:
+            self.flush()
+        return len(content)
+
+    def flush(self) -> None:
+        """Nothing is held back any more."""
+        if self._runs:
+            runs, parts = self._runs, self._bytes
+            self._runs, self._bytes, self._held = [], [], 0
+            self._channel.send(messages.RUNS, len(runs), payload=[messages.runs_header(runs), *parts])
+
     def zeroes(self, volume: Ram | Disk, first: int, count: int, fresh: bool) -> int:
         if fresh:
             return 0  # the destination's memory is zero until something is said about it
@@ -95,6 +116,7 @@ class _Wire:
 
     def end_of_round(self) -> None:
         """Wait until the destination has taken everything: only then is a round's time the link's."""
+        self.flush()
         self._round += 1
         self._channel.send(messages.ROUND, self._round)
         frame = expect(self._channel, messages.ROUND, _ANSWER_SECONDS)
@@ -132,7 +154,7 @@ class Outgoing:
         self._disks = writable_disks(machine)
         self._journal: Journal | None = None
         self._peer_journal = self._recover = ""
-        self._unlocked = self._postcopy = self._given = False
+        self._unlocked = self._postcopy = False
         channel.look = job.check
 
     def run(self) -> None:
@@ -154,7 +176,6 @@ class Outgoing:
             accepted = self._offer()
             if "memory-fd" in accepted.features:
                 volumes: list[Ram | Disk] = []
-                self._given = True
             else:
                 volumes = [Ram(machine)]
             volumes += self._disks if self._options.with_disks else []
@@ -226,7 +247,7 @@ class Outgoing:
     def _switch_over(self, copy: Precopy) -> None:
         machine, job, channel = self._machine, self._job, self._channel
         assert self._journal is not None
-        was = machine.status
+        was, local = machine.status, isinstance(channel, StreamChannel)
         job.status = DEVICE
         for disk in self._disks:
             disk.disk.flush()  # most of it while the guest still runs
@@ -242,7 +263,7 @@ class Outgoing:
                 if self._postcopy:
                     channel.send(messages.ABSENT, payload=_pieces(left, machine.config.memory))
                 for disk in self._disks:
-                    if not (self._given and disk.disk.descriptor is not None):  # a file of this machine is one for both sides
+                    if not (local and disk.disk.descriptor is not None):  # a file of this machine is one for both sides
                         disk.disk.flush()
                 self._unlocked = True
                 for image in machine.parts.disks:

@@ -66,6 +66,9 @@ class Vector:
     def fire(self) -> None:
         self.fired.append(self.message)
 
+    def prepare(self) -> None:
+        pass
+
 
 class Bench:
     """What devices are wired to. `transport`: what virtio() puts before a device, "mmio" or "pci"."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -32,6 +32,9 @@ class MsiVector(Protocol):
 
     def fire(self) -> None:
         """Deliver. Any thread, one at a time."""
+
+    def prepare(self) -> None:
+        """fire() is to be quick the first time, too."""
 
 
 MakeVector = Callable[[], MsiVector]
@@ -118,6 +121,14 @@ class Msix:
                 vector.fire()
             else:
                 self._pending[index >> 3] |= 1 << (index & 7)
+
+    def prepare(self, indexes: Iterable[int]) -> None:
+        """The function will signal these: what there is to set up for those that are open is set up now."""
+        with self._lock:
+            for index in indexes:
+                vector = self._vectors[index]
+                if vector is not None and self._open(index):
+                    vector.prepare()
 
     # -- state -------------------------------------------------------------------------------------
 

@@ -173,6 +173,9 @@ class VirtioMmio(Device):
             if self._interrupt_status:
                 self._irq.assert_line()
 
+    def prepare(self) -> None:
+        pass
+
     def _interrupt(self, reason: int) -> None:
         with self._interrupt_lock:
             self._interrupt_status |= reason

@@ -274,6 +274,11 @@ class VirtioPci(PciFunction):
             if queue.answered and (vector := self._vectors[1 + queue.index]) != NO_VECTOR:
                 msix.fire(vector)  # one too many does no harm
 
+    def prepare(self) -> None:
+        if self.msix is not None:
+            ready = [self._vectors[1 + queue.index] for queue in self.virtio.queues if queue.ready]
+            self.msix.prepare(vector for vector in ready if vector != NO_VECTOR)
+
     # -- life --------------------------------------------------------------------------------------
 
     def save(self) -> VirtioPciState:

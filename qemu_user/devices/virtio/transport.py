@@ -49,6 +49,9 @@ class Wires(Protocol):
     def repeat(self) -> None:
         """The machine goes on after a stop or a restore: tell the driver again, a pulse may have been under way."""
 
+    def prepare(self) -> None:
+        """Set up what interrupts need that will come."""
+
 
 class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What both transports save; `own` is the device's state in its own format, as it was saved."""
@@ -255,7 +258,7 @@ class VirtioTransport:
 
     def rehearse(self) -> None:
         """The machine has been given a state that it will not run from: what its interrupts need is set up now."""
-        self._wires.repeat()
+        self._wires.prepare()
 
     def resume(self) -> None:
         """The machine goes on after a restore or a stop: look at all queues, kicks may have been missed, and tell the

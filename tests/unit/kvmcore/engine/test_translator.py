@@ -17,7 +17,7 @@ from kvmcore.engine import image as image_file
 from kvmcore.engine.code_cache import CodeCache, secret
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.loader import Image, ensure_image
-from kvmcore.engine.translation import Later, Wishes, encode_wishes, in_memory, send
+from kvmcore.engine.translation import BadMessage, Later, Wishes, encode_wishes, in_memory, send
 from kvmcore.server.translator import WAITING_BYTES
 from protocol.channel import fd_passing
 from tests.framework.bare_guest import RAM, Guest
@@ -229,7 +229,15 @@ def test_what_is_hot_goes_along_to_another_host(translator: Process, tmp_path: P
         run_until_regions(moved)
         assert moved.machine.hot_code.translated == 0, "it was there already"
         assert moved.machine.hot_code.ready_made > 0
-        moved.machine.hot_code.hot_elsewhere(b"noise")  # the translator hangs up; the guest goes on
+        again = fresh(other.path)
+        assert again.machine.hot_code is not None
+        again.machine.hot_code.hot_elsewhere(hot)
+        again.machine.hot_code.prepare()
+        assert again.machine.hot_code.ready_made > 0, "it was not installed before the first instruction"
+        assert again.run(0.1) == ExitKind.KICK
+        assert again.harts[0].state.count_page == 0
+        with pytest.raises(BadMessage):
+            moved.machine.hot_code.hot_elsewhere(b"noise")
         assert moved.run(0.1) == ExitKind.KICK
     finally:
         other.kill()

@@ -1,0 +1,78 @@
+"""Many requests to one VM in one message, for a moment at which each way there and back counts: the guest stands."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from protocol.abi import structs
+from protocol.abi.errors import KvmError
+from protocol.abi.ioctls import BY_NAME
+from protocol.client.handle import ARGUMENT, Handle
+from protocol.client.link import Channel
+from protocol.codec import control
+from protocol.codec.envelope import COPY_IN, COPY_OUT, Copy, Reply
+
+
+class Answer:
+    """What a request of a batch is answered with, once the batch was sent."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.reply: Reply | None = None
+
+    def checked(self) -> Reply:
+        """The reply. KvmError: the errno that came back."""
+        assert self.reply is not None
+        if self.reply.errno:
+            raise KvmError(self.reply.errno, self._name, self.reply.extra.decode(errors="replace"))
+        return self.reply
+
+    def words(self) -> list[int]:
+        """The values of a GET_STATE."""
+        return list(array("Q", self.checked().extra))
+
+    def number(self) -> int:
+        """The value of a struct of one number."""
+        return int.from_bytes(self.checked().copies[0][1], "little")
+
+
+class Batch:
+    """Requests over `channel`, served in the order in which they are added. At most control.MAX_BATCH."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._answers: list[Answer] = []
+        self._requests: list[tuple[int, int, int, tuple[Copy, ...], bytes]] = []
+
+    def _add(self, name: str, handle: Handle, number: int, arg: int, copies: tuple[Copy, ...], payload: bytes) -> Answer:
+        answer = Answer(name)
+        self._answers.append(answer)
+        self._requests.append((handle.number, number, arg, copies, payload))
+        return answer
+
+    def get_state(self, handle: Handle, keys: Iterable[int]) -> Answer:
+        """GET_STATE of a vCPU or device: Answer.words()."""
+        return self._add("GET_STATE", handle, control.GET_STATE, 0, (), array("Q", keys).tobytes())
+
+    def set_state(self, handle: Handle, flat: Iterable[int]) -> Answer:
+        """SET_STATE: key, value, key, value, ..."""
+        return self._add("SET_STATE", handle, control.SET_STATE, 0, (), array("Q", flat).tobytes())
+
+    def get_mp_state(self, vcpu: Handle) -> Answer:
+        """KVM_GET_MP_STATE: Answer.number()."""
+        copy = Copy(ARGUMENT, structs.MP_STATE.size, COPY_OUT, b"")
+        return self._add("GET_MP_STATE", vcpu, BY_NAME["GET_MP_STATE"].number, ARGUMENT, (copy,), b"")
+
+    def set_mp_state(self, vcpu: Handle, state: int) -> Answer:
+        """KVM_SET_MP_STATE."""
+        data = structs.MP_STATE.build(mp_state=state)
+        copy = Copy(ARGUMENT, len(data), COPY_IN, data)
+        return self._add("SET_MP_STATE", vcpu, BY_NAME["SET_MP_STATE"].number, ARGUMENT, (copy,), b"")
+
+    def send(self) -> None:
+        """Have them served, all of them even if some fail; every Answer is there then. KvmError: the server is gone."""
+        if self._requests:
+            replies = self._channel.request_all(self._requests)
+            for answer, reply in zip(self._answers, replies, strict=True):
+                answer.reply = reply

@@ -1,0 +1,87 @@
+"""Pages that are decoded before the guest runs: it goes on as if it had decoded them itself, and as memory is by then."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from kvmcore.engine import warm_pages
+from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.loader import Image
+from kvmcore.engine.machine import SlotView
+from tests.framework.bare_guest import RAM, SIZE, Guest
+
+PAGE = 4096
+CODE = """
+    li a0, 7
+    la a1, far
+    jr a1
+    .balign 4096
+far:
+    addi a0, a0, 1
+    li a2, 0x10000000
+    sd a0, 0(a2)
+"""
+
+
+def warmed(image: Image, gpas: list[int], harts: int = 1) -> tuple[Guest, list[int]]:
+    g = Guest(image, CODE, harts)
+    with g.machine.quiesce():
+        return g, warm_pages.make(g.machine, gpas)
+
+
+def test_what_one_has_used_is_there_for_another(image: Image) -> None:
+    one = Guest(image, CODE)
+    assert one.run() == ExitKind.MMIO_WRITE
+    used = warm_pages.in_use(one.machine)
+    assert sorted(used) == [RAM, RAM + PAGE]
+    other, made = warmed(image, used)
+    assert len(set(made)) == 2
+    with other.machine.quiesce():
+        assert warm_pages.make(other.machine, used) == made, "they are made once"
+    assert other.run() == ExitKind.MMIO_WRITE
+    assert other.harts[0].state.x[10] == 8
+    assert other.harts[0].state.count_page == 0, "it has decoded one all the same"
+
+
+@pytest.mark.parametrize("harts", [1, 2])
+def test_memory_that_changes_before_it_runs(image: Image, harts: int) -> None:
+    g, _ = warmed(image, [RAM, RAM + PAGE], harts)
+    g.put(RAM + PAGE, "addi a0, a0, 5")
+    assert g.run() == ExitKind.MMIO_WRITE
+    assert g.harts[0].state.x[10] == 12
+
+
+def test_addresses_of_no_memory_are_passed_over(image: Image) -> None:
+    strange = [0, RAM - PAGE, RAM + SIZE, RAM + 2, (1 << 64) - PAGE]
+    g, made = warmed(image, [*strange, RAM + PAGE])
+    assert len(made) == 1
+    bitmap = ctypes.create_string_buffer(b"\xff" * (SIZE // PAGE // 8))
+    with g.machine.quiesce():
+        absent = SlotView(RAM, SIZE, g.address, userfault_bitmap=ctypes.addressof(bitmap))
+        g.machine.set_slots([absent])
+        assert warm_pages.make(g.machine, [RAM]) == [], "it has yet to come"
+
+
+def test_no_more_than_the_pool_holds(image: Image) -> None:
+    g = Guest(image, CODE, pool_bytes=64 << 10)
+    with g.machine.quiesce():
+        made = warm_pages.make(g.machine, [RAM + PAGE * number for number in range(100)])
+    assert 0 < len(made) < 100
+    assert g.run() == ExitKind.MMIO_WRITE
+
+
+def test_decoded_pages_stay_while_memory_does(image: Image) -> None:
+    g, made = warmed(image, [RAM])
+    bitmap = ctypes.create_string_buffer(SIZE // PAGE // 8)
+    with g.machine.quiesce():
+        g.machine.set_slots([SlotView(RAM, SIZE, g.address, dirty_bitmap=ctypes.addressof(bitmap))])
+        assert warm_pages.make(g.machine, [RAM]) == made
+        assert g.machine.state.pool_used > 0
+    elsewhere = Guest(image, CODE.replace("li a0, 7", "li a0, 9"))
+    with g.machine.quiesce():
+        g.machine.set_slots([SlotView(RAM, SIZE, elsewhere.address)])
+        assert g.machine.state.pool_used == 0
+    assert g.run() == ExitKind.MMIO_WRITE
+    assert g.harts[0].state.x[10] == 10

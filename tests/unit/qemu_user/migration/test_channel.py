@@ -1,0 +1,77 @@
+"""Frames whose payload is in many pieces, over both kinds of channel."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from protocol.channel import zmq_socket
+from qemu_user.migration import messages
+from qemu_user.migration.channel import Channel, ChannelError, StreamChannel, ZmqChannel
+
+PAGE = 4096
+
+
+@pytest.fixture(params=["stream", "zmq"])
+def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Channel, Channel]]:
+    if request.param == "stream":
+        ours, theirs = socket.socketpair()
+        pair: tuple[Channel, Channel] = StreamChannel(ours), StreamChannel(theirs)
+        yield pair
+    else:
+        context = zmq.Context()
+        router = zmq_socket.router(context, f"ipc://{tmp_path}/channel")
+        dealer = zmq_socket.dealer(context, zmq_socket.bound_to(router))
+        pair = ZmqChannel(dealer, is_router=False), ZmqChannel(router, is_router=True)
+        yield pair
+    for end in pair:
+        end.close()
+    if request.param == "zmq":
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 700])
+def test_scattered_pages_arrive_where_they_belong(ends: tuple[Channel, Channel], count: int) -> None:
+    here, there = ends
+    runs = [(5 * number, 1 + number % 3) for number in range(count)]
+    memory = bytearray(PAGE * 5 * count)
+    for first, pages in runs:
+        memory[first * PAGE : (first + pages) * PAGE] = bytes([1 + first % 250]) * PAGE * pages
+    view = memoryview(memory)
+    parts = [view[first * PAGE : (first + pages) * PAGE] for first, pages in runs]
+    payload = [messages.runs_header(runs), *parts]
+    sender = threading.Thread(target=here.send, args=(messages.RUNS, count), kwargs={"payload": payload})
+    sender.start()
+    frame = there.receive(10)
+    assert frame is not None
+    assert (frame.kind, frame.a) == (messages.RUNS, count)
+    assert messages.runs_of(there.read_part(8 * count)) == runs
+    arrived = memoryview(bytearray(len(memory)))
+    there.read_into(*[arrived[first * PAGE : (first + pages) * PAGE] for first, pages in runs])
+    sender.join(10)
+    assert arrived == memory
+    here.send(messages.ROUND, 7)
+    assert (there.receive(10) or frame).a == 7
+
+
+def test_a_payload_is_read_to_its_end_and_no_further(ends: tuple[Channel, Channel]) -> None:
+    here, there = ends
+    here.send(messages.RUNS, 1, payload=[b"head", b"", b"body"])
+    there.receive(10)
+    assert there.read_part(4) == b"head"
+    with pytest.raises(ChannelError):
+        there.read_part(5)
+    with pytest.raises(ChannelError):
+        there.read_into(memoryview(bytearray(3)))
+    room = bytearray(4)
+    there.read_into(memoryview(room)[:1], memoryview(bytearray()), memoryview(room)[1:])
+    assert room == b"body"
+    here.send(messages.ABORT)
+    frame = there.receive(10)
+    assert frame is not None
+    assert there.read() == b""
