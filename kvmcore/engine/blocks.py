@@ -11,8 +11,8 @@ import mmap
 import threading
 
 _MAP_NORESERVE = 0x4000
-_KEPT = 8
-"""Blocks of a size that are kept."""
+_KEPT, _KEPT_LARGE, _LARGE = 8, 2, 1 << 20
+"""Blocks of a size that are kept; of large ones, which may have huge pages, fewer."""
 
 
 class Block:
@@ -43,7 +43,7 @@ def give_back(block: Block, used: list[tuple[int, int]] | None = None) -> None:
     """Nobody uses it any more. `used`: the (offset, size) pieces that may not be zero, None: it may be anywhere."""
     with _lock:
         kept = _kept.setdefault(block.size, [])
-        if len(kept) >= _KEPT:
+        if len(kept) >= (_KEPT_LARGE if block.size >= _LARGE else _KEPT):
             return  # unmapped with the object
         if used is None:
             block.map.madvise(mmap.MADV_DONTNEED)

@@ -40,6 +40,7 @@ class InterpretedHart(Hart):
             left = _BRIEF if state.attention & hart_state.ATTENTION_BRIEF else -1
             while True:
                 if left == 0:
+                    self.kick()
                     return int(ExitKind.KICK)
                 left -= 1
                 attention = state.attention

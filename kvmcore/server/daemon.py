@@ -122,8 +122,8 @@ class Daemon:
         self._context = zmq_socket.context()
         self._endpoint = f"ipc://{private.name('r')}"
         self._socket = zmq_socket.router(self._context, self._endpoint)
-        self._router = Router(self._loop, self._socket, self._incarnation, self._sessions, self._quotas)
-        self._limit = ConnectionLimit(self._loop, self._socket, self._endpoint, self._quotas.connections)
+        self._router = Router(self._loop, self._socket, self._incarnation, self._sessions, self._quotas, self._quotas.rate)
+        self._limit = ConnectionLimit(self._socket, self._endpoint, self._quotas.connections)
         self._acceptor = Acceptor(self._loop, listener, self, limit=self._quotas.sessions)
         self._door = self._open_door(options.remote) if options.remote is not None else None
         self._loop.add_reader(zygote.fileno(), self._zygote_is_gone)
@@ -135,7 +135,7 @@ class Daemon:
         from kvmcore.server.router import Router
 
         door = RemoteDoor(self._context, wanted.endpoint, wanted.curve, wanted.peers)
-        router = Router(self._loop, door.socket, self._incarnation, self._sessions, self._quotas)
+        router = Router(self._loop, door.socket, self._incarnation, self._sessions, self._quotas, self._quotas.rate)
         router.on_hello = greet(self._hello_over_tcp)
         watch_leases(self._loop, self._sessions.values, self.close_session)
         return door

@@ -31,6 +31,11 @@ class Quotas:
     segments: int = 1024
     connections: int = 256
     """To one ROUTER on ipc. Far below the descriptors there are: more may come in before we have seen that they do."""
+    rate: int = 20_000
+    """Requests a second that the daemon takes of one session, on average over a second; the others are EAGAIN. In the process
+    of a VM the client spends its own VM's time, and may ask as fast as it can."""
+    highest_descriptor: int = 1 << 20
+    """Clients' descriptors get no higher number, which is as much as to say that there are no more: the rest is libzmq's."""
 
     @classmethod
     def of_this_process(cls) -> Quotas:
@@ -45,4 +50,6 @@ class Quotas:
         spare = max(descriptors - _OWN, _PER_SESSION + _PER_VM)
         vms = max(1, min(4096, spare // (4 * _PER_VM)))
         sessions = max(1, min(1024, spare // (2 * _PER_SESSION)))
-        return cls(sessions=sessions, vms=vms, connections=max(8, min(8192, spare // 8)))
+        return cls(
+            sessions=sessions, vms=vms, connections=max(8, min(8192, spare // 8)), highest_descriptor=descriptors // 2
+        )

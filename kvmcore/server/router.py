@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from errno import EAGAIN, EBADMSG, EINVAL, EIO, ESTALE
 
@@ -41,14 +42,16 @@ class Router:
         incarnation: int,
         sessions: dict[bytes, ClientSession],
         quotas: Quotas,
+        rate: int = 0,
     ) -> None:
+        """`rate`: requests a second that are taken of one session; 0: any number."""
         self.on_hello: Callable[[str, bytes], bytes] | None = None
         """Opens a session for the owner of a CURVE key, given the payload of HELLO (tcp); returns the extra."""
         self._loop = loop
         self._sock = sock
         self._incarnation = incarnation
         self._sessions = sessions
-        self._quotas = quotas
+        self._quotas, self._rate = quotas, rate
         self._peers: dict[bytes, int] = {}
         self._together: list[bytes] | None = None
         """Answers to the batch that is being served."""
@@ -97,9 +100,21 @@ class Router:
             self._refuse(identity, request, EIO, "not a session of this process")
         elif session.in_flight >= self._quotas.in_flight:
             self._refuse(identity, request, EAGAIN, "too many requests in flight")
+        elif self._rate and not self._allowed(session):
+            self._refuse(identity, request, EAGAIN, f"more than {self._rate} requests a second")
         else:
             session.in_flight += 1
             dispatch(Ticket(self.finish, identity, session, request))
+
+    def _allowed(self, session: ClientSession) -> bool:
+        """Whether the session may have another request served now: a token bucket of one second."""
+        now = time.monotonic()
+        session.allowance = min(self._rate, session.allowance + (now - session.allowed_at) * self._rate)
+        session.allowed_at = now
+        if session.allowance < 1:
+            return False
+        session.allowance -= 1
+        return True
 
     def _serve_batch(self, identity: bytes, frame: zmq.Frame, batch: Request) -> None:
         """Requests in one message; each is checked as if it had come by itself."""

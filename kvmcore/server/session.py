@@ -66,6 +66,10 @@ class ClientSession:
         """What the client has left for who attaches after it: key -> descriptor."""
         self.last_seen = time.monotonic()
         self._segments_left = quotas.segments
+        self._highest_descriptor = quotas.highest_descriptor
+        self.allowance = float(quotas.rate)
+        """Requests that are taken at once (router.py)."""
+        self.allowed_at = self.last_seen
 
     @staticmethod
     def new_id() -> bytes:
@@ -96,6 +100,8 @@ class ClientSession:
     def serve(self, message: Message, fds: list[int]) -> tuple[Message, list[int]]:
         """Answer one message; (answer, descriptors to send with it, borrowed). Takes what it uses out of `fds`."""
         try:
+            if fds and max(fds) > self._highest_descriptor:
+                raise KvmError(EMFILE, reason="this process holds as many of its clients' descriptors as it may")
             shared = self._perform(message, fds)
         except KvmError as error:
             return Message(message.op, message.seq, error.errno or EINVAL, body={"reason": error.reason}), []

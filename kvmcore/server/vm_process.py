@@ -89,7 +89,7 @@ class VmProcess:
         sessions = {self._session.id: self._session}
         self._router = Router(self._loop, self._socket, order.incarnation, sessions, quotas)
         self._limit = (
-            None if self._door else ConnectionLimit(self._loop, self._socket, f"ipc://{order.router}", quotas.connections)
+            None if self._door else ConnectionLimit(self._socket, f"ipc://{order.router}", quotas.connections)
         )
         self._most_vms = quotas.vms_per_session if order.together else 1
         self._vms: set[Vm] = set()

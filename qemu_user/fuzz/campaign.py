@@ -19,7 +19,7 @@ from protocol.abi.errors import KvmError
 from qemu_user.fuzz import transport
 from qemu_user.fuzz.corpus import Corpus
 from qemu_user.fuzz.daemon import Daemon
-from qemu_user.fuzz.executor import Executor, Sequence
+from qemu_user.fuzz.executor import KINDS, Executor, Sequence
 from qemu_user.fuzz.grammar import Grammar
 from qemu_user.fuzz.model import Model
 from qemu_user.fuzz.oracles import Bystander, Leaks, judge
@@ -96,7 +96,7 @@ def finish(
     """The first fault of a sequence that has begun, None if there was none."""
     if isinstance(run, Finding):
         return run
-    model = Model()
+    model = Model(extended=run.extended)
     step = 0
     finding: Finding | None = None
     try:
@@ -145,7 +145,7 @@ class Campaign:
         self._grammar = Grammar(seed)
         self._random = Random(f"{seed}:campaign")
         self._daemon, self._endpoint, self._attacks = daemon, endpoint, attacks and daemon is not None
-        self._executor = Executor(endpoint)
+        self._executor = Executor(endpoint, kinds=KINDS)
         self._bystander = Bystander(endpoint)
         self._leaks: Leaks | None = None
         self._kinds: set[str] = set()
@@ -219,7 +219,7 @@ class Campaign:
         self.figures.attacks += 1
         seed = f"{self.figures.seed}:{self.figures.attacks}"
         try:
-            name = transport.attack(self._endpoint, seed)
+            name = transport.attack(self._endpoint, seed, self._daemon.far if self._daemon else None)
         except (Hang, Gone) as error:
             self._found(Finding("attack", f"{error}"), [Op("attack", arg=0, extra={"seed": seed})])
             return

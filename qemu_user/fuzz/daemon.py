@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+import zmq.auth
 
+from protocol.channel import keys
+from protocol.channel.zmq_socket import Curve
 from protocol.codec import coverage_marks
 from qemu_user.fuzz.branches import Branch, branches, taken
 
@@ -46,6 +50,7 @@ class Daemon:
     """`with Daemon() as daemon`: listens at daemon.endpoint until the end."""
 
     def __init__(self, *, coverage: bool = False) -> None:
+        """Listens on tcp too: `far` is where, and a client's keys."""
         self.directory = Path(tempfile.mkdtemp(prefix="softkvm-fuzz-"))
         self.endpoint = f"ipc://{self.directory / 'kvmcore.sock'}"
         self.log = self.directory / "log"
@@ -57,6 +62,9 @@ class Daemon:
             with marks.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), coverage_marks.SIZE)
             options = ["--coverage", str(marks)]
+        self.far = self._keys()
+        options += ["--listen", self.far[0], "--key", str(self.directory / "host.key_secret")]
+        options += ["--peers", str(self.directory / "peers")]
         readable, writable = os.pipe()
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -73,6 +81,19 @@ class Daemon:
             self.close()
             raise RuntimeError(f"kvmcore did not start: {text[-500:]}")
         self._tree = psutil.Process(self._process.pid)
+
+    def _keys(self) -> tuple[str, Curve]:
+        """Key files for a server and one client of it."""
+        for name in ("host", "ours"):
+            zmq.auth.create_certificates(self.directory, name)
+        peers = self.directory / "peers"
+        peers.mkdir()
+        shutil.copy(self.directory / "ours.key", peers)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        own = keys.own(self.directory / "ours.key_secret")
+        return f"tcp://127.0.0.1:{port}", Curve(own.public, own.secret, keys.public(self.directory / "host.key"))
 
     @property
     def pid(self) -> int:
@@ -151,7 +172,8 @@ class Daemon:
         for process in stay:
             left.append(f"process {process.pid} is left")
             process.kill()
-        left += [f"{path.name} is left" for path in self.directory.iterdir() if path.name not in ("log", "coverage")]
+        own = {"log", "coverage", "peers", "host.key", "host.key_secret", "ours.key", "ours.key_secret"}
+        left += [f"{path.name} is left" for path in self.directory.iterdir() if path.name not in own]
         shutil.rmtree(self.directory, ignore_errors=True)
         return left
 

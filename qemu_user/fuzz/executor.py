@@ -14,13 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from errno import EBADF
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from protocol.abi import run_page
+from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
 from protocol.abi.structs import CREATE_DEVICE_TEST, Layout
-from protocol.channel.shared_memory import Mapping
+from protocol.channel.shared_memory import Mapping, create_memfd
 from protocol.client import Kvm
 from protocol.client.handle import ARGUMENT, POINTEE
 from protocol.codec import control, envelope
@@ -71,30 +72,59 @@ def errno_name(number: int) -> str:
     )
 
 
+class Kind(NamedTuple):
+    """Of sessions: whose KVM they see, what vCPUs run on, and after how many sequences the next kind's turn is."""
+
+    compat: Compat
+    accel: str
+    sequences: int
+
+
+USUAL = Kind(Compat.DEFAULT, "interpreter", 500)
+KINDS = (
+    USUAL, Kind(Compat.LINUX_6_12, "interpreter", 50), Kind(Compat.STRICT, "interpreter", 25),
+    Kind(Compat.DEFAULT, "reference", 50),
+)  # fmt: skip
+"""Taken in turn by campaigns."""
+
+
 class Executor:
     """One client of one daemon, whose sequences run one after the other, or overlap: one is sent while another is awaited.
 
-    Its VMs share a process of kvmcore unless `apart`. After _TOGETHER sequences the process is replaced, as soon as no
-    sequence is under way.
+    Its VMs share a process of kvmcore unless `apart`. After so many sequences as its kind of session says the process is
+    replaced, as soon as no sequence is under way.
     """
 
-    _TOGETHER = 500
-
-    def __init__(self, endpoint: str, *, apart: bool = False) -> None:
+    def __init__(self, endpoint: str, *, apart: bool = False, kinds: tuple[Kind, ...] = (USUAL,)) -> None:
         self.endpoint, self._apart = endpoint, apart
-        self.kvm = Kvm.open(endpoint, name="fuzz", together=not apart)
-        self._system = Wire(self.kvm.link)
+        self._kinds, self._turn = kinds, 0
         self._place: Place | None = None
+        self._open()
+
+    def _open(self) -> None:
+        kind = self.kind
+        self.kvm = Kvm.open(self.endpoint, name="fuzz", compat=kind.compat, accel=kind.accel, together=not self._apart)
+        self._system = Wire(self.kvm.link)
+
+    @property
+    def kind(self) -> Kind:
+        """Of the session that is open."""
+        return self._kinds[self._turn % len(self._kinds)]
 
     @property
     def full(self) -> bool:
         """Whether the process should be replaced: let no sequence overlap the next start()."""
-        return self._place is not None and (self._place.used >= self._TOGETHER or not self._place.usable)
+        return self._place is not None and (self._place.used >= self.kind.sequences or not self._place.usable)
 
     def start(self) -> Sequence:
         """A fresh VM to run a sequence in; it may be made with the sequence's first operations. KvmError."""
         if self._place is not None and self.full and not self._place.busy:
             self.settle()
+            if len(self._kinds) > 1:
+                self._system.close()
+                self.kvm.close()
+                self._turn += 1
+                self._open()
         if self._place is not None:
             return Sequence(self, self._place, self._place.slot())
         if not self._apart:
@@ -131,6 +161,7 @@ class Sequence:
     def __init__(self, executor: Executor, place: Place, slot: Slot, number: int = 0, wire: Wire | None = None) -> None:
         """`number`: the VM's, if it is there already. `wire`: a connection of one's own, for one thread of several."""
         self._executor, self.place, self._slot = executor, place, slot
+        self.extended = executor.kind.compat.extended
         self.wire = wire or place.wire
         self.made: dict[str, list[int]] = {"system": [executor.kvm.number if place.system is None else place.system]}
         if number:
@@ -265,6 +296,8 @@ class Sequence:
         """Whether an operation cannot be put into words before an earlier one of the message is answered."""
         if op.do == "map" and int(op.arg) % SEGMENTS in self._used and self._waiting:
             return True
+        if op.on[0] == "file" and "file" in self._coming:
+            return True  # a vCPU's may be made later than its turn in the message, behind a RUN
         return bool(self._coming) and any(
             isinstance(value, dict) and "ref" in value and value["ref"][0] in self._coming
             for value in (op.members or {}).values()
@@ -408,6 +441,23 @@ class Sequence:
         reply = self._await(self.wire, sequence, op, _RUN_SECONDS)
         return Outcome(reply.ret, errno_name(reply.errno))
 
+    def _do_say(self, op: Op) -> Outcome:
+        """A message on the session's socket, with descriptors of the kinds that extra["fds"] names."""
+        number = int(op.extra["op"])
+        if number in _NOT_SAID:
+            return Outcome()
+        fds = [_descriptor(str(kind)) for kind in op.extra.get("fds", ())]
+        a = self.number(*op.on) if number in (Message.SHARE, Message.HOT) else int(op.arg)
+        try:
+            b, c, d = (int(op.extra.get(word, 0)) for word in "bcd")
+            back = self.place.vm.link.say(cast("Message", number), "say", a, b, c, d, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        for fd in back:
+            os.close(fd)
+        return Outcome()
+
     def _do_scribble(self, op: Op) -> Outcome:
         """Bytes into a vCPU's shared pages, as a hostile client writes them."""
         number = self.number(*op.on)
@@ -489,6 +539,16 @@ class Sequence:
                 patience = 0.1  # another thread's RUN may have taken the kick
         assert reply is not None  # Hang was raised otherwise
         return reply
+
+
+_NOT_SAID = (Message.OUTLIVE, Message.PASS_FILE, Message.CLOSE_FILE)
+"""OUTLIVE: the VM would outlive us. The others: the slot's descriptors are known by their numbers here."""
+
+
+def _descriptor(kind: str) -> int:
+    if kind == "eventfd":
+        return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    return create_memfd("fuzz", 4096, sealed=kind == "sealed")
 
 
 def _fitted(layout: Layout, members: dict[str, Any]) -> dict[str, Any]:

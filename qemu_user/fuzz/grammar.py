@@ -10,12 +10,11 @@ from random import Random
 from typing import Any
 
 from protocol.abi import structs
-from protocol.abi import structs_riscv as riscv
 from protocol.abi.capabilities import Cap
 from protocol.abi.ioctls import BY_NAME, IOCTLS, KINDS, Ioctl
 from protocol.abi.structs import Layout
 from protocol.codec import control
-from qemu_user.fuzz import guest_code, rules
+from qemu_user.fuzz import guest_code, rules, setups
 from qemu_user.fuzz.sequence import Op
 
 LENGTH = 25
@@ -65,7 +64,7 @@ class Grammar:
             ops.append(Op("ioctl", ("vm", 0), "SET_USER_MEMORY_REGION", members=region | {"flags": rng.choice((0, 0, 1))}))
         if not self.generic and rng.random() < 0.15:
             ring = {"cap": Cap.DIRTY_LOG_RING_ACQ_REL, "args": [rng.choice((4096, 65536)), 0, 0, 0]}
-            ops.append(Op("ioctl", ("vm", 0), "ENABLE_CAP", members=ring))
+            ops += [Op("ioctl", ("vm", 0), "ENABLE_CAP", members=ring)] if rng.random() < 0.6 else setups.ring(rng)
         aia = not self.generic and rng.random() < 0.5
         if aia:
             ops.append(Op("ioctl", ("vm", 0), "CREATE_DEVICE", members={"type": structs.DEV_TYPE_RISCV_AIA}))
@@ -73,9 +72,11 @@ class Grammar:
         for vcpu in range(vcpus):
             ops.append(Op("ioctl", ("vm", 0), "CREATE_VCPU", arg=vcpu))
         if aia and rng.random() < 0.7:
-            ops += _aia_brought_up(rng, vcpus)
+            ops += (setups.aia if rng.random() < 0.5 else setups.imsic)(rng, vcpus)
         if self.guest and not self.generic and rng.random() < 0.3:
             ops += guest_code.load(rng)
+        if not self.generic and rng.random() < 0.5:
+            ops += rng.choice(setups.SETUPS)(rng)
         if rng.random() < 0.1:
             rng.shuffle(ops)
         return ops
@@ -135,36 +136,6 @@ class Grammar:
         payload = control.LENGTH.pack(rng.choice((0, 8, 4096, 1 << 19, (1 << 32) - 1))) if size == 4 else rng.randbytes(size)
         return Op("control", _resource(rng, (*KINDS, "file", "memfd")), arg=rng.choice((0, 1, 0x80000000, 0x8000FFFC, 1 << 63)),
                   tail=payload.hex(), extra={"request": request})  # fmt: skip
-
-
-def _aia_brought_up(rng: Random, vcpus: int) -> list[Op]:
-    """An AIA configured as machines do it, then INIT; a source on, delivering MSIs to an IMSIC; a few signals."""
-
-    def attribute(group: int, attr: int, value: int, size: int) -> Op:
-        data = {"in": value.to_bytes(size, "little").hex()}
-        return Op("ioctl", ("device", 0), "SET_DEVICE_ATTR", members={"group": group, "attr": attr, "addr": data})
-
-    sources = rng.choice((0, 31, 63, 95))
-    ops = [attribute(riscv.AiaGroup.CONFIG, riscv.AiaConfig.SRCS, sources, 4)]
-    ops += [attribute(riscv.AiaGroup.CONFIG, riscv.AiaConfig.IDS, rng.choice((127, 255)), 4)]
-    ops += [attribute(riscv.AiaGroup.CONFIG, riscv.AiaConfig.HART_BITS, rng.choice((0, 1)), 4)]
-    ops += [attribute(riscv.AiaGroup.ADDR, riscv.AIA_ADDR_APLIC, guest_code.APLIC, 8)]
-    for index in range(vcpus):
-        ops.append(attribute(riscv.AiaGroup.ADDR, riscv.aia_addr_imsic(index), guest_code.IMSIC + 0x1000 * index, 8))
-    ops.append(attribute(riscv.AiaGroup.CTRL, riscv.AIA_CTRL_INIT, 0, 4))
-    if sources and rng.random() < 0.7:
-        source = rng.randrange(1, sources + 1)
-        # AIA 4.5: sourcecfg, target, setienum, domaincfg.IE
-        for offset, value in ((4 * source, rng.choice((4, 5, 6, 7))), (0x3000 + 4 * source, rng.randrange(256)),
-                              (0x1EDC, source), (0, rng.choice((0, 0x100)))):  # fmt: skip
-            ops.append(attribute(riscv.AiaGroup.APLIC, offset, value, 4))
-        for _ in range(rng.randrange(4)):
-            level = {"irq": source, "level": rng.randrange(2)}
-            ops.append(Op("ioctl", ("vm", 0), rng.choice(("IRQ_LINE", "IRQ_LINE_STATUS")), members=level))
-    if rng.random() < 0.4:
-        ops.append(Op("eventfd", ("vm", 0), arg=rng.randrange(2)))
-        ops.append(Op("ioctl", ("vm", 0), "IRQFD", members={"fd": {"ref": ["eventfd", 0]}, "gsi": rng.randrange(1, 40)}))
-    return ops
 
 
 def _resource(rng: Random, kinds: tuple[str, ...]) -> tuple[str, int]:

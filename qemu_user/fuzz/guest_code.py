@@ -10,12 +10,18 @@ from __future__ import annotations
 from random import Random
 
 from protocol.abi import structs_riscv as riscv
+from protocol.codec import control
 from qemu_user.fuzz.sequence import Op
 
 BASE = 0x80000000
 APLIC, IMSIC = 0x0C000000, 0x28000000
 """Where sequences that bring the AIA up have it."""
 _SCRIPT = 0x80004000
+_WRITE_GPA = control.WRITE_GPA
+_LOOP = 0x6F
+_SBI = (0x10, 0x54494D45, 0x735049, 0x735049, 0x52464E43, 0x52464E43, 0x48534D, 0x48534D, 0x53525354, 0x4442434E, 0x09000001,
+        0x08000001, 0, 1, 8, 0x53555350, 0x12345678)  # fmt: skip
+"""Extension ids: BASE, TIME, IPI, RFENCE, HSM, SRST, DBCN, vendor and experimental ones, legacy ones, one of nobody."""
 _ECALL, _WFI, _FENCE_I, _SFENCE, _SRET, _EBREAK = 0x73, 0x10500073, 0x100F, 0x12000073, 0x10200073, 0x100073
 _CSRS = (
     0x100, 0x104, 0x105, 0x106, 0x10A, 0x140, 0x141, 0x142, 0x143, 0x144, 0x14D, 0x150, 0x151, 0x15C, 0x180, 0xC00, 0xC01,
@@ -61,6 +67,54 @@ def load(rng: Random) -> list[Op]:
         _set(start, BASE), _set(riscv.CORE_ID["t0"], _SCRIPT), _set(riscv.CSR_ID["stvec"], BASE + 0x40 * rng.randrange(8)),
         *(Op("run", ("vcpu", 0), "RUN", extra={"brief": int(rng.random() < 0.97)}) for _ in range(2)),
     ]  # fmt: skip
+
+
+def program(words: list[int], *, stvec: int = BASE + 0x800) -> list[Op]:
+    """Operations that put instructions at the start of memory slot 0, have traps end in a loop, and run vCPU 0 twice."""
+    code = b"".join(word.to_bytes(4, "little") for word in (*words, _LOOP))
+    return [
+        Op("control", ("vm", 0), arg=BASE, tail=code.hex(), extra={"request": _WRITE_GPA}),
+        Op("control", ("vm", 0), arg=stvec, tail=_LOOP.to_bytes(4, "little").hex(), extra={"request": _WRITE_GPA}),
+        _set(riscv.PC, BASE), _set(riscv.CSR_ID["stvec"], stvec),
+        *(Op("run", ("vcpu", 0), "RUN", extra={"brief": 1}) for _ in range(2)),
+    ]  # fmt: skip
+
+
+def li(register: int, value: int) -> list[int]:
+    """Instructions that put a 32-bit number, sign-extended, into a register: lui, addiw."""
+    low = ((value & 0xFFF) ^ 0x800) - 0x800
+    return [(value - low & 0xFFFFF000) | register << 7 | 0x37, (low & 0xFFF) << 20 | register << 15 | register << 7 | 0x1B]
+
+
+def stores(rng: Random, what: list[tuple[int, int]]) -> list[Op]:
+    """A guest that stores to these addresses (address, value), with accesses of any size, and loads from some."""
+    words: list[int] = []
+    for address, value in what:
+        words += [*li(6, address), 32 << 20 | 6 << 15 | 1 << 12 | 6 << 7 | 0x13, 32 << 20 | 6 << 15 | 5 << 12 | 6 << 7 | 0x13]
+        words += [*li(7, value), 7 << 20 | 6 << 15 | rng.choice((0, 1, 2, 2, 2, 3)) << 12 | 0x23]
+        if rng.random() < 0.4:
+            words.append(6 << 15 | rng.randrange(7) << 12 | 28 << 7 | 0x03)
+    return program(words)
+
+
+def sbi(rng: Random) -> list[Op]:
+    """A guest that makes calls of every extension, with arguments nearly right (SBI 3.0)."""
+    words: list[int] = []
+    for _ in range(rng.randrange(1, 5)):
+        extension = rng.choice(_SBI)
+        arguments = (rng.choice((0, 1, 2, 3, 0xFF)), rng.choice((0, 1, -1, 0x80000000)), rng.choice((0, 0x1000, 1 << 20, -1)),
+                     rng.choice((0, 0x1000, 1 << 20, -1)))  # fmt: skip
+        for register, value in zip((10, 11, 12, 13, 16, 17), (*arguments, rng.randrange(8), extension), strict=True):
+            words += li(register, value)
+        words.append(_ECALL)
+    return program(words)
+
+
+def traps(rng: Random) -> list[Op]:
+    """A guest that waits, traps, and reads CSRs which leave to user space."""
+    kinds = (_WFI, _EBREAK, _FENCE_I, _SFENCE, _SRET, 0x01502573, 0x30002573, 0x0000006F, 0x00000000, 0x10500073)
+    debug = Op("ioctl", ("vcpu", 0), "SET_GUEST_DEBUG", members={"control": rng.randrange(2)})
+    return [debug, *program([rng.choice(kinds) for _ in range(4)])]
 
 
 def _set(register: int, value: int) -> Op:

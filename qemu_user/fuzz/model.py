@@ -51,8 +51,9 @@ class _Slot:
 class Model:
     """One VM. expect() before the operation, learn() after it, with what really came of it."""
 
-    def __init__(self, arch: Arch = RISCV) -> None:
-        self._arch = arch
+    def __init__(self, arch: Arch = RISCV, *, extended: bool = True) -> None:
+        """`extended`: whether kvmcore's extensions are there (Compat)."""
+        self._arch, self._extended = arch, extended
         self._slots: dict[int, _Slot] = {}
         self._vcpu_ids: set[int] = set()
         self._open: dict[tuple[str, int], bool] = {("system", 0): True, ("vm", 0): True}
@@ -71,7 +72,7 @@ class Model:
         kind = op.on[0]
         if op.name in _ABSENT and self._arch is RISCV:
             return self._arch.unknown.get(kind, "ENOTTY")
-        if find(kind, row.number) is None:
+        if find(kind, row.number) is None or (row.extension and not self._extended):
             return self._arch.unknown.get(kind, "ENOTTY")
         if row.argument is not None and op.members is None:
             return "EFAULT" if row.copies_in and not row.extension else None

@@ -20,6 +20,8 @@ SEGMENTS = 64
 """Segments that a sequence may name."""
 _BASE = 0x10_0000_0000
 _STRETCH = SEGMENTS * rules.MAP_SIZE
+_EVENTS = 4
+"""eventfds that are kept for the next sequence."""
 
 
 class Place:
@@ -87,12 +89,23 @@ class Slot:
         """Segments that are there."""
         self._memory: dict[int, int] = {}
         self._events: list[int] = []
+        self._closing: list[int] = []
+        self._ended: list[int] = []
+        """Eventfds that are too many; and those whose numbers are ours until the server has answered that they are closed."""
+        for index in range(rules.MAPS):  # all that most sequences need, so that what is left over is the same after each
+            self._memory_of(index)
+        for _ in range(_EVENTS):
+            self._events.append(self._new_event())
 
     def clean_up(self, stay: set[int]) -> list[tuple[int, bytes]]:
         """Requests that end what the last sequence has left, but for the segments in `stay`, which are empty from now on."""
         wire = self.place.wire
         frames = [wire.frame(self.done, control.CLOSE_VM)] if self.done else []
         self.done = 0
+        for fd in self._ended:
+            os.close(fd)
+        frames += [wire.frame(fd, control.CLOSE) for fd in self._closing]
+        self._ended, self._closing = self._closing, []
         frames += [self.unmap(wire, index) for index in self.mapped - stay]
         self.mapped &= stay
         for index in self.mapped:
@@ -105,12 +118,15 @@ class Slot:
 
     def map(self, wire: Wire, index: int) -> tuple[int, bytes]:
         """The request that maps a segment."""
-        fd = self._memory.get(index)
-        if fd is None:
-            fd = self._memory[index] = create_memfd("fuzz", rules.MAP_SIZE)
-            self._pass(fd)
         segment = control.SEGMENT.pack(rules.MAP_SIZE, 0, PROT_READ | PROT_WRITE)
-        return wire.frame(fd, control.MAP, self.base + index * rules.MAP_SIZE, payload=segment)
+        return wire.frame(self._memory_of(index), control.MAP, self.base + index * rules.MAP_SIZE, payload=segment)
+
+    def _memory_of(self, index: int) -> int:
+        if index not in self._memory:
+            fd = create_memfd("fuzz", rules.MAP_SIZE)
+            self._pass(fd)
+            self._memory[index] = fd
+        return self._memory[index]
 
     def unmap(self, wire: Wire, index: int) -> tuple[int, bytes]:
         """The request that unmaps it."""
@@ -131,14 +147,21 @@ class Slot:
             except BlockingIOError:
                 pass
         else:
-            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._pass(fd)
+            fd = self._new_event()
         os.eventfd_write(fd, value)
+        return fd
+
+    def _new_event(self) -> int:
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._pass(fd)
         return fd
 
     def event_back(self, fd: int) -> None:
         """It is still passed, and no longer in use."""
-        self._events.append(fd)
+        if len(self._events) < _EVENTS:
+            self._events.append(fd)
+        else:
+            self._closing.append(fd)
 
     def _pass(self, fd: int) -> None:
         try:
@@ -149,8 +172,9 @@ class Slot:
 
     def close(self) -> None:
         """Give descriptors back."""
-        for fd in (*self._memory.values(), *self._events):
+        for fd in (*self._memory.values(), *self._events, *self._closing, *self._ended):
             os.close(fd)
+        self._closing, self._ended = [], []
         self._memory.clear()
         self._events.clear()
 

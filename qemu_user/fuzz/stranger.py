@@ -1,10 +1,11 @@
-"""Clients in processes of their own, for attacks that need one: `python -m qemu_user.fuzz.stranger steal|flood ...`.
+"""Clients in processes of their own, for attacks that need one: `python -m qemu_user.fuzz.stranger steal|flood|leave ...`.
 
 Started by transport.py; says what came of it on stdout.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -42,9 +43,25 @@ def flood(endpoint: str) -> None:
             print("flooding", flush=True)
 
 
+def leave(endpoint: str) -> None:
+    """Make a VM that outlives us; say how it can be had; wait to be killed."""
+    kvm = Kvm.open(endpoint, name="left")
+    vm = kvm.create_vm()
+    vm.create_vcpu(0)
+    left = os.memfd_create("left")
+    vm.keep(7, left)
+    vm.outlive(True)
+    link = vm.link
+    how = {"door": vm.door, "session": link.session.hex(), "incarnation": link.incarnation, "vm": vm.number, "pid": vm.pid}
+    print(json.dumps(how), flush=True)
+    time.sleep(60)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "steal":
         steal(*sys.argv[2:])
+    elif sys.argv[1] == "leave":
+        leave(sys.argv[2])
     else:
         flood(sys.argv[2])
     sys.stdout.flush()

@@ -6,6 +6,7 @@ others. What a stranger's process does is in stranger.py. Deterministic by seed 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,19 +22,26 @@ import zmq
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
 from protocol.channel import fd_passing, zmq_socket
+from protocol.channel.zmq_socket import Curve
 from protocol.client import Kvm
 from protocol.client.link import shared_context
 from protocol.codec import envelope
 from protocol.codec import session as codec
+from qemu_user.fuzz import visits
 from qemu_user.fuzz.grammar import Grammar
 from qemu_user.fuzz.wire import Gone, Hang, Wire
 
 _API_VERSION = BY_NAME["GET_API_VERSION"].number
 
 
-def attack(endpoint: str, seed: str) -> str:
-    """One attack; its name. Hang, Gone: the server did not stand it."""
+def attack(endpoint: str, seed: str, far: tuple[str, Curve] | None = None) -> str:
+    """One attack; its name. `far`: where and with which keys the server is on tcp. Hang, Gone: it did not stand it."""
     rng = Random(seed)
+    if far is not None and rng.random() < 0.1:
+        with contextlib.suppress(KvmError, OSError, zmq.ZMQError):
+            visits.far(*far, rng)
+        serves(endpoint, "far")
+        return "far"
     chosen = rng.choice(ATTACKS)
     kvm = Kvm.open(endpoint, name="attack")
     try:
@@ -241,4 +249,5 @@ def _race(kvm: Kvm, endpoint: str, rng: Random) -> None:
 
 ATTACKS: tuple[Callable[[Kvm, str, Random], None], ...] = (
     _broken_frames, _repeated, _oversized, _multipart, _chosen_identity, _raw_zmtp, _door, _stolen, _stopped, _race,
+    visits.frames, visits.wishes, visits.left_behind, visits.crowd,
 )  # fmt: skip

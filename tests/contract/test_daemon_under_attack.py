@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -19,8 +20,10 @@ from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
 from protocol.channel import fd_passing
 from protocol.client import Kvm
+from protocol.codec import control
 from protocol.codec import session as codec
 from protocol.codec.session import Message, Op
+from qemu_user.fuzz.wire import Wire
 from tests.framework.full_stack import ROOT, Daemon
 
 
@@ -123,6 +126,72 @@ def test_a_crowd_at_the_router() -> None:
         vm.create_vcpu(0).close()
         vm.close()
         kvm.close()
+
+
+def test_a_crowd_while_the_io_thread_is_busy() -> None:
+    """Few descriptors, and nobody looks at the loop: a thread of its own has seen to it."""
+    with Daemon("--accel", "interpreter", descriptors=1024) as daemon:
+        kvm = Kvm.open(daemon.endpoint)
+        vm = kvm.create_vm()
+        memory = vm.create_guest_memfd(1 << 16)
+        vm.set_user_memory_region2(0, 0x80000000, 1 << 16, 0, 4, memory)
+        path = str(vm.link.welcome["router"]).removeprefix("ipc://")
+        wires = Wire(vm.link)
+        work = [wires.frame(vm.number, control.READ_GPA, 0x80000000, payload=control.LENGTH.pack(1 << 16)) for _ in range(200)]
+        wires.batch([frame for _, frame in work])
+        crowd = []
+        for _ in range(2000):
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.connect(path)
+            except OSError:
+                sock.close()
+                break
+            crowd.append(sock)
+        assert 100 < len(crowd) < 1000
+        assert vm.check_extension(1) >= 0
+        wires.close()
+        for sock in crowd:
+            sock.close()
+        vm.close()
+        kvm.close()
+
+
+def test_descriptors_that_clients_pass_leave_some_for_others() -> None:
+    with Daemon("--accel", "interpreter", descriptors=1024) as daemon:
+        kvm = Kvm.open(daemon.endpoint)
+        event = os.eventfd(0)
+        refused = {}
+        for number in range(600):
+            try:
+                kvm.link.say(Op.PASS_FILE, "pass", number, fds=[event])
+            except KvmError as error:
+                refused[number] = error.name
+        assert set(refused.values()) == {"EMFILE"}
+        assert 100 < min(refused) < 600
+        assert serves(daemon)
+        kvm.close()
+        os.close(event)
+
+
+def test_a_session_that_asks_too_much_is_told_to_wait(daemon: Daemon) -> None:
+    greedy, other = Kvm.open(daemon.endpoint), Kvm.open(daemon.endpoint)
+    wire = Wire(greedy.link)
+    errnos = set()
+    version = BY_NAME["GET_API_VERSION"].number
+    end = time.monotonic() + 20
+    while errno.EAGAIN not in errnos:
+        assert time.monotonic() < end
+        frames = [wire.frame(greedy.number, version) for _ in range(250)]
+        wire.batch([frame for _, frame in frames])
+        errnos |= {reply.errno for sequence, _ in frames if (reply := wire.wait(sequence))}
+        assert other.api_version() == 12
+    assert errnos == {0, errno.EAGAIN}
+    time.sleep(0.2)
+    assert greedy.api_version() == 12
+    wire.close()
+    greedy.close()
+    other.close()
 
 
 def test_stale_and_foreign_handles(daemon: Daemon) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from kvmcore.engine import hart_state
 from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.machine import Hart
+from kvmcore.engine.reference_hart import InterpretedHart
 from tests.framework.bare_guest import RAM
 
 SPIN = "1: addi t0, t0, 1\n j 1b"
@@ -330,8 +332,9 @@ def test_a_kick_ends_code_without_branches(guest):
     assert g.run() == ExitKind.KICK, "nor does it outlast a brief run"
 
 
-def test_a_brief_run_ends_though_the_guest_only_traps(guest):
-    g = guest("1: j 1b")
+@pytest.mark.parametrize("kind", [Hart, InterpretedHart])
+def test_a_brief_run_ends_though_the_guest_only_traps(guest, kind):
+    g = guest("1: j 1b", kind=kind)
     g.harts[0].state.pc = 0x1000  # nothing is there, at stvec (0) neither
     g.harts[0].be_brief()
     assert g.run() == ExitKind.KICK
