@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -84,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--share", action="append", default=[], metavar="DIR:TAG[:ro]", help="shared folder, in /mnt/TAG")
     result.add_argument(
         "--accel", choices=("translator", "interpreter", "reference"), help="how vCPUs run (default: as the daemon was told)"
+    )
+    result.add_argument(
+        "--cgroup", metavar="memory=SIZE,cpus=N,pids=N[,parent=DIR]", help="limits of the VM, by a control group (docs/run.md)"
     )
     result.add_argument("-d", "--detach", action="store_true", help="run in the background and print the VM's name")
     result.add_argument("--keep", action="store_true", help="the VM survives a kill -9 of this process (softkvm attach)")
@@ -239,9 +243,11 @@ def _run(options: argparse.Namespace, command: list[str], kept: Image | None) ->
     """Run, and see that a throw-away disk goes."""
     disks: list[VmDisk] = []
     moved = False
+    groups = ExitStack()
     try:
-        status, moved = _boot(options, command, kept, disks)
+        status, moved = _boot(options, command, kept, disks, groups)
     finally:
+        groups.close()
         for disk in disks:
             if not moved:  # else the VM has it where it is now
                 disk.discard()
@@ -249,10 +255,13 @@ def _run(options: argparse.Namespace, command: list[str], kept: Image | None) ->
 
 
 def _boot(
-    options: argparse.Namespace, command: list[str], kept: Image | None, disks: list[VmDisk]
+    options: argparse.Namespace, command: list[str], kept: Image | None, disks: list[VmDisk], groups: ExitStack
 ) -> tuple[int, bool]:
-    """(exit status, whether the VM lives on elsewhere). A disk that is made goes into `disks`."""
+    """(exit status, whether the VM lives on elsewhere). A disk that is made goes into `disks`, what ends a control group into
+    `groups`.
+    """
     daemon = begin()  # it starts while we import what a machine is made of
+    from qemu_user import cgroup
     from qemu_user.config.errors import ConfigError
     from qemu_user.config.qemu_options import parse
     from qemu_user.confinement import confine
@@ -294,8 +303,13 @@ def _boot(
         if not options.bare:
             modules = b"".join(image.extra(name).read_bytes() for name in extras)
             config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
+        limits = cgroup.parse(options.cgroup) if options.cgroup else None
         instance = Instance(config, daemon())
-    except (ConfigError, ImageError, StartError) as error:
+        if limits is not None:
+            group = cgroup.VmCgroup(name, limits)
+            groups.callback(group.remove)
+            instance.machine.vm_made = group.add
+    except (ConfigError, ImageError, StartError, cgroup.CgroupError) as error:
         return _fail(str(error)), False
     if disks and options.user:
         system.remember_user(instance.directory, options.user)

@@ -105,6 +105,8 @@ class Machine:
         self._gate = Gate()
         self._kvm: Any = None
         self.vm: Any = None
+        self.vm_made: Callable[[int], None] = lambda pid: None
+        """Called with the VM's process before it has any memory."""
         self.vcpus: list[Any] = []
         self.threads: list[VcpuThread] = []
         self.memory = GuestMemory([])
@@ -259,6 +261,7 @@ class Machine:
         config = self.config
         self._kvm = Kvm.open(self._endpoint, name=config.name, accel="" if config.accel == "kvmcore" else config.accel)
         vm = self.vm = self._kvm.create_vm()
+        self.vm_made(vm.pid)
         aia = AiaInterrupts(vm) if config.aia == "aplic-imsic" else None
         if ram_fd < 0:
             self._memfd = vm.create_guest_memfd(config.memory)
