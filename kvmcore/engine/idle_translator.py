@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvmcore.engine.regions import Code, discover
+from kvmcore.engine.regions import PAGE, Code, discover
 
 log = logging.getLogger("kvmcore.translator")
 
@@ -37,11 +37,13 @@ Done = Callable[[bytes, int, bytes], None]
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A place that may be translated: its page's number, its offset there, and pages that it may go on in, by number."""
+    """A place that may be translated: its page's number, its offset there, and pages that it may go on in, by number.
+    `behind`: another region was cut there."""
 
     pages: Mapping[int, bytes]
     number: int
     offset: int
+    behind: bool = False
 
 
 class Request(msgspec.Struct, array_like=True):
@@ -50,6 +52,14 @@ class Request(msgspec.Struct, array_like=True):
     offset: int
     pages: dict[int, bytes]
     marks: dict[int, int]
+    behind: bool
+
+
+class Answer(msgspec.Struct, array_like=True):
+    """The region's code, b"" if there is none, and where straight code goes on behind it (Region.cut)."""
+
+    code: bytes = b""
+    cut: int | None = None
 
 
 class IdleWork:
@@ -65,7 +75,7 @@ class IdleWork:
     ) -> None:
         self._selector, self._offsets, self._prepare, self._done = selector, offsets, prepare, done
         self._waiting: deque[Wish] = deque()
-        self._under_way: tuple[bytes, int] | None = None
+        self._under_way: tuple[Wish, bytes] | None = None
         self._failures = 0
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -78,6 +88,12 @@ class IdleWork:
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append(wish)
 
+    def add_behind(self, pages: Mapping[int, bytes], number: int, at: int) -> None:
+        """One more, `at` bytes behind the beginning of page `number`, if that page is at hand."""
+        number += at // PAGE
+        if number in pages:
+            self.add(Wish(pages, number, at % PAGE, behind=True))
+
     def next(self, quiet: float) -> float | None:
         """Begin the next one if there was `quiet` enough; seconds after which to call again, None if nothing waits."""
         if self._under_way is not None:
@@ -87,11 +103,12 @@ class IdleWork:
             return None
         if quiet < _PAUSE:
             return _PAUSE - quiet
-        prepared = self._prepare(self._waiting.popleft())
+        wish = self._waiting.popleft()
+        prepared = self._prepare(wish)
         if prepared is None:
             return 0.0
         identity, request = prepared
-        self._under_way = identity, request.offset
+        self._under_way = wish, identity
         try:
             self._start()
             assert self._socket is not None
@@ -126,8 +143,11 @@ class IdleWork:
             self._give_up(all_of_it=self._failures >= _MOST_FAILURES)
             return
         self._failures = 0
-        (identity, offset), self._under_way = self._under_way, None
-        self._done(identity, offset, msgspec.msgpack.decode(answer, type=bytes))
+        (wish, identity), self._under_way = self._under_way, None
+        region = msgspec.msgpack.decode(answer, type=Answer)
+        self._done(identity, wish.offset, region.code)
+        if region.cut is not None:
+            self.add_behind(wish.pages, wish.number, wish.offset + region.cut)
 
     def _give_up(self, all_of_it: bool = True) -> None:
         self._under_way = None
@@ -162,11 +182,11 @@ def work(fd: int) -> None:
     while data := sock.recv(2 * _MAX_PACKET):
         request = msgspec.msgpack.decode(data, type=Request)
         code = Code(request.pages, request.offset)
-        blob = b""
+        answer = Answer()
         try:
-            region = discover(code)
+            region = discover(code, behind=request.behind)
             if region is not None:
-                blob = compile_region(code, region, offsets, request.marks)
+                answer = Answer(compile_region(code, region, offsets, request.marks), region.cut)
         except Exception:
             log.exception("a region at offset %#x of its page is not translated", request.offset)
-        sock.send(msgspec.msgpack.encode(blob))
+        sock.send(msgspec.msgpack.encode(answer))

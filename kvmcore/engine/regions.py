@@ -20,6 +20,8 @@ PAGE = 4096
 LIMIT = 160
 #: Calls followed into one another at most; deeper ones leave the region.
 CALL_DEPTH = 4
+#: Branches and calls between the head and straight code that the limit cuts, at most, for the rest to be a region of its own.
+_CUT_DISTANCE = 3
 #: Bytes that an auipc and a jalr may go far, as a jal may.
 _NEAR = 1 << 20
 
@@ -82,11 +84,14 @@ class Block:
 class Region:
     """What is translated at once. `blocks` by their start; the one at 0 is the head.
 
-    return_sites: where calls of this region come back to, each a block.
+    return_sites: where calls of this region come back to, each a block. cut: where straight code near the head goes on that
+    was too much for this region. No sample falls there, for only taken branches take samples, and the next one may lead to a
+    region: whoever has this one translated should have that one as well.
     """
 
     blocks: dict[int, Block]
     return_sites: list[int]
+    cut: int | None = None
 
     @property
     def instructions(self) -> int:
@@ -138,14 +143,16 @@ class Code:
         return Step(delta, raw, row, {operand.name: operand.decode(raw) for operand in row.operands})
 
 
-def discover(code: Code, limit: int = LIMIT) -> Region | None:
+def discover(code: Code, limit: int = LIMIT, behind: bool = False) -> Region | None:
     """The region whose head is at delta 0: nearest instructions first. None if there is none.
 
-    Near means few taken branches away; a call's body and what follows the call are equally near.
+    Near means few taken branches away; a call's body and what follows the call are equally near. `behind`: the head is
+    where another region was cut; then this one is cut only before the first branch, so that a row of them has an end.
     """
     steps: dict[int, Step] = {}
     leaders = {0}
     return_sites: set[int] = set()
+    cut: int | None = None
     waiting: list[tuple[int, int, int]] = [(0, 0, 0)]  # distance, depth of calls, delta
     while waiting and len(steps) < limit:
         distance, depth, delta = heapq.heappop(waiting)
@@ -178,10 +185,13 @@ def discover(code: Code, limit: int = LIMIT) -> Region | None:
                     leaders.add(step.target)
                     heapq.heappush(waiting, (distance + 1, depth + 1, step.target))
             break
+        else:
+            if distance <= (0 if behind else _CUT_DISTANCE) and delta not in steps:
+                cut = delta
     if 0 not in steps:
         return None
     leaders |= {step.next for step in steps.values() if code.page(step.next) != code.page(step.delta)}  # it is looked at
-    return Region(_blocks(steps, leaders), sorted(site for site in return_sites if site in steps))
+    return Region(_blocks(steps, leaders), sorted(site for site in return_sites if site in steps), cut)
 
 
 def _together(first: Step, second: Step) -> Step:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from kvmcore.engine import image
 from kvmcore.engine.code_cache import CodeCache, secret
-from kvmcore.engine.idle_translator import IdleWork, Request, Wish
+from kvmcore.engine.idle_translator import Answer, IdleWork, Request, Wish
 from kvmcore.engine.loader import ARENA_BYTES, ensure_image
 from kvmcore.engine.regions import Code, discover
 from kvmcore.engine.translation import (
@@ -95,6 +95,17 @@ class Client:
     waiting: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A region that a VM has asked for. `behind`: nobody has, but another one was cut there (Region.cut)."""
+
+    client: Client
+    message: Translate
+    code: Code
+    identities: dict[int, bytes]
+    behind: bool = False
+
+
 class Translator:
     """The whole of it. serve() runs until the process is killed."""
 
@@ -109,8 +120,8 @@ class Translator:
         for identity, offset, code in self._cache.recent(_FROM_BEFORE):
             self._arena.place(identity, offset, code)
         self._clients: set[Client] = set()
-        self._work: queue.Queue[tuple[Client, Translate, Code, dict[int, bytes]]] = queue.Queue()
-        self._done: queue.Queue[tuple[Client, Translate, bytes, bytes, int]] = queue.Queue()
+        self._work: queue.Queue[Work] = queue.Queue()
+        self._done: queue.Queue[tuple[Work, Answer, int]] = queue.Queue()
         self._compiled = self._nanoseconds = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
@@ -247,7 +258,7 @@ class Translator:
         if client.waiting < _WAITING:
             client.waiting += 1
             self._last_hot = time.monotonic()
-            self._work.put((client, message, code, identities))
+            self._work.put(Work(client, message, code, identities))
 
     def _later(self, fd: int) -> None:
         """What a VM wishes for others."""
@@ -269,7 +280,7 @@ class Translator:
         others = [delta for delta in sorted(code.wanted, key=abs) if wish.number + delta in wish.pages]
         pages = {delta: wish.pages[wish.number + delta] for delta in (0, *others[: MAX_PAGES - 1])}
         marks = {delta: mark_of(identity_of(self._secret, content)) for delta, content in pages.items()}
-        return identity, Request(wish.offset, pages, marks)
+        return identity, Request(wish.offset, pages, marks, wish.behind)
 
     def _finished_idly(self, identity: bytes, offset: int, code: bytes) -> None:
         """For VMs to come: it is placed while there is room, and kept in any case."""
@@ -284,18 +295,18 @@ class Translator:
     def _compile_for_ever(self) -> None:
         """The second thread. A region that cannot be compiled is one that the interpreter keeps."""
         while True:
-            client, message, code, identities = self._work.get()
-            blob, begun = b"", time.thread_time_ns()
+            work = self._work.get()
+            answer, begun = Answer(), time.thread_time_ns()
             try:
-                region = discover(code)
+                region = discover(work.code, behind=work.behind)
                 if region is not None:
                     from kvmcore.engine.region_compiler import compile_region  # LLVM, at the first hot region
 
-                    marks = {number: mark_of(identity) for number, identity in identities.items()}
-                    blob = compile_region(code, region, self._offsets, marks)
+                    marks = {number: mark_of(identity) for number, identity in work.identities.items()}
+                    answer = Answer(compile_region(work.code, region, self._offsets, marks), region.cut)
             except Exception:
-                log.exception("a region at offset %#x of its page is not translated", message.offset)
-            self._done.put((client, message, identities[0], blob, time.thread_time_ns() - begun))
+                log.exception("a region at offset %#x of its page is not translated", work.message.offset)
+            self._done.put((work, answer, time.thread_time_ns() - begun))
             os.write(self._wake_write, b"x")
 
     def _finished(self) -> None:
@@ -303,17 +314,30 @@ class Translator:
             os.read(self._wake_read, 4096)
         while True:
             try:
-                client, message, identity, code, took = self._done.get_nowait()
+                work, answer, took = self._done.get_nowait()
             except queue.Empty:
                 return
+            client, message, identity = work.client, work.message, work.identities[0]
             client.waiting -= 1
             self._compiled += 1
             self._nanoseconds += took
             self._last_hot = time.monotonic()
-            self._kept(identity)[message.offset] = code
-            self._cache.store(identity, message.offset, code)
-            if self._place(identity, message.offset, code):
+            self._kept(identity)[message.offset] = answer.code
+            self._cache.store(identity, message.offset, answer.code)
+            if self._place(identity, message.offset, answer.code):
                 self._answer(client, message.page, identity, message.offset, took)
+            if answer.cut is not None:
+                self._go_on(work, message.offset + answer.cut)
+
+    def _go_on(self, work: Work, at: int) -> None:
+        """Straight code that goes on behind a region: in the same page for the one who has asked, else for VMs to come."""
+        client, message = work.client, work.message
+        if not 0 <= at < PAGE:
+            self._idle.add_behind(dict(message.pages), 0, at)
+        elif at not in self._kept(work.identities[0]) and client in self._clients and client.waiting < _WAITING:
+            client.waiting += 1
+            more = Translate(message.page, at, message.pages, final=True)
+            self._work.put(Work(client, more, Code(dict(message.pages), at), work.identities, behind=True))
 
     def _place(self, identity: bytes, offset: int, code: bytes) -> bool:
         """Into the arena; a full one is left to those who use it, and everybody is given a new one (False)."""

@@ -219,10 +219,23 @@ def test_discovery_stays_in_its_bounds() -> None:
     region = discover(Code({0: nops}, 0), limit=50)
     assert region is not None
     assert region.instructions == 50
+    assert region.cut == 100, "there it goes on"
     assert discover(Code({0: bytes(4096)}, 0)) is None, "0 is no instruction"
     last = Code({0: nops}, 4094)
     assert discover(last) is not None
     assert last.wanted == {1}
+
+
+def test_where_straight_code_is_cut() -> None:
+    """By the limit, near the head; behind a cut only before the first branch: a loop longer than a region has an end."""
+    nop, back, skip = (1).to_bytes(2, "little"), bytes.fromhex("6fe09fff"), bytes.fromhex("63040000")  # j -8; beqz zero, 8
+    loop = Code({0: (nop * 200 + bytes.fromhex("6ff01fe7")).ljust(4096, b"\0")}, 0)  # j -400
+    assert discover(loop, limit=150).cut == 300  # type: ignore[union-attr]
+    rest = Code({0: (nop * 200 + bytes.fromhex("6ff01fe7")).ljust(4096, b"\0")}, 300)
+    assert discover(rest, limit=150).cut is not None  # type: ignore[union-attr]
+    assert discover(rest, limit=150, behind=True).cut is None  # type: ignore[union-attr]
+    assert discover(Code({0: (skip + nop * 2046)}, 0), limit=150).cut is not None, "one branch away"  # type: ignore[union-attr]
+    assert discover(Code({0: nop * 10 + back + bytes(4072)}, 0)).cut is None, "all of it is there"  # type: ignore[union-attr]
 
 
 FAR_CALLS = """

@@ -187,6 +187,19 @@ def test_a_page_that_had_to_go_comes_back_with_its_regions(translator: Process) 
         hart.state.sample_count = 0
 
 
+def test_straight_code_is_translated_to_its_end(translator: Process) -> None:
+    """Only the loop's head is ever a sample. Each region has 160 instructions."""
+    straight = "\n".join(["addi a0, a0, 1"] * 400)
+    g = Guest(Image.load(), f"loop:\n{straight}\nj loop\n")
+    g.machine.translate(translator.path)
+    run_until_regions(g, more_than=2)
+    state = g.harts[0].state
+    before = state.x[10], state.icount
+    g.run(0.2)
+    added, done = state.x[10] - before[0], state.icount - before[1]
+    assert abs(added / 400 - done / 401) <= 1
+
+
 def test_what_was_seen_is_translated_in_idle_time(translator: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hot_code, "THRESHOLD", 1 << 40)  # never hot
     g = fresh(translator.path)
@@ -246,7 +259,7 @@ def test_what_is_hot_goes_along_to_another_host(translator: Process, tmp_path: P
 def test_what_is_waiting_can_be_seen(translator: Process) -> None:
     """The daemon stays as long as there is work that is left for idle time."""
     add = bytes.fromhex("3305b500")  # add a0, a0, a1
-    page = add * 1023 + bytes.fromhex("67800000")  # ret
+    page = (add * 100 + bytes.fromhex("67800000")).ljust(4096, b"\0")  # ret
     sock = fd_passing.connect(translator.path)
     fd = in_memory("wishes", encode_wishes(Wishes([(0, 0, page)], [(0, 4 * number) for number in range(8)])))
     send(sock, Later(), [fd])
