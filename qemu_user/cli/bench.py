@@ -18,7 +18,8 @@ def main(arguments: list[str]) -> int:
     from qemu_user.images.errors import ImageError
 
     parser = argparse.ArgumentParser(prog="softkvm bench", description="Measure what softkvm promises.")
-    parser.add_argument("what", choices=(*_PROCESSOR, "boot", "debian", "programs", "smp", "io", "switch", "migration"))
+    groups = ("boot", "debian", "programs", "smp", "io", "switch", "migration", "ioctl")
+    parser.add_argument("what", choices=(*_PROCESSOR, *groups))
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side, alternated (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="all but migration: for each kernel in a run (default: 1)")
@@ -26,11 +27,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-m", "--memory", type=int, default=512, metavar="MIB", help="migration: of the guest (default: 512)")
     options = parser.parse_args(arguments)
     try:
-        groups = {
+        measures = {
             "boot": _boot, "debian": _debian, "programs": _programs, "smp": _smp, "io": _io, "switch": _switch,
-            "migration": _migration,
+            "migration": _migration, "ioctl": _ioctl,
         }  # fmt: skip
-        measure = groups.get(options.what, _processor)
+        measure = measures.get(options.what, _processor)
         figures = measure(options)
     except (BenchError, RuntimeError, ImageError, OSError) as error:
         sys.stderr.write(f"softkvm bench: {error}\n")
@@ -48,6 +49,16 @@ def _processor(options: argparse.Namespace) -> dict[str, Any]:
     _progress("")
     print(processor.table(kernels))
     return {options.what: processor.figures(kernels)}
+
+
+def _ioctl(options: argparse.Namespace) -> dict[str, Any]:
+    """kvmcore's answers, and sequences on fresh VMs."""
+    from qemu_user.bench import ioctls
+
+    figures = ioctls.measure(options.rounds, options.seconds, _progress)
+    _progress("")
+    print(ioctls.table(figures))
+    return {"ioctl": figures}
 
 
 def _boot(options: argparse.Namespace) -> dict[str, Any]:
