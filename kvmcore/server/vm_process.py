@@ -17,7 +17,7 @@ import sys
 from errno import EBUSY, EIO, EMFILE, EPERM
 from typing import TYPE_CHECKING
 
-from kvmcore.server import confinement, process, runtime_dir
+from kvmcore.server import confinement, process, runtime_dir, watchdog
 from kvmcore.server.acceptor import Acceptor, Connection, Refused
 from kvmcore.server.loop import EventLoop
 from kvmcore.server.quotas import Quotas
@@ -100,6 +100,7 @@ class VmProcess:
         self._owner_pidfd = owner_pidfd if owner_pidfd is not None else -1
         if owner_pidfd is not None:
             self._loop.add_reader(owner_pidfd, self._owner_is_gone)
+            watchdog.watch(owner_pidfd, self._may_outlive, lambda: os._exit(1))
 
     def run(self) -> None:
         """Say that we are ready, then serve until the end."""
@@ -212,6 +213,10 @@ class VmProcess:
         if not self._session.outlives:
             log.info("VM %s: process %d has died", self._order.name or self._number, self._order.pid)
             self._end()
+
+    def _may_outlive(self) -> bool:
+        """Whether the VM goes on though the process that made it is dead."""
+        return self._session.outlives or self._session.peer.pid != self._order.pid
 
     def _end(self) -> None:
         """Leave nothing: stop the vCPUs, remove the sockets, exit. The kernel frees memory and descriptors."""
