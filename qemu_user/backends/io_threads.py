@@ -1,5 +1,5 @@
 """The I/O threads of a machine: one for terminals, timers and small devices, one more for each disk, NIC and shared folder,
-so that a flush or a slow folder holds up nobody else.
+so that a slow folder holds up nobody else; and the workers of disks.
 
 Made by machine/machine.py; machine/build.py gives each device its loop. frozen() stops them all between two callbacks.
 """
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from protocol.channel.vdso import Vdso
 from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.polling import Poller
+from qemu_user.backends.workers import Workers
 
 
 class IoThreads:
@@ -22,6 +23,7 @@ class IoThreads:
         self._on_error = on_error
         self._loops: list[IoLoop] = []
         self._threads: list[threading.Thread] = []
+        self._workers: list[Workers] = []
         self._started = False
         self._code: Vdso | None = None
         self.main = self.add("io")
@@ -37,6 +39,12 @@ class IoThreads:
             thread.start()
         return loop
 
+    def workers(self, name: str) -> Workers:
+        """Of one more device, called `name`."""
+        workers = Workers(name, self._on_error)
+        self._workers.append(workers)
+        return workers
+
     def poll_with(self, code: Vdso | None) -> None:
         """Before start(): what they poll with, if it can be had."""
         self._code = code
@@ -51,11 +59,13 @@ class IoThreads:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, none of them serves anything."""
+        """Inside, none of them serves anything, and nothing that they have begun is under way."""
         leave = threading.Event()
         try:
             for wait in [loop.freeze(leave) for loop in self._loops]:
                 wait()
+            for workers in self._workers:
+                workers.drain()
             yield
         finally:
             leave.set()
@@ -71,6 +81,9 @@ class IoThreads:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(seconds)
+        for workers in self._workers:
+            workers.drain(seconds)
+            workers.stop()
 
     def close(self) -> None:
         """After join()."""

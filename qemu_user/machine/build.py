@@ -217,6 +217,8 @@ class Parts:
             loop = self.loop
             if device.own_thread:
                 loop = self._loops[device.name] = self._threads.add(f"io-{device.name}")
+            if isinstance(device, VirtioBlk):
+                device.workers = self._threads.workers(device.name)
             if bus == "pci":
                 function = VirtioPci(device.name, memory, device, interrupts.msi, partial(kicks.make, loop))
                 host.attach(function, number)

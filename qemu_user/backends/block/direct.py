@@ -32,6 +32,13 @@ class DirectImage(RawImage):
                 raise
             self._read_around(offset, views)
 
+    @property
+    def waits(self) -> bool:
+        return True
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        return False
+
     def write(self, offset: int, views: list[memoryview]) -> None:
         try:
             super().write(offset, views)

@@ -27,6 +27,13 @@ class Filter:
     def descriptor(self) -> int | None:
         return None  # nobody goes past this one
 
+    @property
+    def waits(self) -> bool:
+        return self.image.waits
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        return self.image.read_now(offset, views)
+
     def read(self, offset: int, views: list[memoryview]) -> None:
         self.image.read(offset, views)
 

@@ -239,15 +239,30 @@ class MirrorDisk:
     def descriptor(self) -> int | None:
         return None
 
-    def read(self, offset: int, views: list[memoryview]) -> None:
+    @property
+    def waits(self) -> bool:
+        return any(member.disk.waits for member in self.members if member.disk is not None)
+
+    def _readers(self, offset: int) -> list[Member]:
+        """Who is in sync, in the order in which they are asked for what is at `offset`."""
         with self._changed:
             self._demand_active()
             good = [member for member in self.members if member.role == GOOD]
         if not good:
             raise OSError(errno.EIO, "no member of the mirror is in sync")
         start = (offset // _REGION) % len(good)
+        return good[start:] + good[:start]
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        disk = self._readers(offset)[0].disk
+        try:
+            return disk.read_now(offset, views) if disk is not None else False
+        except OSError:
+            return False  # read() finds out what that means
+
+    def read(self, offset: int, views: list[memoryview]) -> None:
         failed: list[tuple[Member, OSError]] = []
-        for member in good[start:] + good[:start]:
+        for member in self._readers(offset):
             assert member.disk is not None
             try:
                 member.disk.read(offset, views)

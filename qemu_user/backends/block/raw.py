@@ -40,7 +40,15 @@ class BlockBackend(Protocol):
     def descriptor(self) -> int | None:
         """The open file whose byte n is the disk's byte n; None for formats that place them otherwise."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether a write takes as long as a disk or a network does, and not as a copy to the page cache."""
+
     def read(self, offset: int, views: list[memoryview]) -> None: ...
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        """Like read() if that need not wait for a disk or a network, True then; False: it would, and `views` hold nothing of
+        value; None: it cannot be told. OSError."""
 
     def write(self, offset: int, views: list[memoryview]) -> None: ...
 
@@ -113,6 +121,8 @@ class RawImage:
         nothing is written before lock()."""
         self.path, self.readonly, self.discard = path, readonly, discard and not readonly
         self.report: Callable[[str, str], None] = unheard
+        self._tells = True
+        """Whether the file system says what is in the page cache (RWF_NOWAIT)."""
         self.syncs = True
         """Whether flushes are passed on to the device (cache=unsafe: not)."""
         flags = os.O_CLOEXEC | self.open_flags | (os.O_RDONLY if readonly else os.O_RDWR)
@@ -186,6 +196,26 @@ class RawImage:
                 return
             offset += done
             views = _after(views, done)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a write is slow."""
+        return False
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        """Fill `views` with what is in the page cache."""
+        if not self._tells or len(views) > _IOV_MAX:
+            return None
+        try:
+            done = os.preadv(self._fd, views, offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            self._tells = False
+            return None
+        return done == sum(map(len, views))
 
     def write(self, offset: int, views: list[memoryview]) -> None:
         """Put `views` at `offset`."""

@@ -61,6 +61,14 @@ class StripeDisk:
             shares.setdefault(member, []).extend(cutter.next(part))
         return [(self.members[member], starts[member], share) for member, share in shares.items()]
 
+    @property
+    def waits(self) -> bool:
+        return any(member.waits for member in self.members)
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        answers = [member.read_now(where, share) for member, where, share in self._shares(offset, views)]
+        return False if False in answers else None if None in answers else True
+
     def read(self, offset: int, views: list[memoryview]) -> None:
         for member, where, share in self._shares(offset, views):
             member.read(where, share)

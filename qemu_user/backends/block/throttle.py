@@ -1,4 +1,4 @@
-"""Limits on requests and bytes per second: token buckets. A request that has to wait holds up its I/O thread, no vCPU.
+"""Limits on requests and bytes per second: token buckets. A request that has to wait holds up a worker of its disk, no vCPU.
 
 Names and meaning of the limits are those of QEMU's throttling.* options: an average; a higher rate (`-max`) for at most
 `-max-length` seconds; `iops-size`, the bytes that count as one request.
@@ -63,6 +63,13 @@ class Throttled(Filter):
             )
         if seconds:
             self._sleep(seconds)
+
+    @property
+    def waits(self) -> bool:
+        return True
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        return False
 
     def read(self, offset: int, views: list[memoryview]) -> None:
         self._wait("read", sum(map(len, views)))

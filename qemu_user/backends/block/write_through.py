@@ -8,6 +8,10 @@ from qemu_user.backends.block.filter import Filter
 class WriteThrough(Filter):
     """A disk without a write cache."""
 
+    @property
+    def waits(self) -> bool:
+        return True
+
     def write(self, offset: int, views: list[memoryview]) -> None:
         self.image.write(offset, views)
         self.image.flush()

@@ -137,6 +137,13 @@ class NbdDisk:
 
     # -- the disk ----------------------------------------------------------------------------------
 
+    @property
+    def waits(self) -> bool:
+        return True
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        return False
+
     def read(self, offset: int, views: list[memoryview]) -> None:
         cutter, left = Cutter(views), sum(map(len, views))
         while left:

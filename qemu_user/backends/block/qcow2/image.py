@@ -179,7 +179,42 @@ class Qcow2Image:
             if self.backing is not None:
                 self.backing.close()
 
+    @property
+    def waits(self) -> bool:
+        """Whether a write is slow."""
+        return self.file.waits
+
     # -- reading -----------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool | None:
+        """Fill `views` as far as tables and data are in memory."""
+        end = offset + sum(map(len, views))
+        shift = self._bits + self._header.l2_bits
+        with self._lock:
+            if offset >= end or not all(map(self._mapping.known, range(offset >> shift, (end - 1 >> shift) + 1))):
+                return False
+            host = self._data_at(offset) if offset >> self._bits == end - 1 >> self._bits else 0
+            runs = self._runs(offset, end) if not host else []
+            epoch = self._enter()
+        try:
+            return self.file.read_now(host, views) if host else self._runs_now(runs, offset, views)
+        finally:
+            self._leave(epoch)
+
+    def _runs_now(self, runs: list[_Run], offset: int, views: list[memoryview]) -> bool | None:
+        cutter, answers = Cutter(views), set[bool | None]()
+        for run in runs:
+            part = cutter.next(run.length)
+            if run.kind == _DATA:
+                answers.add(self.file.read_now(run.where, part))
+            elif run.kind == _ZEROES:
+                fill_zero(part)
+            elif run.kind == _BACKING and self.backing is not None and offset + run.length <= self.backing.size:
+                answers.add(self.backing.read_now(offset, part))
+            else:
+                return False
+            offset += run.length
+        return False if False in answers else None if None in answers else True
 
     def read(self, offset: int, views: list[memoryview]) -> None:
         """Fill `views` from `offset` on."""

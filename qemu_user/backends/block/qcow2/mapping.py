@@ -93,6 +93,10 @@ class Mapping:
         """Tables in memory."""
         return len(self._tables)
 
+    def known(self, index: int) -> bool:
+        """Whether table(index) need not read."""
+        return index in self._tables or not self.l1[index] & OFFSET_MASK
+
     def table(self, index: int) -> Table | None:
         """The L2 table that L1 entry `index` names; None where there is none."""
         table = self._tables.get(index)
