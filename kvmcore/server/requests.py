@@ -272,7 +272,7 @@ def _segment(session: ClientSession, request: Request) -> None:
     file = session.table.lookup(request.handle)
     if not isinstance(file, HostFile):
         raise KvmError(EINVAL, reason="handles are shared by the session's socket, descriptors are mapped")
-    session.map(request.arg, size, file.fd, offset, prot)
+    session.map(request.arg, size, file, offset, prot)
 
 
 def _kick(handle: Handle, arg: int) -> None:

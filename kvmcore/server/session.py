@@ -113,7 +113,7 @@ class ClientSession:
         match message.op:
             case Op.MAP:
                 _exactly_one(fds)
-                self.map(message.a, message.b, fds[0], message.c, message.d)
+                self.map(message.a, message.b, HostFile(fds[0]), message.c, message.d)
             case Op.UNMAP:
                 self.unmap(message.a, message.b)
             case Op.PASS_FILE:
@@ -140,13 +140,11 @@ class ClientSession:
                 raise KvmError(EOPNOTSUPP, reason=f"unknown message {message.op}")
         return []
 
-    def map(self, va: int, size: int, fd: int, offset: int, prot: int) -> None:
-        """mmap() of the sealed memfd `fd`, which stays the caller's. EINVAL, EEXIST, EMFILE."""
-        if not is_sealed(fd):
-            raise KvmError(EINVAL, reason="segments need a memfd sealed with F_SEAL_SHRINK|F_SEAL_GROW")
+    def map(self, va: int, size: int, file: HostFile, offset: int, prot: int) -> None:
+        """mmap() of a sealed memfd, which stays the caller's. EINVAL, EEXIST, EMFILE."""
         if self._segments_left == 0:
             raise KvmError(EMFILE, reason="too many segments")
-        self.mm.map(va, size, fd, offset, prot)
+        self.mm.map(va, size, file, offset, prot)
         self._segments_left -= 1
 
     def unmap(self, va: int, size: int) -> None:

@@ -8,15 +8,19 @@ Called by the ioctl dispatch and the ioctl handlers. Must never hand out host me
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EEXIST, EFAULT, EINVAL
+from typing import TYPE_CHECKING
 
 from protocol.abi.errors import KvmError
-from protocol.channel.shared_memory import PAGE, PROT_READ, PROT_WRITE, Mapping
+from protocol.channel.shared_memory import PAGE, PROT_READ, PROT_WRITE
+
+if TYPE_CHECKING:
+    from kvmcore.vm.objects import HostFile
+    from protocol.channel.shared_memory import Mapping
 
 #: The end of user space in the address space of a session: TASK_SIZE of a 48-bit (Sv48) RISC-V process is 2^47.
 TASK_SIZE = 1 << 47
@@ -72,19 +76,17 @@ class AddressSpace:
 
     # -- mappings -------------------------------------------------------------------------------------------
 
-    def map(self, va: int, size: int, fd: int, offset: int, prot: int) -> Segment:
-        """Map `size` bytes of `fd` at `offset` to `va`. The descriptor is not kept: the mapping holds the memory.
+    def map(self, va: int, size: int, file: HostFile, offset: int, prot: int) -> Segment:
+        """Map `size` bytes of `file` at `offset` to `va`. The descriptor may be closed: the mapping holds the memory.
 
-        EINVAL: not page aligned, empty, outside user space, or beyond the end of the file (a later touch would
-        be SIGBUS). EEXIST: overlaps another segment.
+        EINVAL: not page aligned, empty, outside user space, no sealed memfd, or beyond the end of the file (a later touch
+        would be SIGBUS). EEXIST: overlaps another segment.
         """
         if va % PAGE or size % PAGE or offset % PAGE or size <= 0 or va < 0 or va + size > TASK_SIZE:
             raise KvmError(EINVAL, reason="segments are page aligned, not empty, below 2^47")
         if prot & ~(PROT_READ | PROT_WRITE) or not prot & PROT_READ:
             raise KvmError(EINVAL, reason="prot is READ or READ|WRITE")
-        if offset + size > os.fstat(fd).st_size:
-            raise KvmError(EINVAL, reason="segment ends beyond its file")
-        segment = Segment(va, size, prot, Mapping([(fd, offset, size)], prot))
+        segment = Segment(va, size, prot, file.mapped(offset, size, prot))
         with self._lock:
             if any(s.va < va + size and va < s.end for s in self._segments):
                 raise KvmError(EEXIST, reason="segment overlaps another one")

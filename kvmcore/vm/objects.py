@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from protocol.abi.errors import KvmError
+from protocol.channel.shared_memory import Mapping, is_sealed
 
 if TYPE_CHECKING:
     from kvmcore.vm.address_space import AddressSpace
@@ -67,6 +68,7 @@ class HostFile:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._mapping: tuple[tuple[int, int, int], Mapping] | None = None
 
     @cached_property
     def eventfd_id(self) -> int | None:
@@ -79,6 +81,19 @@ class HostFile:
             return int(lines["eventfd-id"])
         status = os.fstat(self.fd)  # Linux before 5.2 shows no id
         return status.st_dev << 32 | status.st_ino
+
+    def mapped(self, offset: int, size: int, prot: int) -> Mapping:
+        """A piece of this sealed memfd. The last one is kept as long as the descriptor is passed, for who maps it again and
+        again. EINVAL: the size may change, or does not reach so far; OSError.
+        """
+        key = (offset, size, prot)
+        if self._mapping is None or self._mapping[0] != key:
+            if not is_sealed(self.fd):
+                raise KvmError(EINVAL, reason="segments need a memfd sealed with F_SEAL_SHRINK|F_SEAL_GROW")
+            if offset + size > os.fstat(self.fd).st_size:
+                raise KvmError(EINVAL, reason="segment ends beyond its file")
+            self._mapping = key, Mapping([(self.fd, offset, size)], prot)
+        return self._mapping[1]
 
     def dup(self) -> int:
         """A new close-on-exec descriptor of the same open file, owned by the caller. KvmError(EMFILE)."""

@@ -34,8 +34,8 @@ from qemu_user.fuzz.wire import Gone, Hang, Wire
 
 _RUN_SECONDS = 0.0005
 """A guest that runs longer is kicked."""
-_BEHIND_RUN_SECONDS = 0.01
-"""The same for what waits behind a RUN, which a scribble on the doorbell may have begun."""
+_BEHIND_RUN_SECONDS, _SELDOM_SECONDS = 0.003, 0.5
+"""The same for what may wait behind a RUN that a scribble on the doorbell has begun; and where there was none."""
 _RUN = BY_NAME["RUN"].number
 _BRIEFLY = envelope.FLAG_INLINE_PAGE | envelope.FLAG_BRIEF
 _MOST_BYTES = envelope.MAX_FRAME * 3 // 4
@@ -181,6 +181,7 @@ class Sequence:
         self._events: set[int] = set()
         self._closed: list[int] = []
         self._pages: dict[int, Mapping] = {}
+        self._patience = _SELDOM_SECONDS
 
     @property
     def pid(self) -> int:
@@ -318,7 +319,7 @@ class Sequence:
                 yield number
                 continue
             try:
-                outcome = _outcome(self._await(self.wire, number, op, _BEHIND_RUN_SECONDS))
+                outcome = _outcome(self._await(self.wire, number, op, self._patience))
             except KvmError as error:
                 yield Outcome(-1, error.name, reason=error.reason)
                 continue
@@ -403,7 +404,7 @@ class Sequence:
 
     def _do_ioctl(self, op: Op) -> Outcome:
         wire = self._executor.system_wire() if op.on[0] == "system" and self.place.system is None else self.wire
-        patience = _RUN_SECONDS if op.name == "RUN" or op.extra.get("request") == _RUN else _BEHIND_RUN_SECONDS
+        patience = _RUN_SECONDS if op.name == "RUN" or op.extra.get("request") == _RUN else self._patience
         number = BY_NAME[op.name].number if op.name in BY_NAME else int(op.extra.get("request", 0))
         argument, copies = self.argument(op) if op.name in BY_NAME else (int(op.arg), ())
         try:
@@ -427,12 +428,12 @@ class Sequence:
             self.number(*op.on), int(op.extra["request"]), int(op.arg), payload=bytes.fromhex(op.tail)
         )
         wire.send(frame)
-        return _outcome(self._await(wire, sequence, op, _BEHIND_RUN_SECONDS))
+        return _outcome(self._await(wire, sequence, op, self._patience))
 
     def _do_close(self, op: Op) -> Outcome:
         sequence, frame = self.wire.frame(self.number(*op.on), control.CLOSE)
         self.wire.send(frame)
-        return _outcome(self._await(self.wire, sequence, op, _BEHIND_RUN_SECONDS))
+        return _outcome(self._await(self.wire, sequence, op, self._patience))
 
     def _do_run(self, op: Op) -> Outcome:
         """KVM_RUN by message; a guest that does not come out by itself is kicked."""
@@ -444,7 +445,9 @@ class Sequence:
     def _do_say(self, op: Op) -> Outcome:
         """A message on the session's socket, with descriptors of the kinds that extra["fds"] names."""
         number = int(op.extra["op"])
-        if number in _NOT_SAID:
+        if number in _NOT_SAID and int(op.arg) < _NO_DESCRIPTOR:
+            return Outcome()
+        if number == Message.OUTLIVE:
             return Outcome()
         fds = [_descriptor(str(kind)) for kind in op.extra.get("fds", ())]
         a = self.number(*op.on) if number in (Message.SHARE, Message.HOT) else int(op.arg)
@@ -460,6 +463,7 @@ class Sequence:
 
     def _do_scribble(self, op: Op) -> Outcome:
         """Bytes into a vCPU's shared pages, as a hostile client writes them."""
+        self._patience = _BEHIND_RUN_SECONDS
         number = self.number(*op.on)
         mapping = self._pages.get(number)
         if mapping is None:
@@ -467,12 +471,13 @@ class Sequence:
             try:
                 if len(fds) < 2:
                     return Outcome()
-                mapping = self._pages[number] = Mapping([(fd, 0, run_page.PAGE) for fd in fds[:2]])
+                pieces = [(fd, 0, os.fstat(fd).st_size) for fd in fds]  # kvm_run, the coalesced ring, the dirty ring
+                mapping = self._pages[number] = Mapping(pieces)
             finally:
                 for fd in fds:
                     os.close(fd)
-        data, at = bytes.fromhex(op.tail), int(op.arg) % run_page.MMAP_SIZE
-        data = data[: run_page.MMAP_SIZE - at]
+        data, at = bytes.fromhex(op.tail), int(op.arg) % mapping.size
+        data = data[: mapping.size - at]
         mapping.view[at : at + len(data)] = data
         return Outcome()
 
@@ -543,6 +548,7 @@ class Sequence:
 
 _NOT_SAID = (Message.OUTLIVE, Message.PASS_FILE, Message.CLOSE_FILE)
 """OUTLIVE: the VM would outlive us. The others: the slot's descriptors are known by their numbers here."""
+_NO_DESCRIPTOR = 1 << 16
 
 
 def _descriptor(kind: str) -> int:

@@ -97,14 +97,16 @@ def stores(rng: Random, what: list[tuple[int, int]]) -> list[Op]:
     return program(words)
 
 
-def sbi(rng: Random) -> list[Op]:
-    """A guest that makes calls of every extension, with arguments nearly right (SBI 3.0)."""
+def sbi(rng: Random, extensions: tuple[int, ...] = ()) -> list[Op]:
+    """A guest that makes calls of every extension (or of these), with arguments nearly right (SBI 3.0)."""
     words: list[int] = []
     for _ in range(rng.randrange(1, 5)):
-        extension = rng.choice(_SBI)
-        arguments = (rng.choice((0, 1, 2, 3, 0xFF)), rng.choice((0, 1, -1, 0x80000000)), rng.choice((0, 0x1000, 1 << 20, -1)),
-                     rng.choice((0, 0x1000, 1 << 20, -1)))  # fmt: skip
-        for register, value in zip((10, 11, 12, 13, 16, 17), (*arguments, rng.randrange(8), extension), strict=True):
+        extension = rng.choice(extensions or _SBI)
+        sizes = (0, 0x1000, 1 << 20, -1)
+        first, second = rng.choice((0, 1, 1, 2, 3, 0xFF)), rng.choice((0, 1, -1, 0x80000000))
+        arguments = (first, second, rng.choice(sizes), rng.choice(sizes))
+        function = rng.choice((0, 0, 1, 2, 2, 3, rng.randrange(8)))
+        for register, value in zip((10, 11, 12, 13, 16, 17), (*arguments, function, extension), strict=True):
             words += li(register, value)
         words.append(_ECALL)
     return program(words)

@@ -80,7 +80,8 @@ _U32, _U64 = boundary(32), boundary(64)
 _DESCRIPTOR = mostly(reference("eventfd"), of(0, 0xFFFFFFFF, 0xFFFF, 1 << 16, {"ref": ["vm", 0]}), 0.9)
 _SLOT = mostly(of(0, 0, 0, 1, 2, 3), of(32766, 32767, 0xFFFF, 1 << 16, (1 << 16) + 1))
 _GPA = mostly(
-    of(*(0x80000000 + i * MAP_SIZE // 2 for i in range(8)), 0, 0x10000000), mostly(of(0x80000800, (1 << 64) - PAGE), _U64)
+    of(*(0x80000000 + i * MAP_SIZE // 2 for i in range(8)), 0, 0x10000000),
+    mostly(of(0x80000800, (1 << 64) - PAGE, 1 << 59, 1 << 60), _U64),
 )
 _BYTES = mostly(of(0, PAGE, 2 * PAGE, MAP_SIZE // 2, MAP_SIZE), mostly(of(PAGE // 2, 1 << 43, 1 << 44), _U64), 0.9)
 _HVA = mostly(

@@ -76,6 +76,9 @@ def _source(rng: Random, source: int) -> list[Op]:
     for offset, value in ((4 * source, rng.choice((1, 4, 5, 6, 7))), (0x3000 + 4 * source, rng.randrange(256)),
                           (0x1EDC, source), (0, rng.choice((0, 0x100)))):  # fmt: skip
         ops.append(attribute(riscv.AiaGroup.APLIC, offset, value, 4))
+    for offset, value in rng.sample(((0x3000, 5), (0x2004, source << 24), (0x2000, source), (0x1D00, 1 << source % 32),
+                                     (0x1C00, 1 << source % 32), (0x1DDC, source)), rng.randrange(3)):  # fmt: skip
+        ops.append(attribute(riscv.AiaGroup.APLIC, offset, value, 4))
     for _ in range(rng.randrange(4)):
         ops.append(_ioctl(rng.choice(("IRQ_LINE", "IRQ_LINE_STATUS")), irq=source, level=rng.randrange(2)))
     return ops
@@ -163,7 +166,8 @@ def dirty(rng: Random) -> list[Op]:
 def ring(rng: Random) -> list[Op]:
     """Dirty rings (before vCPUs, so on a VM that has none yet), filled by the guest."""
     ops = [_ioctl("ENABLE_CAP", cap=Cap.DIRTY_LOG_RING_ACQ_REL, args=[4096, 0, 0, 0]), Op("ioctl", VM, "CREATE_VCPU", arg=7)]
-    return [*ops, *dirty(rng), Op("ioctl", VM, "RESET_DIRTY_RINGS"), Op("scribble", VCPU, arg=64, tail="03000000")]
+    reset = [Op("scribble", VCPU, arg=8192 + 16 * index, tail="03000000") for index in range(4)]  # dirty, and harvested
+    return [*ops, *dirty(rng), *reset, Op("ioctl", VM, "RESET_DIRTY_RINGS"), run(rng), Op("ioctl", VM, "RESET_DIRTY_RINGS")]
 
 
 def absent(rng: Random) -> list[Op]:
@@ -208,7 +212,8 @@ def messages(rng: Random) -> list[Op]:
                                  (0x7000_0000, 4096, 0, 7), (0x7000_0000, 1 << 20, 0, 3), (70000, 0, 0, 0)))  # fmt: skip
         extra = {"op": rng.randrange(14), "b": b, "c": c, "d": d, "fds": fds}
         ops.append(Op("say", rng.choice((VM, VCPU, ("vcpu", 99), ("memfd", 0))), arg=a, extra=extra))
-    return ops
+    slot = {"slot": 9, "guest_phys_addr": 0xD0000000, "memory_size": 4096, "userspace_addr": 0x7000_0000}
+    return [*ops, _ioctl("SET_USER_MEMORY_REGION", **slot, flags=rng.choice((0, 2)))]  # perhaps over read-only memory
 
 
 def states(rng: Random) -> list[Op]:
@@ -217,6 +222,11 @@ def states(rng: Random) -> list[Op]:
     raw = b"".join(key.to_bytes(8, "little") for key in keys)
     pairs = b"".join(key.to_bytes(8, "little") + bytes(8) for key in keys)
     where = rng.choice((VCPU, VCPU, DEVICE, VM))
+    if where == DEVICE:
+        groups = ((riscv.AiaGroup.APLIC, 0x4), (riscv.AiaGroup.APLIC, 0x3004), (riscv.AiaGroup.IMSIC, 0x70), (99, 0))
+        keys = [group << 32 | attr for group, attr in rng.sample(groups, 3)]
+        raw = b"".join(key.to_bytes(8, "little") for key in keys)
+        pairs = b"".join(key.to_bytes(8, "little") + bytes(8) for key in keys)
     return [Op("control", where, tail=raw.hex(), extra={"request": control.GET_STATE}),
             Op("control", where, tail=pairs.hex(), extra={"request": control.SET_STATE}),
             Op("control", VM, arg=_RAM, tail=control.LENGTH.pack(16).hex(), extra={"request": control.READ_GPA})]  # fmt: skip
@@ -226,13 +236,22 @@ def power(rng: Random) -> list[Op]:
     """A second vCPU that is started and stopped, by mp_state and by the guest's SBI calls."""
     second = ("vcpu", 1)
     ops = [Op("ioctl", VM, "CREATE_VCPU", arg=1), _ioctl("ENABLE_CAP", cap=Cap.RISCV_MP_STATE_RESET)]
-    ops += guest_code.sbi(rng)
+    ops += guest_code.sbi(rng, (0x48534D,))
     for state in (rng.choice((0, 2, 5)), rng.choice((0, 2, 5))):
         ops.append(Op("ioctl", second, "SET_MP_STATE", members={"mp_state": state}))
         ops.append(Op("run", second, "RUN", extra={"brief": 1}))
     return [*ops, Op("ioctl", second, "GET_MP_STATE", members={})]
 
 
+def large(rng: Random) -> list[Op]:
+    """Answers of which not all fit into one message."""
+    ops = [_ioctl("CREATE_GUEST_MEMFD", size=1 << 21, flags=3)]
+    ops.append(_ioctl("SET_USER_MEMORY_REGION2", slot=8, guest_phys_addr=0xC0000000, memory_size=1 << 21,
+                      guest_memfd={"ref": ["memfd", 0]}, flags=4))  # fmt: skip
+    size = control.LENGTH.pack(rng.choice((1 << 19, (1 << 20) // 3, (1 << 19) + 1))).hex()
+    return ops + [Op("control", VM, arg=0xC0000000, tail=size, extra={"request": control.READ_GPA}) for _ in range(4)]
+
+
 SETUPS: tuple[Callable[[Random], list[Op]], ...] = (
-    imsic, irqfds, bus, dirty, absent, registers, messages, states, power, guest_code.sbi, guest_code.traps,
+    imsic, irqfds, bus, dirty, absent, registers, messages, states, power, large, guest_code.sbi, guest_code.traps,
 )  # fmt: skip

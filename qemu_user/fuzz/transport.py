@@ -178,8 +178,11 @@ def _door(kvm: Kvm, endpoint: str, rng: Random) -> None:
                 codec.Op.HELLO, 1, body={"name": rng.choice(("x" * 65, "x", "\0", 7)), "compat": rng.choice(("strict", 3))}
             )
         )
+        other = codec.encode(codec.Message(codec.Op.HELLO, 1))
+        listed = other[:-8] + (2).to_bytes(4, "little") + other[-4:] + b"[]"  # a body that is no object
         packet = rng.choice(
-            (hello, hello[:-1], hello[:20], rng.randbytes(64), codec.encode(codec.Message(rng.randrange(9), 1)))
+            (hello, listed, hello[:4] + b"\x02" + hello[5:], hello[:-1], hello[:20], rng.randbytes(64),
+             codec.encode(codec.Message(rng.randrange(9), 1)))
         )
         fd_passing.send(visitor, packet, [0] * rng.randrange(4), block=False)
     time.sleep(0.01)

@@ -43,7 +43,9 @@ def frames(kvm: Kvm, endpoint: str, rng: Random) -> None:
             replace_copy(good, copy._replace(va=(1 << 64) - 1)),
             replace_copy(good, envelope.Copy(0, envelope.MAX_FRAME, envelope.COPY_OUT, b"")),
             good._replace(incarnation=incarnation ^ 1), good._replace(session=bytes(16)), good._replace(handle=0xFFFFFFFF),
-            good._replace(request=control.BATCH, payload=rng.randbytes(9)), good._replace(request=control.HELLO),
+            good._replace(request=control.BATCH, payload=rng.randbytes(9)),
+            good._replace(request=control.BATCH, payload=bytes(1028)),
+            good._replace(request=control.BATCH, session=bytes(16), payload=bytes(12)), good._replace(request=control.HELLO),
             good._replace(request=control.READ, payload=bytes(3)), good._replace(request=control.CLOSE_VM),
             good._replace(request=control.KICK), good._replace(request=control.GET_STATE), good._replace(request=control.DUP),
             good._replace(request=control.READ, payload=control.LENGTH.pack(1 << 31)), good._replace(request=control.PING),
@@ -54,7 +56,7 @@ def frames(kvm: Kvm, endpoint: str, rng: Random) -> None:
         for number, request in enumerate(rng.sample(bad, 12)):
             with contextlib.suppress(envelope.FrameError):
                 encoded.append(envelope.encode_request(request._replace(seq=1000 + number)))
-        count = rng.choice((65, 200))
+        count = rng.choice((2, 65, 200))
         head = bytearray(envelope.encode_request(good))
         head[56:58] = count.to_bytes(2, "little")
         encoded.append(bytes(head))

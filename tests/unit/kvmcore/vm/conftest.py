@@ -14,7 +14,7 @@ from kvmcore.server.loop import EventLoop
 from kvmcore.server.quotas import Quotas
 from kvmcore.server.session import ClientSession, Peer
 from kvmcore.vm.address_space import InlineSegment
-from kvmcore.vm.objects import Handle
+from kvmcore.vm.objects import Handle, HostFile
 from kvmcore.vm.vm import Vm
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
@@ -68,7 +68,7 @@ class Kernel:
     def map(self, va: int, size: int, prot: int = PROT_READ | PROT_WRITE) -> int:
         """A segment of fresh memory at va; the memfd."""
         fd = create_memfd("unit", size)
-        self.session.mm.map(va, size, fd, 0, prot)
+        self.session.mm.map(va, size, HostFile(fd), 0, prot)
         return fd
 
     def region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0, **more: int) -> int:
