@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import socket
 import threading
+from functools import partial
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from qemu_user.backends.block.nbd import wire
+from qemu_user.backends.block.nbd.tls import TlsSocket, tls_context
 from qemu_user.backends.block.nbd.wire import Export, ProtocolError, Request
 from qemu_user.backends.errors import BackendError
 
@@ -21,7 +24,7 @@ class Lost(Exception):
 
 
 class Address:
-    """Where an export is: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH."""
+    """Where an export is: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds:// and nbds+unix:// with TLS."""
 
     def __init__(self, uri: str) -> None:
         """BackendError."""
@@ -31,12 +34,17 @@ class Address:
             self.port = parts.port or PORT
         except ValueError as error:
             raise BackendError(f"disk {uri}: {error}") from error
-        if parts.scheme not in ("nbd", "nbd+tcp", "nbd+unix"):
-            raise BackendError(f"disk {uri}: nbd:// and nbd+unix:// can be used, TLS (nbds://) is not supported")
+        kind = parts.scheme.replace("nbds", "nbd", 1)
+        if kind not in ("nbd", "nbd+tcp", "nbd+unix"):
+            raise BackendError(f"disk {uri}: expected nbd://, nbd+unix://, or with TLS nbds:// or nbds+unix://")
         self.host = parts.hostname or ""
         self.export = unquote(parts.path.removeprefix("/"))
-        self.socket = parse_qs(parts.query).get("socket", [""])[0]
-        if (parts.scheme == "nbd+unix") != bool(self.socket) or (not self.socket and not self.host):
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        self.socket = query.get("socket", "")
+        self.secure: wire.Secure | None = None
+        if kind != parts.scheme:
+            self.secure = partial(TlsSocket, tls_context(uri, query), query.get("tls-hostname", self.host))
+        if (kind == "nbd+unix") != bool(self.socket) or (not self.socket and not self.host):
             raise BackendError(f"disk {uri}: expected nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
 
     def connect(self) -> socket.socket:
@@ -61,9 +69,10 @@ class Connection:
 
     def __init__(self, address: Address) -> None:
         """OSError, ProtocolError."""
-        self._sock = address.connect()
+        self._sock: Any = address.connect()
         try:
-            self.export: Export = wire.negotiate(self._sock, address.export)
+            self.export: Export
+            self._sock, self.export = wire.negotiate(self._sock, address.export, address.secure)
             self._sock.settimeout(None)
         except BaseException:
             self._sock.close()
@@ -80,9 +89,11 @@ class Connection:
     def request(
         self, kind: int, offset: int, length: int, flags: int = 0,
         data: list[memoryview] | None = None, into: list[memoryview] | None = None,
+        extents: list[tuple[int, int]] | None = None,
     ) -> None:  # fmt: skip
-        """Do it and wait. OSError: the server says no; Lost."""
+        """Do it and wait. `extents` is filled by BLOCK_STATUS. OSError: the server says no; Lost."""
         request = Request(offset, length, into)
+        request.extents = extents
         with self._changed:
             if self.why:
                 raise Lost(self.why)

@@ -107,10 +107,13 @@ class NbdDisk:
     def _do(
         self, kind: int, offset: int, length: int, flags: int = 0,
         data: list[memoryview] | None = None, into: list[memoryview] | None = None,
+        extents: list[tuple[int, int]] | None = None,
     ) -> None:  # fmt: skip
         while True:
+            if extents is not None:
+                extents.clear()
             try:
-                self._connected().request(kind, offset, length, flags, data, into)
+                self._connected().request(kind, offset, length, flags, data, into, extents)
                 return
             except Lost:
                 continue
@@ -193,7 +196,23 @@ class NbdDisk:
             offset, length = offset + part, length - part
 
     def with_data(self, unit: int, chain: bool = True) -> bytearray:
-        return bytearray(b"\1") * -(-self.size // unit)
+        """A byte per `unit` bytes: 0 where the server says that they read as zeroes; where it says nothing, 1."""
+        marks = bytearray(-(-self.size // unit))
+        offset = 0
+        while offset < self.size:
+            extents: list[tuple[int, int]] = []
+            if self._export.status:
+                try:
+                    self._do(wire.BLOCK_STATUS, offset, min(self.size - offset, _MOST_ZEROES), extents=extents)
+                except OSError:
+                    extents = []
+            for length, flags in extents or [(0, 0)]:
+                end = min(offset + (length or self.size), self.size)
+                if not length or not flags & wire.READS_ZERO:
+                    first, last = offset // unit, -(-end // unit)
+                    marks[first:last] = b"\1" * (last - first)
+                offset = end
+        return marks
 
     def lock(self) -> None:
         """Who may write is the server's business."""

@@ -9,27 +9,32 @@ import errno
 import os
 import socket
 import struct
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from qemu_user.backends.block.views import Cutter, fill_zero
 
 _HELLO, _OPTION, _REPLY = 0x4E42444D41474943, 0x49484156454F5054, 0x3E889045565A9
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
-_GO, _STRUCTURED = 7, 8
-_ACK, _INFO, _ERROR = 1, 3, 1 << 31
+_STARTTLS, _GO, _STRUCTURED, _SET_META = 5, 7, 8, 10
+_ACK, _INFO, _META, _ERROR = 1, 3, 4, 1 << 31
+_ALLOCATION = b"base:allocation"
 _INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
 _REFUSALS = {
     1: "does not know an option that is needed (too old)", 2: "does not allow it", 3: "finds the request invalid",
-    5: "wants TLS, which is not supported", 6: "has no such export", 7: "is shutting down", 8: "wants other block sizes",
+    5: "wants TLS (nbds://)", 6: "has no such export", 7: "is shutting down", 8: "wants other block sizes",
 }  # fmt: skip
 HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES = 1, 2, 4, 8, 32, 64
 """Transmission flags."""
-READ, WRITE, DISCONNECT, FLUSH, TRIM, WRITE_ZEROES = 0, 1, 2, 3, 4, 6
+READ, WRITE, DISCONNECT, FLUSH, TRIM, WRITE_ZEROES, BLOCK_STATUS = 0, 1, 2, 3, 4, 6, 7
 FUA, NO_HOLE = 1, 2
 REQUEST = struct.Struct(">IHHQQI")
 REQUEST_MAGIC, _SIMPLE, _CHUNK = 0x25609513, 0x67446698, 0x668E33EF
 _DONE = 1
-_NONE, _DATA, _HOLE = 0, 1, 2
+_NONE, _DATA, _HOLE, _STATUS = 0, 1, 2, 5
+READS_ZERO = 2
+"""Flag of an extent of base:allocation."""
+_MOST_STATUS = 8 << 20
 _KNOWN_ERRORS = {
     1: errno.EPERM, 5: errno.EIO, 12: errno.ENOMEM, 22: errno.EINVAL, 28: errno.ENOSPC, 75: errno.EOVERFLOW,
     95: errno.EOPNOTSUPP, 108: errno.ESHUTDOWN,
@@ -50,16 +55,22 @@ class Export(NamedTuple):
     """Bytes of which offsets and lengths have to be multiples."""
     most: int
     """Bytes of data in one request."""
+    status: bool
+    """Whether it can say what is allocated (BLOCK_STATUS, base:allocation)."""
 
 
-def receive(sock: socket.socket, length: int) -> bytes:
+Secure = Callable[[socket.socket], Any]
+"""Makes of a socket one that speaks TLS. OSError."""
+
+
+def receive(sock: Any, length: int) -> bytes:
     """Exactly `length` bytes. OSError, ConnectionError at the end of the stream."""
     data = bytearray(length)
     receive_into(sock, [memoryview(data)])
     return bytes(data)
 
 
-def receive_into(sock: socket.socket, views: list[memoryview]) -> None:
+def receive_into(sock: Any, views: list[memoryview]) -> None:
     """Fill `views`."""
     cutter, left = Cutter(views), sum(map(len, views))
     pieces = cutter.next(left)
@@ -73,7 +84,7 @@ def receive_into(sock: socket.socket, views: list[memoryview]) -> None:
         pieces = cutter.next(left)
 
 
-def send(sock: socket.socket, views: list[memoryview]) -> None:
+def send(sock: Any, views: list[memoryview]) -> None:
     """Send all of it."""
     left = sum(map(len, views))
     while left:
@@ -84,17 +95,25 @@ def send(sock: socket.socket, views: list[memoryview]) -> None:
         views = cutter.next(left)
 
 
-def negotiate(sock: socket.socket, export: str) -> Export:
-    """Choose an export; structured replies where the server has them. ProtocolError, OSError."""
+def negotiate(sock: Any, export: str, secure: Secure | None = None) -> tuple[Any, Export]:
+    """Choose an export; structured replies where the server has them. Returns what the connection goes on over: `sock`, or what
+    `secure` has made of it. ProtocolError, OSError.
+    """
     magic, kind, flags = struct.unpack(">QQH", receive(sock, 18))
     if magic != _HELLO or kind != _OPTION:
         raise ProtocolError("does not speak NBD's newstyle negotiation")
     if not flags & _FIXED_NEWSTYLE:
         raise ProtocolError("is too old (no fixed newstyle)")
     sock.sendall(struct.pack(">I", _FIXED_NEWSTYLE | flags & _NO_ZEROES))
+    if secure is not None:
+        _ask(sock, _STARTTLS, b"")
+        if _answer(sock, _STARTTLS)[0] != _ACK:
+            raise ProtocolError("does not offer TLS")
+        sock = secure(sock)
     _ask(sock, _STRUCTURED, b"")
     reply, _ = _answer(sock, _STRUCTURED)
     name = export.encode()
+    status = reply == _ACK and _says_what_is_allocated(sock, name)
     _ask(sock, _GO, struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, _INFO_BLOCK_SIZE))
     size = transmission = -1
     block, most = 1, 32 << 20
@@ -117,14 +136,28 @@ def negotiate(sock: socket.socket, export: str) -> Export:
         raise ProtocolError(f"has a disk of {max(size, 0)} bytes")
     if block > 512 or most < 64 << 10:
         raise ProtocolError(f"wants requests in blocks of {block} bytes, of at most {most}: not supported")
-    return Export(size, transmission if transmission & HAS_FLAGS else HAS_FLAGS, block, min(most, 32 << 20))
+    return sock, Export(size, transmission if transmission & HAS_FLAGS else HAS_FLAGS, block, min(most, 32 << 20), status)
 
 
-def _ask(sock: socket.socket, option: int, data: bytes) -> None:
+def _says_what_is_allocated(sock: Any, name: bytes) -> bool:
+    _ask(sock, _SET_META, struct.pack(">I", len(name)) + name + struct.pack(">II", 1, len(_ALLOCATION)) + _ALLOCATION)
+    known = False
+    while True:
+        reply, data = _answer(sock, _SET_META)
+        if reply == _ACK:
+            return known
+        if reply & _ERROR:
+            return False
+        if reply != _META:
+            raise ProtocolError(f"answers with {reply}")
+        known |= data[4:] == _ALLOCATION  # the only context asked for, so its number need not be looked at
+
+
+def _ask(sock: Any, option: int, data: bytes) -> None:
     sock.sendall(struct.pack(">QII", _OPTION, option, len(data)) + data)
 
 
-def _answer(sock: socket.socket, option: int) -> tuple[int, bytes]:
+def _answer(sock: Any, option: int) -> tuple[int, bytes]:
     magic, about, reply, length = struct.unpack(">QIII", receive(sock, 20))
     if magic != _REPLY or about != option or length > _MOST_NEGOTIATED:
         raise ProtocolError("answers with nonsense")
@@ -134,16 +167,18 @@ def _answer(sock: socket.socket, option: int) -> tuple[int, bytes]:
 class Request:
     """One that waits for its reply. `error`: an errno once it is there, 0 for success."""
 
-    __slots__ = ("error", "into", "length", "offset", "structured_left")
+    __slots__ = ("error", "extents", "into", "length", "offset", "structured_left")
 
     def __init__(self, offset: int, length: int, into: list[memoryview] | None) -> None:
         self.offset, self.length, self.into = offset, length, into
         self.error = 0
         self.structured_left = length
         """Bytes of a read that have not come yet, as structured replies say."""
+        self.extents: list[tuple[int, int]] | None = None
+        """Of BLOCK_STATUS: (length, flags) of what follows one another from `offset` on."""
 
 
-def read_reply(sock: socket.socket, waiting: dict[int, Request]) -> int | None:
+def read_reply(sock: Any, waiting: dict[int, Request]) -> int | None:
     """Take one message; the handle of the request that it completes, if it does. ProtocolError, OSError."""
     (magic,) = struct.unpack(">I", receive(sock, 4))
     if magic == _SIMPLE:
@@ -171,13 +206,16 @@ def _known(waiting: dict[int, Request], handle: int) -> Request:
     return waiting[handle]
 
 
-def _take_chunk(sock: socket.socket, request: Request, kind: int, length: int) -> None:
+def _take_chunk(sock: Any, request: Request, kind: int, length: int) -> None:
     if kind == _NONE and not length:
         return
     if kind & 1 << 15:
         if not 6 <= length <= _MOST_NEGOTIATED:
             raise ProtocolError("answers with nonsense")
         request.error = request.error or _errno(struct.unpack_from(">I", receive(sock, length))[0]) or errno.EIO
+        return
+    if kind == _STATUS and request.extents is not None and 12 <= length <= _MOST_STATUS and length % 8 == 4:
+        request.extents += struct.iter_unpack(">II", receive(sock, length)[4:])
         return
     if request.into is None or kind not in (_DATA, _HOLE) or length < (9 if kind == _DATA else 12):
         raise ProtocolError("answers with nonsense")

@@ -140,6 +140,41 @@ def test_structured_replies_with_holes_and_qcow2_behind_the_server(tmp_path: Pat
 
 
 @needs_nbdkit
+@needs_qemu_nbd
+@needs_qemu_img
+@pytest.mark.parametrize("kind", ["nbdkit", "qemu-nbd", "qcow2"])
+def test_holes_are_known(tmp_path: Path, serve: Callable[..., Server], kind: str) -> None:
+    image, marks = tmp_path / "sparse", {3, 17, 40}
+    size = 64 * 65536 + 512
+    if kind == "qcow2":
+        create_qcow2(image, size)
+        disk = open_disk(str(image), "qcow2")
+    else:
+        with image.open("wb") as file:
+            file.truncate(size)
+        disk = open_disk(str(image), "raw")
+    for mark in marks:
+        disk.write(65536 * mark, [memoryview(b"x" * 65536)])
+    disk.flush()
+    disk.close()
+    server = serve("qemu-nbd", image, format="qcow2") if kind == "qcow2" else serve(kind, image)
+    with closing(NbdDisk(server.uri)) as export:
+        found = {index for index, mark in enumerate(export.with_data(65536)) if mark}
+        assert marks <= found
+        assert found <= marks | {64}, "the rest is holes, up to the last, odd sector"
+        export.write(65536 * 50, [memoryview(b"y" * 512)])
+        assert export.with_data(65536)[50]
+
+
+@needs_nbdkit
+def test_a_server_that_knows_nothing_of_holes(tmp_path: Path, serve: Callable[..., Server]) -> None:
+    image = tmp_path / "sparse"
+    image.write_bytes(bytes(65536 * 4))
+    with closing(NbdDisk(serve("nbdkit", image, "--no-sr").uri)) as export:
+        assert export.with_data(65536) == b"\1" * 4
+
+
+@needs_nbdkit
 def test_requests_of_several_threads(tmp_path: Path, serve: Callable[..., Server]) -> None:
     path = tmp_path / "d"
     path.write_bytes(bytes(4 * MIB))
@@ -297,7 +332,9 @@ def test_an_overlay_over_an_export(tmp_path: Path, serve: Callable[..., Server])
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("nbds://host/x", "TLS"),
+        ("nbds+x://host/x", "TLS"),
+        ("nbds://host/x?tls-certificates=/does/not/exist", "certificates in /does/not/exist: No such file"),
+        ("nbds://host/x?tls-psk-file=x", "tls-psk-file: not known"),
         ("nbd://", "expected"),
         ("nbd+unix:///x", "expected"),
         ("nbd://host:99999/x", "ort"),
@@ -320,21 +357,24 @@ def _reply(option: int, kind: int, data: bytes = b"") -> bytes:
 
 
 GREETING = HELLO + struct.pack(">H", 3)
+STRUCTURED = _reply(8, 1) + _reply(10, 1 << 31 | 1)
+ALLOCATION = _reply(8, 1) + _reply(10, 4, bytes(4) + b"base:allocation") + _reply(10, 1)
 EXPORT = _reply(7, 3, struct.pack(">HQH", 0, MIB, 1 | 4 | 8))
 BLOCKS = _reply(7, 3, struct.pack(">HIII", 3, 8192, 8192, MIB))
-NEGOTIATED = GREETING + _reply(8, 1) + EXPORT + _reply(7, 1)
+NEGOTIATED = GREETING + STRUCTURED + EXPORT + _reply(7, 1)
 
 LIES = {
     "nothing": (b"", "closed"),
     "another protocol": (b"HTTP/1.1 400 Bad Request", "does not speak NBD"),
     "old": (HELLO + struct.pack(">H", 0), "too old"),
-    "no export": (GREETING + _reply(8, 1) + _reply(7, 1 << 31 | 6, b"nope"), "has no such export .*nope"),
+    "no export": (GREETING + STRUCTURED + _reply(7, 1 << 31 | 6, b"nope"), "has no such export .*nope"),
     "TLS": (GREETING + _reply(8, 1 << 31 | 5) + _reply(7, 1 << 31 | 5), "TLS"),
     "endless": (GREETING + _reply(8, 1)[:16] + b"\xff" * 4, "nonsense"),
     "other option": (GREETING + _reply(9, 1), "nonsense"),
-    "no size": (GREETING + _reply(8, 1) + _reply(7, 1), "0 bytes"),
-    "absurd size": (GREETING + _reply(8, 1) + _reply(7, 3, struct.pack(">HQH", 0, 1 << 63, 1)) + _reply(7, 1), "disk of"),
-    "blocks": (GREETING + _reply(8, 1) + EXPORT + BLOCKS + _reply(7, 1), "blocks"),
+    "no size": (GREETING + STRUCTURED + _reply(7, 1), "0 bytes"),
+    "absurd size": (GREETING + STRUCTURED + _reply(7, 3, struct.pack(">HQH", 0, 1 << 63, 1)) + _reply(7, 1), "disk of"),
+    "no contexts": (GREETING + _reply(8, 1) + _reply(10, 3), "answers with 3"),
+    "blocks": (GREETING + STRUCTURED + EXPORT + BLOCKS + _reply(7, 1), "blocks"),
 }
 
 
@@ -398,6 +438,37 @@ def test_replies_that_make_no_sense_end_the_connection(tmp_path: Path, answer: s
     with pytest.raises(OSError, match="gone"):
         disk.read(4096, [memoryview(buffer)[:4096]])
     assert buffer[4096:] == b"\xaa" * 4096
+    disk.close()
+
+
+STATUS: dict[str, Callable[[int], bytes]] = {
+    "all of it": lambda handle: _chunk(handle, 5, struct.pack(">III", 0, MIB, 3)),
+    "more than there is": lambda handle: _chunk(handle, 5, struct.pack(">III", 0, 0xFFFFFFFF, 3)),
+    "in pieces": lambda handle: _chunk(handle, 5, struct.pack(">IIIII", 0, 4096, 3, MIB - 4096, 2)),
+    "nothing": lambda handle: _chunk(handle, 0, b""),
+    "no length": lambda handle: _chunk(handle, 5, struct.pack(">III", 0, 0, 3)),
+    "data": lambda handle: _chunk(handle, 5, struct.pack(">III", 0, MIB, 1)),
+    "an error": lambda handle: _chunk(handle, 0x8001, struct.pack(">IH", 22, 0)),
+    "half an extent": lambda handle: _chunk(handle, 5, bytes(9)),
+    "endless": lambda handle: struct.pack(">IHHQI", 0x668E33EF, 1, 5, handle, 0xFFFFFFFC),
+}
+
+
+@pytest.mark.parametrize("answer", STATUS)
+def test_what_a_server_says_is_allocated(tmp_path: Path, answer: str) -> None:
+    """What it says in order is believed, and nothing else: then all may hold data."""
+
+    def then(client: socket.socket) -> None:
+        data = b""
+        while len(data) < 28 or data[-28:-24] != b"\x25\x60\x95\x13":
+            data += client.recv(65536)
+        kind, handle, offset, length = struct.unpack_from(">HQQI", data, len(data) - 22)
+        assert (kind, offset, length) == (7, 0, MIB)
+        client.sendall(STATUS[answer](handle))
+
+    disk = NbdDisk(_liar(tmp_path, GREETING + ALLOCATION + EXPORT + _reply(7, 1), then), reconnect=0.05)
+    holes = answer in ("all of it", "more than there is", "in pieces")
+    assert disk.with_data(65536) == bytes([not holes]) * 16
     disk.close()
 
 
