@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -31,6 +31,9 @@ from qemu_user.config.machine_config import (
     Slot,
     Vsock,
 )
+
+if TYPE_CHECKING:
+    from qemu_user.config.block_nodes import BlockNodes
 
 
 class Option(NamedTuple):
@@ -58,6 +61,7 @@ class Builder:
         self.drives: dict[str, Drive] = {}
         self.flash: dict[int, Flash] = {}
         self.unplugged: set[str] = set()
+        self.nodes: BlockNodes | None = None
         self.nets: dict[str, Net] = {}
         self.plugged_nets: list[str] = []
         self.published: list[str] = []
@@ -163,6 +167,12 @@ class Builder:
         values.done()
         if interface == "none":
             self.unplugged.add(name)
+
+    def blockdev(self, text: str) -> None:
+        from qemu_user.config.block_nodes import BlockNodes
+
+        self.nodes = self.nodes or BlockNodes()
+        self.nodes.add(text)
 
     def pflash(self, text: str) -> None:
         values = KeyValues("--pflash", text, "file")
@@ -400,10 +410,12 @@ class Builder:
 
     def _blk_device(self, values: KeyValues, slot: Slot) -> None:
         name = values.take("drive")
+        if self.nodes is not None and name in self.nodes and name not in self.drives:
+            self.drives[name] = self.nodes.drive(name)
+            self.unplugged.add(name)
         if name not in self.unplugged:
-            raise ConfigError(
-                f"-device {values.text}: drive={name}: no -drive with if=none,id={name} before it"
-            )
+            wanted = f"no -drive with if=none,id={name} and no -blockdev node-name={name} before it"
+            raise ConfigError(f"-device {values.text}: drive={name}: {wanted}")
         self.unplugged.discard(name)
         serial = values.take("serial") or self.drives[name].serial
         values.ignore("bootindex", "write-cache", "min_io_size", "opt_io_size", "discard_granularity")
@@ -467,6 +479,8 @@ class Builder:
             raise ConfigError(
                 f"-drive if=none,id={unused[0]}: no -device virtio-blk-pci,drive={unused[0]} uses it"
             )
+        if self.nodes is not None and (left := self.nodes.unused()):
+            raise ConfigError(f"-blockdev node-name={left[0]}: no -device virtio-blk-pci,drive={left[0]} uses it")
         self.finish_nets()
         nets = [self.nets[name] for name in self.plugged_nets]
         nets += [net for name, net in self.nets.items() if name not in self.plugged_nets]
@@ -586,6 +600,7 @@ OPTIONS: tuple[Option, ...] = (
         "disk: format=, readonly=on, discard=unmap, if=virtio|none|pflash, id=",
         Builder.drive,
     ),
+    Option(("blockdev",), "DRIVER,node-name=N,..", "disk as a node for -device: raw or qcow2 over file, nbd", Builder.blockdev),
     Option(("pflash",), "FILE", "flash bank (-drive if=pflash,file=FILE): firmware, then variables", Builder.pflash),
     Option(
         ("netdev",),
