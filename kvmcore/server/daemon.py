@@ -369,7 +369,8 @@ class Daemon:
     def _stop_if_idle(self, mark: int, latest: float) -> None:
         if mark != self._idle_since or self._sessions or self._vms:
             return
-        if self._translator.waiting and not self._retired and time.monotonic() < latest:
+        reachable = not self._retired and os.path.exists(self._options.path)
+        if self._translator.waiting and reachable and time.monotonic() < latest:
             # what VMs have left to translate is for the next ones
             self._loop.call_later(_IDLE_WORK_SECONDS, lambda: self._stop_if_idle(mark, latest))
             return

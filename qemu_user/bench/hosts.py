@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qemu_user.bench.linux import end_daemon
 from qemu_user.bench.wire import GUEST, HOST, Wire
 from qemu_user.images.store import Image, settings
 from qemu_user.management.qmp_client import QmpClient
@@ -106,6 +107,7 @@ class Host:
         for process in self._processes:
             process.terminate()
             process.wait()
+        end_daemon(self._folder / "softkvm" / "kvmcore.sock")
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _command(self, *words: str) -> list[str]:

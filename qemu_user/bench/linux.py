@@ -176,10 +176,10 @@ def place(folder: Path) -> Iterator[dict[str, str]]:
     try:
         yield {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "XDG_RUNTIME_DIR": str(runtime)}
     finally:
-        _end_daemon(runtime / "softkvm" / "kvmcore.sock")
+        end_daemon(runtime / "softkvm" / "kvmcore.sock")
 
 
-def _end_daemon(path: Path) -> None:
+def end_daemon(path: Path) -> None:
     """And wait until it has, if one listens there."""
     try:
         with fd_passing.connect(str(path)) as sock:
