@@ -217,8 +217,9 @@ class Parts:
             loop = self.loop
             if device.own_thread:
                 loop = self._loops[device.name] = self._threads.add(f"io-{device.name}")
-            if isinstance(device, VirtioBlk):
-                device.workers = self._threads.workers(device.name)
+            for block in self.blocks:
+                if block is device:
+                    block.workers = self._threads.workers(block.name)
             if bus == "pci":
                 function = VirtioPci(device.name, memory, device, interrupts.msi, partial(kicks.make, loop))
                 host.attach(function, number)
