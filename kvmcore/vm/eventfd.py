@@ -125,7 +125,7 @@ class Eventfds:
 
     def _publish(self, gone: Iterable[int] = ()) -> None:
         """Native code sees the bus as it is now; the descriptors that are `gone` are closed. The lock is held."""
-        free = not self.vm.has_machine or self.vm.machine.set_bus(
+        free = not self.vm.tells_engine or self.vm.machine.set_bus(
             [_native(device) for device in self._bus if _on_mmio(device)], self.vm.ring.address if self._zones else 0
         )
         if not free:
@@ -135,7 +135,7 @@ class Eventfds:
             os.close(fd)
 
     def publish(self) -> None:
-        """The engine's half of the VM is there."""
+        """Guests are about to run: give the engine the bus."""
         with self._lock:
             if self._bus:
                 self._publish()

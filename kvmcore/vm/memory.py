@@ -313,15 +313,15 @@ class Memory:
 
     @contextmanager
     def quiesced(self) -> Iterator[None]:
-        """No hart runs guest code inside. Cheap when there is no machine yet."""
-        if self.vm.has_machine:
+        """No hart runs guest code inside. Cheap as long as none ever has."""
+        if self.vm.tells_engine:
             with self.vm.machine.quiesce():
                 yield
         else:
             yield
 
     def publish(self) -> None:
-        """The engine's machine has come to be: give it the slots."""
+        """Guests are about to run: give the engine the slots."""
         with self.lock, self.quiesced():
             self._hand_over()
 
@@ -331,7 +331,7 @@ class Memory:
             vcpu.hart.flush_tlb()
 
     def _hand_over(self) -> None:
-        if not self.vm.has_machine:
+        if not self.vm.tells_engine:
             return
         from kvmcore.engine.machine import SlotView
 

@@ -253,6 +253,7 @@ class Vcpu(VmChild):
             self._apply_reset()  # a hart_start under way is part of the state that a client is about to save
             self.doorbell.take_kick()
             raise KvmError(EINTR, "RUN", "immediate_exit")
+        self.vm.begin_running()
         self.set_exit_reason(Exit.UNKNOWN)
         self.registers.entering()
 

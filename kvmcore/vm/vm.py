@@ -61,6 +61,11 @@ class Vm(Handle):
         self.on_idle: Callable[[], None] = lambda: None
         """Called on the I/O thread once the VM is destroyed and its vCPUs' threads have ended: release() may be called."""
         self._machine: Machine | None = None
+        self.tells_engine = False
+        """Whether changes of memory slots and buses go to the engine's half at once; see begin_running()."""
+        self._published = False
+        self._publishing = threading.Lock()
+        """Above memory's lock."""
         self._ring: tuple[int, Mapping] | None = None
         self._references = 0
         self._threads = 0
@@ -207,8 +212,6 @@ class Vm(Handle):
                     if self._translator:
                         machine.translate(self._translator)
                     self._machine = machine
-                    self.memory.publish()
-                    self.eventfds.publish()
         return self._machine
 
     def hot_here(self) -> bytes:
@@ -230,11 +233,25 @@ class Vm(Handle):
         """Its memory is there now: what can be done before it runs is done."""
         code = self._machine.hot_code if self._machine is not None else None
         if code is not None:
+            self.begin_running()  # it looks at memory
             code.prepare()
+
+    def begin_running(self) -> None:
+        """A vCPU is about to enter the guest: from now on the engine's half is told of memory slots and buses as they change.
+
+        Before the first KVM_RUN nobody looks at them there, and many VMs never come to that.
+        """
+        if not self._published:
+            with self._publishing:
+                if not self._published:
+                    self.tells_engine = True
+                    self.memory.publish()
+                    self.eventfds.publish()
+                    self._published = True
 
     @property
     def has_machine(self) -> bool:
-        """Whether the engine's half exists yet; memslot changes before that need no vCPU to be stopped."""
+        """Whether the engine's half exists yet."""
         return self._machine is not None
 
     @property

@@ -54,6 +54,7 @@ class RealRun:
                 if time.monotonic() - shown > _SHOW:
                     shown = time.monotonic()
                     log.write(json.dumps(figures.row()) + "\n")
+                    log.flush()
                     show(figures)
             log.write(json.dumps(figures.row()) + "\n")
         show(figures)
