@@ -59,6 +59,8 @@ class Model:
         self._open: dict[tuple[str, int], bool] = {("system", 0): True, ("vm", 0): True}
         self._count: dict[str, int] = {}
         self._ring = self._aia = False
+        self._said = False
+        """Whether the session's socket has been used: memory may be where no operation of the sequence has mapped any."""
 
     # -- what should come ---------------------------------------------------------------------------------------------
 
@@ -132,7 +134,8 @@ class Model:
             old is None or old.gpa != gpa
         ):
             return "EEXIST"
-        return None if gpa + size > _GPA_SURE else ""
+        unsure = gpa + size > _GPA_SURE or (self._said and not isinstance(hva, dict))
+        return None if unsure else ""
 
     def _get_dirty_log(self, op: Op, m: dict[str, Any]) -> str | None:
         if self._ring:
@@ -189,6 +192,7 @@ class Model:
 
     def learn(self, op: Op, outcome: Outcome) -> None:
         """Follow what has happened."""
+        self._said |= op.do == "say"
         if op.do == "eventfd":
             self._made("eventfd")
         if op.do == "close" and not outcome.errno:

@@ -103,7 +103,8 @@ class Bystander:
 class Leaks:
     """Compares the daemon's footprint with that of quiet moments before: what grows again and again is a leak.
 
-    Once or twice is warming up: the translator takes descriptors when the bystander's loop gets hot.
+    Once or twice is warming up: the translator takes descriptors when the bystander's loop gets hot. And what is gone at the
+    next look was on its way out.
     """
 
     _AGAIN = 4
@@ -112,6 +113,7 @@ class Leaks:
         self._daemon = daemon
         self._before = daemon.footprint()
         self._grown: list[str] = []
+        self._suspicious = False
 
     def check(self) -> Finding | None:
         """Wait for what is on its way out, at most some seconds; then count."""
@@ -120,8 +122,13 @@ class Leaks:
             now: Footprint = self._daemon.footprint()
             more = now.grown(self._before)
             if not more:
+                self._suspicious = False
                 return None
             time.sleep(0.1)
+        if not self._suspicious:
+            self._suspicious = True
+            return None
+        self._suspicious = False
         self._before = now
         self._grown += more
         return Finding("leak", "; ".join(self._grown)) if len(self._grown) >= self._AGAIN else None
