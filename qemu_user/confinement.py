@@ -9,10 +9,16 @@ again when it dies.
 
 from __future__ import annotations
 
+import os
+import sys
 from errno import EPERM
+from pathlib import Path
 
 from protocol.channel import confinement
+from qemu_user.config.errors import ConfigError
 from qemu_user.config.machine_config import MachineConfig
+from qemu_user.management.registry import made_runtime_directory, runtime_directory
+from qemu_user.migration import places
 
 KILL = frozenset(
     (
@@ -47,6 +53,38 @@ def rules(user_network: bool = False) -> confinement.Filter:
     kept = PASST if user_network else frozenset()
     refused = [name for name in REFUSED if name not in kept]
     return confinement.Filter(kill=KILL - kept, errnos=dict.fromkeys(refused, EPERM), otherwise=None)
+
+
+def folders(config: MachineConfig, more: list[str]) -> dict[str, int]:
+    """What of the file system a VM's device process reaches with `run --only-files`: path -> Landlock's rights beneath it.
+
+    The folders of its disks, shares, sockets and captures, softkvm's own, and `more`, for everything; programs, libraries,
+    /etc, /proc and the kernel's folder for reading; devices as they are.
+    """
+    reading = {*(path for path in sys.path if path), sys.prefix, sys.base_prefix, str(Path(__file__).parents[1])}
+    reading |= {"/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys"}
+    files = [config.boot.kernel, config.boot.initrd, config.boot.dtb]
+    reading |= {os.path.dirname(os.path.realpath(file)) for file in files if file}
+    disks = [file for drive in config.drives for file in (drive.file, *drive.members)]
+    written = [*disks, *(flash.file for flash in config.flash), *(qmp.path for qmp in config.qmp)]
+    written += [file for chardev in config.chardevs for file in (chardev.path, chardev.logfile)]
+    written += [config.vsock.path] if config.vsock else []
+    whole = {os.path.dirname(os.path.realpath(file)) for file in written if file and "://" not in file}
+    whole |= {os.path.realpath(share.folder) for share in config.shares}
+    whole |= {str(runtime_directory()), *map(str, places.own_folders()), "/dev", *map(os.path.realpath, more)}
+    paths = dict.fromkeys(sorted(reading), confinement.READ | 1)  # 1: executing, of libraries and of what they load
+    return paths | dict.fromkeys(sorted(whole), confinement.ALL_FILES)
+
+
+def only_files(config: MachineConfig, more: list[str]) -> None:
+    """From now on this thread, and those it starts, reach folders() alone. ConfigError."""
+    if any(net.kind == "user" for net in config.nets):
+        raise ConfigError("--only-files does not go with a user network: passt makes namespaces, which Landlock forbids")
+    made_runtime_directory()
+    try:
+        confinement.landlock(folders(config, more), network=True, signals=True)
+    except OSError as error:
+        raise ConfigError(f"--only-files: {error.strerror or error}; softkvm doctor says what this host has") from error
 
 
 def confine(config: MachineConfig) -> str:

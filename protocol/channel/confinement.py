@@ -163,11 +163,15 @@ def landlock_version() -> int:
         return 0
 
 
-def landlock(paths: Mapping[str, int], *, network: bool) -> None:
+ALL_FILES = (1 << 16) - 1
+"""Every right on files and folders that any version knows."""
+
+
+def landlock(paths: Mapping[str, int], *, network: bool, signals: bool = False) -> None:
     """From now on this thread, and those it starts, reach of the file system only `paths`: path -> rights beneath it.
 
     Paths that do not exist give no rights. Not `network`: neither bind nor connect of TCP, where the kernel knows that
-    (version 4); and from version 6 on no signals to other processes and no abstract sockets of theirs. OSError.
+    (version 4). Not `signals`: from version 6 on no signals to other processes, and no abstract sockets of theirs. OSError.
     """
     version = landlock_version()
     if not version:
@@ -177,7 +181,7 @@ def landlock(paths: Mapping[str, int], *, network: bool) -> None:
     if version >= _NET_VERSION:
         words.append(0 if network else _NET)
     if version >= _SCOPE_VERSION:
-        words.append(_SCOPES)
+        words.append(0 if signals else _SCOPES)
     attributes = ctypes.create_string_buffer(struct.pack(f"<{len(words)}Q", *words))
     rules = _call("landlock_create_ruleset", ctypes.addressof(attributes), 8 * len(words), 0)
     try:

@@ -87,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
         "--accel", choices=("translator", "interpreter", "reference"), help="how vCPUs run (default: as the daemon was told)"
     )
     result.add_argument(
+        "--only-files", action="store_true", help="the device process reaches what the VM is made of alone (docs/run.md)"
+    )
+    result.add_argument("--allow-files", action="append", default=[], metavar="DIR", help="with --only-files: DIR too")
+    result.add_argument(
         "--cgroup", metavar="memory=SIZE,cpus=N,pids=N[,parent=DIR]", help="limits of the VM, by a control group (docs/run.md)"
     )
     result.add_argument("-d", "--detach", action="store_true", help="run in the background and print the VM's name")
@@ -264,7 +268,7 @@ def _boot(
     from qemu_user import cgroup
     from qemu_user.config.errors import ConfigError
     from qemu_user.config.qemu_options import parse
-    from qemu_user.confinement import confine
+    from qemu_user.confinement import confine, only_files
     from qemu_user.images.store import Store
     from qemu_user.machine.machine import StartError
     from qemu_user.management.instance import Instance
@@ -304,7 +308,10 @@ def _boot(
             modules = b"".join(image.extra(name).read_bytes() for name in extras)
             config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
         limits = cgroup.parse(options.cgroup) if options.cgroup else None
-        instance = Instance(config, daemon())
+        endpoint = daemon()
+        if options.only_files:
+            only_files(config, options.allow_files)
+        instance = Instance(config, endpoint)
         if limits is not None:
             group = cgroup.VmCgroup(name, limits)
             groups.callback(group.remove)

@@ -33,6 +33,14 @@ def disks() -> Path:
     return _base("XDG_DATA_HOME", ".local/share") / "disks"
 
 
+def own_folders() -> list[Path]:
+    """All that is softkvm's in the user's home, made if need be."""
+    found = [_base("XDG_DATA_HOME", ".local/share"), _base("XDG_CACHE_HOME", ".cache"), _base("XDG_CONFIG_HOME", ".config")]
+    for folder in found:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return found
+
+
 def journals() -> Path:
     """The folder of hand-over journals: they need to live as long as the machine is up."""
     return runtime_directory() / "handover"

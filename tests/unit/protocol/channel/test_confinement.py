@@ -19,7 +19,8 @@ from kvmcore.server import confinement as kvmcore
 from protocol.channel import confinement
 from protocol.channel.confinement import READ, Filter, If
 from qemu_user import confinement as qemu_user
-from qemu_user.config.machine_config import MachineConfig, Net
+from qemu_user.config.errors import ConfigError
+from qemu_user.config.machine_config import Drive, MachineConfig, Net, Share
 
 needs_seccomp = pytest.mark.skipif(not confinement.seccomp_available(), reason="this kernel has no seccomp filters")
 needs_landlock = pytest.mark.skipif(not confinement.landlock_version(), reason="this kernel has no Landlock")
@@ -212,6 +213,36 @@ def test_what_a_vm_process_sees_of_the_file_system(tmp_path: Path) -> None:
         return errno_of(secret.read_text) if wave else 0
 
     assert in_child(work) == EACCES
+
+
+@needs_landlock
+def test_a_device_process_reaches_what_its_vm_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("XDG_RUNTIME_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "own"))
+    for name in ("own", "disks", "share", "more", "other"):
+        (tmp_path / name).mkdir()
+    config = MachineConfig(
+        drives=(Drive(file=str(tmp_path / "disks" / "a.raw")),), shares=(Share(folder=str(tmp_path / "share"), tag="t"),)
+    )
+
+    def confined() -> int:
+        qemu_user.only_files(config, [str(tmp_path / "more")])
+        for name in ("disks", "share", "more", "own/softkvm"):
+            (tmp_path / name / "new").write_text("made")
+            (tmp_path / name / "new").unlink()
+        refused = [
+            errno_of(lambda: (tmp_path / "other" / "new").write_text("")),
+            errno_of(lambda: os.listdir(tmp_path / "other")),
+            errno_of(lambda: os.listdir(Path.home())),
+            errno_of(lambda: open("/etc/hostname", "a").close()),
+        ]
+        os.kill(os.getppid(), 0)
+        return 0 if set(refused) == {EACCES} and not errno_of(lambda: os.listdir("/etc")) else 1
+
+    assert in_child(confined) == 0
+    user = MachineConfig(nets=(Net(kind="user"),))
+    with pytest.raises(ConfigError, match="user network"):
+        qemu_user.only_files(user, [])
 
 
 def test_a_host_without_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
