@@ -12,7 +12,7 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from errno import EOPNOTSUPP
 from functools import cache
@@ -323,7 +323,7 @@ class Hart:
         self._run: Callable[[int], int] = machine.image.run
         self._complete: Callable[[int], None] | None = None
         self.emulated = 0
-        with machine.quiesce():
+        with machine.quiesce() if machine.harts else nullcontext():
             machine.harts.append(self)
             machine.state.harts = len(machine.harts)
         self.state.extensions = (1 << len(hart_state.EXTENSIONS)) - 1
