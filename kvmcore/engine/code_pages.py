@@ -10,7 +10,7 @@ from __future__ import annotations
 from errno import EFAULT
 from typing import NoReturn
 
-from kvmcore.engine import hart_state, machine_state
+from kvmcore.engine import machine_state
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.native_hart import (
     EXITED,
@@ -27,7 +27,7 @@ from kvmcore.engine.native_hart import (
     store,
     tracer,
 )
-from kvmcore.engine.softmmu import lookup, note_fill, note_superpage, p1, p2
+from kvmcore.engine.softmmu import lookup, note_superpage, p1, p2
 from kvmcore.ir.value import Value, select, u64
 from kvmcore.isa import traps
 
@@ -263,15 +263,15 @@ def page_end(h: HandlerHart) -> None:
 def fetch_miss(h: HandlerHart) -> None:
     """(a0 pc): fill the fetch TLB and go on."""
     pc = param("a0")
+    ab, found = call("second_fetch", h.s, pc)
+    if found == OK:
+        h.dispatch((pc << 2) + ab, ab, h.ic)
     h.set("count_fetch_fill", h.get("count_fetch_fill") + 1)
     page, status = call("fetch_page", h.s, pc)
     if status != OK:
         h.failed(status)
     ab = page + machine_state.PAGE_RECORDS - ((pc & PAGE_MASK) << 2)
-    entry = h.tlb + (((pc >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) << 4)
-    store(entry + hart_state.FETCH_TLB_OFFSET, pc & PAGE_MASK)
-    store(entry + (hart_state.FETCH_TLB_OFFSET + 8), ab)
-    note_fill(h, "fetch", entry + hart_state.FETCH_TLB_OFFSET)
+    call("fill_fetch", h.s, pc, ab)
     if load(h.machine("watch")) != 0 and h.get("fresh_page") != 0:  # there may be regions of it already
         h.set("exit_kind", int(ExitKind.PROFILE))
         h.tail("leave", pc)

@@ -33,7 +33,7 @@ X0_SINK = 32
 DATA_TLB_ENTRIES = 512
 """Entries of 32 bytes: tag for loads, tag for stores, host minus guest address, mask of the memory around that has all
 this in common (softmmu.reach)."""
-FETCH_TLB_ENTRIES = 1024
+FETCH_TLB_ENTRIES = 512
 """Entries of 16 bytes: tag, and what turns pc * 4 into a record's address."""
 TLB_BLOCKS = 3
 """One each for U, S, and S with SUM: a bank."""
@@ -42,8 +42,17 @@ TLB_BANKS = 4
 FILL_LOG = 128
 """Fills of a bank that are remembered one by one: forgetting few costs little."""
 FETCH_TLB_OFFSET = DATA_TLB_ENTRIES * 32
-TLB_BLOCK = FETCH_TLB_OFFSET + FETCH_TLB_ENTRIES * 16
-"""Bytes of one block: data entries, then fetch entries."""
+BLOCK_STAMPS = FETCH_TLB_OFFSET + FETCH_TLB_ENTRIES * 16
+"""Of a block: a number that no other content of a block ever has, for data entries, for fetch entries. What the second level
+holds with another stamp is void."""
+BLOCK_FOREIGN = BLOCK_STAMPS + 16
+"""Whether there are data entries, fetch entries, that are not the same in all address spaces."""
+TLB_BLOCK = BLOCK_STAMPS + 64
+"""Bytes of one block: data entries, then fetch entries, then these four words."""
+SECOND_SETS = {"data": 2048, "fetch": 512}
+"""Of the second level, two entries in each."""
+SECOND_ENTRY = {"data": 40, "fetch": 24}
+"""Bytes: tag, stamp, and what a TLB entry has behind its tag."""
 TLB_BANK = TLB_BLOCKS * TLB_BLOCK
 IMSIC_WORDS = 32
 """64-bit words of eip and eie: identities 0 to 2047."""
@@ -136,6 +145,9 @@ FIELDS: tuple[Field, ...] = (
     _f("large_high", 64, "highest such address", 2),
     _f("straddle", 64, "the record of an instruction on two pages, at [2] the page-end record", 4),
     _f("tlb_blocks", 64, "the TLBs (see TLB_BLOCK)", TLB_BANKS * TLB_BANK // 8),
+    _f("second_data", 64, "second level of the data TLBs", SECOND_SETS["data"] * 2 * SECOND_ENTRY["data"] // 8),
+    _f("second_fetch", 64, "and of the fetch TLBs", SECOND_SETS["fetch"] * 2 * SECOND_ENTRY["fetch"] // 8),
+    _f("last_stamp", 64, "the last stamp that was given"),
     _f("region_status", 64, "what region_load_* and region_store_* found: 0, or the interpreter does it"),
     _f("sample_count", 64, "samples taken since Python has looked; SAMPLES: none are taken"),
     _f("fresh_page", 64, "decoded page that was made, or began anew, since Python has looked; 0: none"),

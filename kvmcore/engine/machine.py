@@ -553,6 +553,7 @@ class Hart:
             ctypes.memset(at + block * hart_state.TLB_BLOCK, 0xFF, size)
         for bank in range(hart_state.TLB_BANKS):
             self.state.fetch_fills[bank] = 0
+        ctypes.memset(self._address + hart_state.offset("second_fetch"), 0xFF, _SECOND_FETCH)
 
     def flush_tlb(self, va: int | None = None, asid: int | None = None) -> None:
         """Forget translations before the next instruction that a look at `attention` allows."""
@@ -574,6 +575,7 @@ def _bits(extensions: frozenset[str]) -> int:
     return sum(1 << i for i, name in enumerate(hart_state.EXTENSIONS) if name in extensions)
 
 
+_SECOND_FETCH = 8 * hart_state.BY_NAME["second_fetch"].count
 _SIP = hart_state.offset("sip")
 _OWNER = hart_state.offset("owner")
 _LONG = 3600 * FREQUENCY

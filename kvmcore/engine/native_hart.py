@@ -372,7 +372,10 @@ class HandlerHart(Atomics):
 
     def sfence_vma(self, address: Value | None, asid: Value | None) -> None:
         if address is None:
-            call("flush_tlb", self.s)
+            if asid is None:
+                call("flush_tlb", self.s)
+            else:
+                call("flush_asid", self.s, asid)
             # Teaching kernels load programs and switch to them without a fence.i, which works on harts whose
             # fetch is coherent. They do not use ASIDs; so only then it costs a comparison of decoded pages.
             if (self.get("satp") & (0xFFFF << 44)) == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from kvmcore.engine import code_pages, hart_state, running, softmmu
+from kvmcore.engine import code_pages, hart_state, running, softmmu, tlb
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.native_hart import OK, PAGE_MASK, FunctionHart, HandlerHart, call, load, param, returns, store, tracer
 from kvmcore.ir.value import select, u64
@@ -158,15 +158,6 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "send_msi": (2, softmmu.send_msi),
     "atomic_address": (3, softmmu.atomic_address),
     "check_block": (2, softmmu.check_block),
-    "flush_tlb": (1, softmmu.flush_tlb),
-    **{f"clear_bank_{kind}": (2, softmmu.clear_bank_function(kind)) for kind in ("data", "fetch")},
-    **{f"clear_logged_{kind}": (2, softmmu.clear_logged_function(kind)) for kind in ("data", "fetch")},
-    "clear_data": (2, softmmu.clear_function(32, (0, 8))),
-    "clear_fetch": (2, softmmu.clear_function(16, (0,))),
-    "flush_page": (2, softmmu.flush_page),
-    "flush_fetch": (1, softmmu.flush_fetch),
-    "choose_tlb": (1, softmmu.choose_tlb),
-    "choose_bank": (2, softmmu.choose_bank),
     "acquire": (1, code_pages.acquire),
     "code_page": (2, code_pages.code_page),
     "decoded_page": (3, code_pages.decoded_page),
@@ -177,6 +168,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "fetch_halfword": (2, code_pages.fetch_halfword),
     "fetch_page": (2, code_pages.fetch_page),
     "instruction_bits": (2, code_pages.instruction_bits),
+    **tlb.FUNCTIONS,
     **running.FUNCTIONS,
 }
 

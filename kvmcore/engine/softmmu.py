@@ -1,8 +1,8 @@
-"""The slow half of guest memory: slots, TLB fills, accesses over two pages, MSIs, flushes. Native code.
+"""The slow half of guest memory: slots, walks, accesses over two pages, MSIs. Native code.
 
 Written over Values like the semantics, so it is traced and compiled the same way; a loop is a function that calls
-itself last. The fast half, a TLB hit, is in native_hart.py; what a walk means is isa/paging.py. Collected by
-routines.py; runs only on the hart's own thread.
+itself last. The fast half, a TLB hit, is in native_hart.py; how TLBs are filled and emptied in tlb.py; what a walk means
+is isa/paging.py. Collected by routines.py; runs only on the hart's own thread.
 """
 
 from __future__ import annotations
@@ -171,6 +171,9 @@ def host_for_function(write: bool) -> Callable[[FunctionHart], None]:
         TRAPPED, or EXITED with exit_*.
         """
         va, size = p1(), p2()
+        known, found = call(f"second_{access}", h.s, va)
+        if found == OK:
+            returns(known)
         h.set("count_fill", h.get("count_fill") + 1)
         gpa, status = call(f"walk_{access}", h.s, va)
         if status != OK:
@@ -190,7 +193,6 @@ def host_for_function(write: bool) -> Callable[[FunctionHart], None]:
         if page_absent(h, slot, gpa):
             returns(u64(0), EXITED)
         host = gpa + slot_field(slot, "delta")
-        entry = h.get("tlb") + ((va >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))
         tag = va & PAGE_MASK
         if write:
             if flags & machine_state.SLOT_READONLY != 0:
@@ -200,16 +202,12 @@ def host_for_function(write: bool) -> Callable[[FunctionHart], None]:
                     h.set("exit_kind", int(ExitKind.DIRTY_BUDGET))
                     returns(u64(0), EXITED)
                 log_dirty(h, slot, gpa)
-            store(entry, tag)
-            store(entry + 8, tag)
+            for_stores = tag
         else:
             writable = paging.pte_writable(h.get("walk_pte"))
             plain = (slot_field(slot, "dirty") == 0) & (flags & machine_state.SLOT_READONLY == 0)
-            store(entry, tag)
-            store(entry + 8, select(writable & plain, tag, u64(NEVER)))
-        store(entry + 16, host - va)
-        store(entry + 24, reach(h, slot, gpa))
-        note_fill(h, "data", entry)
+            for_stores = select(writable & plain, tag, u64(NEVER))
+        call("fill_data", h.s, va, host - va, for_stores, reach(h, slot, gpa))
         note_superpage(h, va)
         returns(host)
 
@@ -338,147 +336,3 @@ def check_block(h: FunctionHart) -> None:
         returns(u64(0))
     _, status = call("walk_store", h.s, p1())
     returns(u64(0), status)
-
-
-# -- forgetting translations ---------------------------------------------------------------------------------
-
-
-def note_fill(h: Code, kind: str, entry: Value) -> None:
-    """Remember an entry of the bank in use ("data" or "fetch"), for clear_bank."""
-    bank = h.get("bank")
-    count = h.get_at(f"{kind}_fills", bank)
-    index = select(count < hart_state.FILL_LOG, count, u64(hart_state.FILL_LOG))
-    h.set_at(f"{kind}_log", bank * (hart_state.FILL_LOG + 1) + index, entry)
-    h.set_at(f"{kind}_fills", bank, index + 1)
-
-
-def clear_bank_function(kind: str) -> Callable[[FunctionHart], None]:
-    def clear_bank(h: FunctionHart) -> None:
-        """(bank): no tag of its entries fits any address: those that were filled, or all."""
-        bank = p1()
-        count = h.get_at(f"{kind}_fills", bank)
-        h.set_at(f"{kind}_fills", bank, u64(0))
-        if count <= hart_state.FILL_LOG:
-            log = h.address(f"{kind}_log") + bank * (8 * (hart_state.FILL_LOG + 1))
-            call(f"clear_logged_{kind}", log, count)
-            returns(u64(0))
-        base = h.address("tlb_blocks") + bank * hart_state.TLB_BANK
-        for block in range(hart_state.TLB_BLOCKS):
-            at = base + block * hart_state.TLB_BLOCK
-            if kind == "data":
-                call("clear_data", at, u64(hart_state.DATA_TLB_ENTRIES))
-            else:
-                call("clear_fetch", at + hart_state.FETCH_TLB_OFFSET, u64(hart_state.FETCH_TLB_ENTRIES))
-        returns(u64(0))
-
-    return clear_bank
-
-
-def clear_logged_function(kind: str) -> Callable[[FunctionHart], None]:
-    def clear_logged(h: FunctionHart) -> None:
-        """(log, how many)."""
-        log, count = param("p0"), p1()
-        if count == 0:
-            returns(u64(0))
-        entry = load(log)
-        store(entry, u64(NEVER))
-        if kind == "data":
-            store(entry + 8, u64(NEVER))
-        returns(*call(f"clear_logged_{kind}", log + 8, count - 1))
-
-    return clear_logged
-
-
-def flush_tlb(h: FunctionHart) -> None:
-    """All translations of this hart. Banks that are not in use are cleared when they are used again."""
-    h.set("count_flush", h.get("count_flush") + 1)
-    bank = h.get("bank")
-    kept = h.get_at("bank_satp", bank)
-    for number in range(hart_state.TLB_BANKS):
-        h.set_at("bank_satp", number, u64(NEVER))
-    h.set_at("bank_satp", bank, kept)
-    call("clear_bank_data", h.s, bank)
-    call("clear_bank_fetch", h.s, bank)
-    for half in (0, 1):
-        h.set_at("large_low", half, u64(NEVER))
-        h.set_at("large_high", half, u64(0))
-    returns(u64(0))
-
-
-def clear_function(size: int, tags: tuple[int, ...]) -> Callable[[FunctionHart], None]:
-    name = "clear_data" if len(tags) == 2 else "clear_fetch"
-
-    def clear(h: FunctionHart) -> None:
-        """(entry, how many, a multiple of 4)."""
-        entry, count = param("p0"), p1()
-        if count == 0:
-            returns(u64(0))
-        for index in range(4):
-            for tag in tags:
-                store(entry + (index * size + tag), u64(NEVER))
-        returns(*call(name, entry + 4 * size, count - 4))
-
-    return clear
-
-
-def flush_page(h: FunctionHart) -> None:
-    """(va): its translation, and all of them if it may belong to a superpage."""
-    va = p1()
-    half = va >> 63
-    if (va >= (h.get_at("large_low", half) & ~0x3FFFFFFF)) & (va <= (h.get_at("large_high", half) | 0x3FFFFFFF)):
-        returns(*call("flush_tlb", h.s))
-    for block in range(hart_state.TLB_BANKS * hart_state.TLB_BLOCKS):
-        base = h.address("tlb_blocks") + block * hart_state.TLB_BLOCK
-        entry = base + ((va >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))
-        store(entry, u64(NEVER))
-        store(entry + 8, u64(NEVER))
-        fetch = base + hart_state.FETCH_TLB_OFFSET + (((va >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) << 4)
-        store(fetch, u64(NEVER))
-    returns(u64(0))
-
-
-def flush_fetch(h: FunctionHart) -> None:
-    """fence.i: decoded pages are compared with memory before they are entered again."""
-    epoch = atomic("add", h.machine("epoch"), u64(1)) + 1
-    bank = h.get("bank")
-    h.set("code_epoch", epoch)
-    h.set_at("bank_epoch", bank, epoch)
-    call("clear_bank_fetch", h.s, bank)
-    returns(u64(0))
-
-
-def choose_tlb(h: FunctionHart) -> None:
-    """-> the TLB block for the mode, in the bank of satp."""
-    satp, mxr = h.get("satp"), h.get("mxr")
-    if (satp != h.get("context_satp")) | (mxr != h.get("context_mxr")):
-        h.set("context_satp", satp)
-        h.set("context_mxr", mxr)
-        call("choose_bank", h.s, select(mxr == 0, satp, u64(NEVER)))
-    block = select(h.get("mode") == 0, u64(0), h.get("sum").zext(64) + 1)
-    tlb = h.address("tlb_blocks") + h.get("bank") * hart_state.TLB_BANK + block * hart_state.TLB_BLOCK
-    h.set("tlb", tlb)
-    returns(tlb)
-
-
-def choose_bank(h: FunctionHart) -> None:
-    """(satp): the bank of this address space, or else the one that was given up longest ago, emptied.
-
-    All ones, which is no satp, is for the rare MXR: a bank that nobody finds again.
-    """
-    satp = p1()
-    if satp != NEVER:
-        for number in range(hart_state.TLB_BANKS):
-            if h.get_at("bank_satp", number) == satp:
-                h.set("bank", number)
-                if h.get_at("bank_epoch", number) != h.get("code_epoch"):
-                    call("clear_bank_fetch", h.s, u64(number))
-                    h.set_at("bank_epoch", number, h.get("code_epoch"))
-                returns(u64(0))
-    bank = h.get("next_bank")
-    h.set("next_bank", (bank + 1) & (hart_state.TLB_BANKS - 1))
-    h.set("bank", bank)
-    h.set_at("bank_satp", bank, satp)
-    h.set_at("bank_epoch", bank, h.get("code_epoch"))
-    call("clear_bank_data", h.s, bank)
-    call("clear_bank_fetch", h.s, bank)
-    returns(u64(0))

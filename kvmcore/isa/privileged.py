@@ -55,6 +55,6 @@ def sfence_vma(h: Hart, rs1: Reg, rs2: Reg) -> None:
     """12.2.1: rs1 is the address or x0 for all, rs2 the address space or x0 for all."""
     _supervisor_only(h)
     if rs1 == 0:
-        h.sfence_vma(None, None)
+        h.sfence_vma(None, h.x[rs2] if rs2 != 0 else None)
     else:
         h.sfence_vma(h.x[rs1], None)

@@ -224,3 +224,134 @@ def test_the_dirty_budget_stops_before_the_store(guest):
     state.dirty_budget = 100
     assert g.run() == ExitKind.ECALL
     assert [g[DATA + 4096 * number] for number in range(5)] == [5, 4, 3, 2, 1]
+
+
+def test_many_pages_and_one_that_moves(guest):
+    """More than the TLB holds: what its second level knows of a page goes with sfence.vma as well."""
+    first, pages, moved = 0x10_0000, 1500, 777
+    sums = f"li t1, {first}\n li t2, {pages}\n li t4, 4096\n 1: ld t3, 0(t1)\n add {{0}}, {{0}}, t3\n add t1, t1, t4\n"
+    sums += "addi t2, t2, -1\n bnez t2, 1b\n"
+    g, tables = start(
+        guest,
+        sums.format("a1") + sums.format("a2")
+        + f"li t5, {DATA + 0x9000}\n ld t6, 0(t5)\n ld t5, 8(t5)\n sd t6, 0(t5)\n"
+        + f"li t0, {first + 4096 * moved}\n sfence.vma t0\n"
+        + sums.format("a3"),
+    )  # fmt: skip
+    for number in range(pages):
+        leaf = tables.map(first + 4096 * number, DATA + 4096 * (number % 8), LEAF)
+        if number == moved:
+            g[DATA + 0x9008] = leaf
+    for number in range(8):
+        g[DATA + 4096 * number] = number + 1
+    g[DATA + 0x8000], g[DATA + 0x9000] = 1000, DATA + 0x8000 >> 12 << 10 | LEAF
+    assert g.run() == ExitKind.ECALL
+    total = sum(number % 8 + 1 for number in range(pages))
+    assert [g.harts[0].state.x[number] for number in (11, 12, 13)] == [total, total, total - (moved % 8 + 1) + 1000]
+
+
+UP, HIGH, G = 0xFFFF_FFFF_8000_0000, 0xFFFF_FFFF_C000_0000, 32
+SPACES, ROUNDS = 7, 40
+
+
+def kernel_in_the_upper_half(guest, body: str, shared: int, own: int):
+    """A guest whose code and page at s5 are the same everywhere, while each space has a page of its own at s6. At s9, for each
+    space: satp, address of the leaf of that page, the two leaves that it may have; the frames have 100 * space + 0 or 1."""
+    area = DATA + 0x10_0000
+    g = guest(
+        ON
+        + f"""li s4, {UP - RAM}
+        la t0, up
+        add t0, t0, s4
+        jr t0
+        up: la t0, handler
+        add t0, t0, s4
+        csrw stvec, t0
+        li s5, {HIGH}
+        li s6, {HIGH + 4096}
+        li s7, 31
+        li s8, 0x40000
+        li s9, {area + UP - RAM}
+        {body}"""
+        + END
+    )
+    kind = LEAF | shared
+    Tables(g)
+    for space in range(SPACES):
+        root, middle, last = (ROOT + 0x10_0000 + 0x4000 * space + 4096 * level for level in range(3))
+        g[root + 8 * 2], g[root + 8 * 510] = RAM >> 12 << 10 | LEAF, RAM >> 12 << 10 | kind
+        g[root + 8 * 511], g[middle] = middle >> 12 << 10 | V, last >> 12 << 10 | V
+        frames = [DATA + 0x2000 * space + 0x1000 * turn for turn in range(2)]
+        leaves = [frame >> 12 << 10 | LEAF | own for frame in frames]
+        g[last], g[last + 8] = DATA + 0xF_0000 >> 12 << 10 | kind, leaves[1]
+        for turn, frame in enumerate(frames):
+            g[frame] = 100 * space + turn
+        at = area + 32 * space
+        g[at], g[at + 8] = 8 << 60 | (space + 1) << 44 | root >> 12, last + 8 + UP - RAM
+        g[at + 16], g[at + 24] = leaves
+    g[DATA + 0xF_0000] = 5
+    g[ROOT + 8 * 510] = RAM >> 12 << 10 | kind
+    return g
+
+
+@pytest.mark.parametrize("shared", [G, 0])
+@pytest.mark.parametrize("own", [0, U])
+def test_address_spaces_with_a_kernel_in_the_upper_half(guest, shared, own):
+    """As Linux has it. A space's own page is given another frame in every round, and its translations forgotten by the ASID."""
+    mine = "csrs sstatus, s8\n ld t2, 0(s6)\n csrc sstatus, s8" if own else "ld t2, 0(s6)"
+    body = f"""sfence.vma
+        li s0, {ROUNDS}
+        round: mv s1, s9
+        li s2, {SPACES}
+        space: ld t0, 0(s1)
+        csrw satp, t0
+        srli t1, t0, 44
+        ld t2, 0(s5)
+        add a2, a2, t2
+        {mine}
+        mul a1, a1, s7
+        add a1, a1, t2
+        ld t3, 8(s1)
+        ld t4, 16(s1)
+        ld t5, 24(s1)
+        sd t4, 24(s1)
+        sd t5, 16(s1)
+        sd t4, 0(t3)
+        sfence.vma zero, t1
+        {mine}
+        mul a1, a1, s7
+        add a1, a1, t2
+        addi s1, s1, 32
+        addi s2, s2, -1
+        bnez s2, space
+        addi s0, s0, -1
+        bnez s0, round"""
+    g = kernel_in_the_upper_half(guest, body, shared, own)
+    assert g.run() == ExitKind.ECALL
+    expected = 0
+    for number in range(ROUNDS):
+        for space in range(SPACES):
+            for turn in (1 - number % 2, number % 2):
+                expected = (expected * 31 + 100 * space + turn) % (1 << 64)
+    state = g.harts[0].state
+    assert (state.x[12], state.x[11]) == (5 * SPACES * ROUNDS, expected)
+    if shared and own:
+        assert state.count_fill < 2 * SPACES * ROUNDS + 60, "what is global is not looked up again"
+
+
+def test_a_space_that_began_with_anothers_entries_has_its_own(guest):
+    body = """ld s0, 0(s9)
+        ld s1, 32(s9)
+        csrw satp, s0
+        sfence.vma
+        ld t2, 0(s5)
+        csrw satp, s1
+        ld t2, 0(s5)
+        ld a1, 0(s6)
+        csrw satp, s0
+        ld a2, 0(s6)
+        csrw satp, s1
+        ld a3, 0(s6)"""
+    g = kernel_in_the_upper_half(guest, body, G, 0)
+    assert g.run() == ExitKind.ECALL
+    assert [g.harts[0].state.x[number] for number in (11, 12, 13)] == [101, 1, 101]
