@@ -36,7 +36,8 @@ class Op:
         if self.on != ("system", 0):
             made["on"] = list(self.on)
         for key in ("name", "arg", "members", "tail", "extra"):
-            if value := getattr(self, key):
+            value = getattr(self, key)
+            if value or (key == "members" and value is not None):
                 made[key] = value
         return made
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from protocol.abi.ioctls import IOCTLS
 from protocol.codec import coverage_marks
-from qemu_user.fuzz import guest_code, rules
-from qemu_user.fuzz.branches import branches, taken
-from qemu_user.fuzz.grammar import Grammar
+from qemu_user.fuzz import guest_code, rules, setups
+from qemu_user.fuzz.branches import NOT_WATCHED, branches, taken
+from qemu_user.fuzz.grammar import GENERIC, Grammar
 from qemu_user.fuzz.minimize import minimize
 from qemu_user.fuzz.oracles import Bystander
 from qemu_user.fuzz.sequence import Finding, Op, load, save
@@ -98,3 +100,36 @@ def test_branches_and_their_marks(tmp_path: Path) -> None:
     marks = bytearray(coverage_marks.SIZE)
     marks[coverage_marks.place(coverage_marks.seed("/kvmcore/vm/x.py"), 2, 3, len(marks))] = 1
     assert [(branch.line, branch.to) for branch in taken(every, bytes(marks))] == [(2, 3)]
+
+
+@pytest.mark.parametrize("setup", [*setups.SETUPS, setups.aia, setups.ring], ids=lambda setup: setup.__name__)
+def test_setups_are_operations_that_files_keep(setup: Callable[[Random], list[Op]], tmp_path: Path) -> None:
+    for seed in range(20):
+        ops = setup(Random(seed))
+        assert ops == setup(Random(seed))
+        save(tmp_path / "f.jsonl", ops)
+        assert load(tmp_path / "f.jsonl")[1] == ops
+
+
+def test_what_all_kvms_have_is_compared() -> None:
+    """The ioctls of Linux's generic code (KVM_ABI 1.2), each in short sequences that share a VM."""
+    generic = {
+        "GET_API_VERSION", "CHECK_EXTENSION", "GET_VCPU_MMAP_SIZE", "CREATE_VCPU", "SET_USER_MEMORY_REGION",
+        "SET_USER_MEMORY_REGION2", "GET_DIRTY_LOG", "CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS", "ENABLE_CAP", "IOEVENTFD", "IRQFD",
+        "REGISTER_COALESCED_MMIO", "UNREGISTER_COALESCED_MMIO", "CREATE_DEVICE", "GET_STATS_FD", "SET_SIGNAL_MASK", "RUN",
+    }  # fmt: skip
+    assert generic <= GENERIC
+    grammar = Grammar(1, guest=False, generic=True)
+    ops = [op for index in range(200) for op in grammar.together(index, 4)]
+    assert {op.name for op in ops if op.name} == GENERIC
+    assert all(op.extra["immediate"] for op in ops if op.do == "run"), "no guest runs on a real KVM"
+
+
+def test_what_does_not_count_says_why_and_is_there() -> None:
+    root = Path(__file__).parents[4]
+    for name, reason in NOT_WATCHED.items():
+        file, _, function = name.partition(":")
+        assert reason
+        source = (root / file[1:]).read_text()
+        assert f"def {function.rpartition('.')[2]}(" in source or not function, name
+    assert not any(branch.file in NOT_WATCHED for branch in branches(root))
