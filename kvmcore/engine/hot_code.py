@@ -138,6 +138,7 @@ class HotCode:
             if hart.state.fresh_page:
                 self._identify(hart.state.fresh_page)
                 hart.state.fresh_page = 0
+                self._machine.pool_grows()
             if hart.state.sample_count == hart_state.SAMPLES:
                 self._count(hart)
                 self._ask()
@@ -170,6 +171,12 @@ class HotCode:
                 self._mapped.clear()
             else:
                 self._machine.state.watch = int(bool(self._index))
+
+    def came_back(self, bases: list[int]) -> None:
+        """These pages have been decoded without a hart's entering them; none is in native code."""
+        with self._machine.gate:
+            for base in bases if self._secret else ():
+                self._identify(base)
 
     def _put_away(self, page: HotPage) -> None:
         page.base = 0
@@ -463,8 +470,7 @@ class HotCode:
                 self._read()
                 time.sleep(_HELLO_PAUSE)
             made = warm_pages.make(self._machine, pages)
-            for page in made if self._secret else ():
-                self._identify(page)
+            self.came_back(made)
 
     def _expect(self) -> None:
         wishes, self._expected = self._expected, b""

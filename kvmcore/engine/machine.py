@@ -35,6 +35,9 @@ PAGE = 4096
 POOL_BYTES = 40 << 20
 _FEW_BYTES = 1 << 20
 """Of decoded pages: they are cleared, more are given back to the host."""
+_LARGE_BYTES = 12 << 20
+_IDLE_INSTRUCTIONS = 100_000_000
+"""Between two looks."""
 _IMSIC_SPAN = 64 << 20
 #: Ticks of the time CSR in a second.
 FREQUENCY = 10_000_000
@@ -81,8 +84,8 @@ class Machine:
         self.state = machine_state.MachineState.from_buffer(self._block.map)
         self.pool_bytes = pool_bytes
         self._pool = blocks.take(pool_bytes)
-        with suppress(OSError):  # a host kernel without them: big programs miss its TLB more often
-            self._pool.map.madvise(mmap.MADV_HUGEPAGE)
+        self._large = False
+        self._icount_seen = 0
         self.state.pool = self._pool.address
         self.state.pool_size = pool_bytes
         self._slots = (machine_state.Slot * 0)()
@@ -234,11 +237,42 @@ class Machine:
         """Called by a hart that found the pool full."""
         with self.quiesce():
             if not self.state.free and self.state.pool_used + machine_state.PAGE_STRIDE > self.pool_bytes:
-                self._give_up_pages()
+                self._give_up_pages(self._unused_pages())
 
-    def _give_up_pages(self) -> None:
-        """Free an eighth of the decoded pages, such as were not entered lately (second chance); no hart is in native code."""
-        gone = self._unused_pages()
+    def pool_grows(self) -> None:
+        """Decoded pages have been made: a program that needs many of them is better off with the host's large pages, an idle VM
+        without."""
+        if not self._large and self.state.pool_used > _LARGE_BYTES:
+            self._large = True
+            with suppress(OSError):  # a host kernel without them: big programs miss its TLB more often
+                self._pool.map.madvise(mmap.MADV_HUGEPAGE)
+
+    def look_if_idle(self) -> None:
+        """Called now and then: a machine that has done next to nothing since the last time gives the memory of decoded pages
+        back, all but of those that it has entered meanwhile.
+        """
+        from kvmcore.engine import warm_pages
+
+        count = sum(hart.state.icount for hart in self.harts)
+        done, self._icount_seen = count - self._icount_seen, count
+        if done > _IDLE_INSTRUCTIONS or self.state.pool_used < _FEW_BYTES:
+            return
+        with self.quiesce():
+            pages = range(self.state.pool, self.state.pool + self.state.pool_used, machine_state.PAGE_STRIDE)
+            headers = [_PageHeader.from_address(page) for page in pages]
+            used = [header.gpa for header in headers if header.host and header.used]
+            if len(used) < len(headers) * 3 // 4:
+                self.forget_decoded()
+                made = warm_pages.make(self, used)
+                if self.hot_code is not None:
+                    self.hot_code.came_back(made)
+            for header in headers:
+                header.used = 0
+            for hart in self.harts:
+                hart.forget_fetches()
+
+    def _give_up_pages(self, gone: set[int]) -> None:
+        """Free these decoded pages; no hart is in native code."""
         if self.hot_code is not None:
             self.hot_code.pages_go(gone)
         for page in gone:
@@ -254,7 +288,8 @@ class Machine:
             hart.forget_fetches()
 
     def _unused_pages(self) -> set[int]:
-        """Addresses. The hand goes round at most twice: the first time it takes their mark from all pages."""
+        """Addresses of an eighth of the decoded pages, such as were not entered lately (second chance). The hand goes round at
+        most twice: the first time it takes their mark from all pages."""
         count = self.state.pool_used // machine_state.PAGE_STRIDE
         wanted = max(1, count // 8)
         found: set[int] = set()

@@ -37,6 +37,7 @@ log = logging.getLogger("kvmcore.vm")
 
 #: A vCPU thread gets this long to leave the guest before the process ends regardless.
 _JOIN_SECONDS = 0.1
+_IDLE_LOOK_SECONDS = 5.0
 
 
 def preload() -> None:
@@ -115,7 +116,15 @@ class VmProcess:
         except OSError:  # the daemon, or the client that asked for us, has gone meanwhile
             self._end()
         os.close(pidfd)
+        if not self._order.together:
+            self._loop.call_later(_IDLE_LOOK_SECONDS, self._look_if_idle)
         self._loop.run()
+
+    def _look_if_idle(self) -> None:
+        """VMs that do nothing give memory back."""
+        for vm in self._vms:
+            vm.look_if_idle()
+        self._loop.call_later(_IDLE_LOOK_SECONDS, self._look_if_idle)
 
     def create_vm(self) -> Vm:
         """A VM in this process. EMFILE: as many as the session may have, those included that are not quite gone."""

@@ -249,6 +249,11 @@ class Vm(Handle):
                     self.eventfds.publish()
                     self._published = True
 
+    def look_if_idle(self) -> None:
+        """Called now and then: a VM that does nothing gives memory back."""
+        if self._machine is not None and not self.dead:
+            self._machine.look_if_idle()
+
     @property
     def has_machine(self) -> bool:
         """Whether the engine's half exists yet."""

@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--with-disks", action="store_true", help="copy writable disks too (default: both hosts see them)")
     parser.add_argument("--postcopy", action="store_true", help="switch over after one round; what is missing follows")
     parser.add_argument("--copy", action="store_true", help="copy memory even on one machine, where it could be given")
+    parser.add_argument("--channels", type=int, default=1, metavar="N", help="connections that memory goes over (default: 1)")
     parser.add_argument("--key", default="", metavar="FILE", help="our secret key (default: made when first needed)")
     parser.add_argument("--peer-key", default="", metavar="FILE", help="the host's public key (default: keys/peers/HOST.key)")
     options = parser.parse_args(arguments)
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> int:
         with connect(options.name) as client:
             on(
                 client, options.name, "migrate", uri=options.uri, max_downtime=downtime, bandwidth=bandwidth,
-                with_disks=options.with_disks, copy=options.copy, postcopy=options.postcopy, key=options.key, peer_key=peer,
+                with_disks=options.with_disks, copy=options.copy, postcopy=options.postcopy, channels=options.channels,
+                key=options.key, peer_key=peer,
             )  # fmt: skip
             numbers = wait_for_job(client, options.name, "migration")
     except VerbError as error:

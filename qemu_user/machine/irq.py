@@ -83,12 +83,11 @@ class EdgeLine:
 
 
 class LevelLine:
-    """KVM_IRQ_LINE, on changes only."""
+    """KVM_IRQ_LINE, on changes only. `level`: what it is; None: as somebody else has left it."""
 
-    def __init__(self, drive: Callable[[bool], None]) -> None:
+    def __init__(self, drive: Callable[[bool], None], level: bool | None = False) -> None:
         self._drive = drive
-        self._level: bool | None = None
-        """None: as somebody else has left it."""
+        self._level = level
         self._lock = threading.Lock()
 
     def settle(self) -> None:
@@ -229,7 +228,7 @@ class AiaInterrupts:
         return BothLines(EdgeLine(fd), self.plic.line(irq))
 
     def level(self, irq: int) -> InterruptLine:
-        line = LevelLine(lambda level: self._vm.irq_line(irq, int(level)))
+        line = LevelLine(lambda level: self._vm.irq_line(irq, int(level)), None if self._there else False)
         self._levels.append(line)
         return BothLines(line, self.plic.line(irq))
 

@@ -14,11 +14,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import zmq
 
 from protocol.channel import zmq_socket
 from protocol.channel.zmq_socket import Curve
@@ -101,11 +103,18 @@ def _fill(machine: Machine) -> None:
         machine.fail(str(error))
 
 
-def restored(order: Restore, name: str) -> Instance:
+def read(order: Restore) -> Snapshot:
+    """What it is to start from. StartError."""
+    try:
+        return Snapshot(Path(order.snapshot))
+    except SnapshotError as error:
+        raise StartError(str(error)) from error
+
+
+def restored(order: Restore, name: str, snapshot: Snapshot) -> Instance:
     """The VM, running (or paused, as ordered). StartError, with nothing left behind but restored disks."""
     began = time.monotonic()
     try:
-        snapshot = Snapshot(Path(order.snapshot))
         config = for_background(snapshot.config, name)
         if order.new:
             config = identity.renewed(config)
@@ -153,6 +162,7 @@ def several(order: Restore) -> str:
 def taken_in(order: TakeIn, fds: list[int], tell: int) -> Instance:
     """The VM that came, running. Discarded."""
     channel: Channel
+    more: Callable[[], tuple[Channel, int]] | None = None
     if order.called:
         channel = StreamChannel(socket.socket(fileno=fds.pop()))
     else:
@@ -161,12 +171,22 @@ def taken_in(order: TakeIn, fds: list[int], tell: int) -> Instance:
         router = zmq_socket.router(context, order.listen, key)
         channel = ZmqChannel(router, is_router=True)
         channel.held = authenticator
-        _say(tell, {"port": int(zmq_socket.bound_to(router).rpartition(":")[2])})
+        _say(tell, {"port": _port(router)})
+
+        def listen() -> tuple[Channel, int]:
+            other = zmq_socket.router(context, order.listen, key)
+            return ZmqChannel(other, is_router=True), _port(other)
+
+        more = listen
     try:
         endpoint = order.endpoint or ensure()
     except DaemonError as error:
         raise Discarded(str(error)) from error
-    return Incoming(channel, endpoint, Path(order.disks) if order.disks else None).run()
+    return Incoming(channel, endpoint, Path(order.disks) if order.disks else None, more).run()
+
+
+def _port(router: zmq.Socket[bytes]) -> int:
+    return int(zmq_socket.bound_to(router).rpartition(":")[2])
 
 
 def preload() -> None:
@@ -197,10 +217,11 @@ def main() -> int:
             return 0
         order = msgspec.json.decode(data, type=Restore | TakeIn | Attach)
         if isinstance(order, Restore):
+            snapshot = read(order)  # before the fork: clones share it
             name = order.names[0] if len(order.names) == 1 else several(order)
             if not name:
                 return 0
-            instance = restored(order, name)
+            instance = restored(order, name, snapshot)
             _say(tell, {"name": name, "pid": os.getpid()})
         elif isinstance(order, Attach):
             instance = Instance.attached(Path(order.directory))

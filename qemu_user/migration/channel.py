@@ -30,6 +30,8 @@ MAX_PAYLOAD = 64 << 20
 CHUNK = 512 << 10
 """Bytes of payload that fit one ZeroMQ message with its header (zmq_socket.MAX_MESSAGE)."""
 _LOOK_SECONDS = 0.2
+_MOST_FDS = 16
+"""That come with a frame: a guest's memory, other connections."""
 STALL_SECONDS = 20.0
 """A peer that takes nothing for so long is given up."""
 
@@ -164,7 +166,7 @@ class StreamChannel:
         data = b""
         while len(data) < HEADER.size:
             try:
-                part, fds, flags, _ = socket.recv_fds(self._socket, HEADER.size - len(data), 4)
+                part, fds, flags, _ = socket.recv_fds(self._socket, HEADER.size - len(data), _MOST_FDS)
             except BlockingIOError:
                 self._wait(select.POLLIN, None)
                 continue
@@ -253,6 +255,8 @@ class ZmqChannel:
         self.look: Callable[[], None] = lambda: None
         self.redial: Callable[[], Channel] | None = None
         """Makes another connection to the same process, for who has called it."""
+        self.beside: Callable[[int], Channel] | None = None
+        """Makes one to another port of it."""
         self.held: object = None
         """What has to live as long as the channel: the authenticator of a ROUTER."""
 

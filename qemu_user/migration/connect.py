@@ -9,7 +9,8 @@ import zmq
 
 from protocol.channel import zmq_socket
 from protocol.channel.zmq_socket import Curve
-from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
+from qemu_user.migration import messages
+from qemu_user.migration.channel import Channel, ChannelError, Frame, StreamChannel, ZmqChannel
 from qemu_user.migration.host import HostError, decode_reply
 from qemu_user.migration.job import JobError
 
@@ -32,9 +33,25 @@ def connect(uri: str, key: Curve | None = None) -> Channel:
     raise JobError(f"{uri}: expected ipc://PATH, or tcp://HOST:PORT and keys")
 
 
+def expect(channel: Channel, kind: int, seconds: float, other: int = 0) -> Frame:
+    """The frame that is due, of `kind` or `other`. JobError with the destination's reason for a REJECT; ChannelError for
+    anything else.
+    """
+    frame = channel.receive(seconds)
+    if frame is None:
+        raise ChannelError(f"the destination has not answered for {seconds:g} s")
+    if frame.kind == messages.REJECT:
+        raise JobError(f"the destination refuses it: {channel.read().decode(errors='replace')[:2000]}")
+    if frame.kind not in (kind, other):
+        raise ChannelError(f"message {frame.kind} where {kind} was due")
+    return frame
+
+
 def _dial(uri: str, key: Curve) -> ZmqChannel:
     channel = ZmqChannel(zmq_socket.dealer(zmq_socket.context(), uri, key), is_router=False)
     channel.redial = partial(_dial, uri, key)
+    address = uri.rpartition(":")[0]
+    channel.beside = lambda port: _dial(f"{address}:{port}", key)
     return channel
 
 

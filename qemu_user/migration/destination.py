@@ -8,6 +8,7 @@ built here. Until COMMIT this is a machine that stands, with its I/O frozen from
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +32,13 @@ from qemu_user.migration import identity, machine_state, messages, pages, places
 from qemu_user.migration import job as jobs
 from qemu_user.migration import journal as journals
 from qemu_user.migration.announce import announce
-from qemu_user.migration.channel import Channel, ChannelError, Frame
+from qemu_user.migration.channel import Channel, ChannelError, Frame, StreamChannel
 from qemu_user.migration.delta import xor
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
 from qemu_user.migration.recovery import Door, Hopeless
 from qemu_user.migration.sections import SectionError
+from qemu_user.migration.spread import MOST, Gathered
 from qemu_user.migration.volumes import Disk
 
 try:
@@ -51,6 +53,7 @@ _PAGE_SECONDS = 30.0
 _MOST_UNITS = 1 << 20
 _PAGE = 4096
 _ZEROES = bytes(1 << 20)
+_MEMORY = (messages.DATA, messages.PACKED, messages.DELTA, messages.RUNS, messages.ZEROES)
 
 
 class RemotePages:
@@ -132,8 +135,13 @@ class Discarded(Exception):
 class Incoming:
     """One VM that comes in over `channel`. run() gives its Instance, running."""
 
-    def __init__(self, channel: Channel, endpoint: str, disks_folder: Path | None = None) -> None:
-        self._channel, self._endpoint = channel, endpoint
+    def __init__(
+        self, channel: Channel, endpoint: str, disks_folder: Path | None = None,
+        listen: Callable[[], tuple[Channel, int]] | None = None,
+    ) -> None:  # fmt: skip
+        """`listen`: makes another channel that the source may call, on a port of it (tcp)."""
+        self._channel, self._endpoint, self._listen = channel, endpoint, listen
+        self._gathered: Gathered | None = None
         self._disks_folder = disks_folder if disks_folder is not None else places.disks()
         self._instance: Instance | None = None
         self._journal: Journal | None = None
@@ -161,6 +169,8 @@ class Incoming:
                 if self._door is not None:
                     self._door.close()
                 self._channel.close()
+            if self._gathered is not None:
+                self._gathered.close()
 
     def _forget(self) -> None:
         if self._instance is not None:
@@ -186,7 +196,8 @@ class Incoming:
             if "postcopy" in self._features:
                 self._door = Door(self._channel, instance.config.uuid, hello.generation)
             recover = self._door.path if self._door is not None else ""
-            accept = Accept(features=self._features, journal=str(self._journal.path), recover=recover)
+            ports = self._gather(instance.machine, hello)
+            accept = Accept(features=self._features, journal=str(self._journal.path), recover=recover, ports=ports)
             self._channel.send(messages.ACCEPT, payload=messages.encode(accept))
             state = self._take_volumes(instance.machine, hello)
             checked = machine_state.check(instance.machine, sections.decode(state), trial)
@@ -303,6 +314,35 @@ class Incoming:
             drives[number - 1] = drive
         return msgspec.structs.replace(config, drives=tuple(drives))
 
+    def _gather(self, machine: Machine, hello: Hello) -> list[int]:
+        """Take memory from the other channels as well, if there are any; the ports that they are called on."""
+        more: list[Channel] = [StreamChannel(socket.socket(fileno=fd)) for fd in self._channel.fds]
+        self._channel.fds.clear()
+        ports = []
+        for _ in range(min(hello.channels, MOST - 1) if self._listen is not None else 0):
+            channel, port = self._listen()  # type: ignore[misc]
+            more.append(channel)
+            ports.append(port)
+        if more:
+            ram = machine.memory.regions[0][1]
+            self._gathered = Gathered(more, partial(self._take_extra, ram), self._channel.cut)
+        return ports
+
+    def _take_extra(self, ram: memoryview, channel: Channel) -> bool:
+        """A frame of one of them. False: it was the last one."""
+        frame = channel.receive(None)
+        assert frame is not None
+        steps.reached("destination:extra", channel.cut)
+        if frame.kind == messages.ROUND:
+            channel.send(messages.ROUND, frame.a)
+        elif frame.kind in _MEMORY and "memory-fd" not in self._features:
+            self._take_memory(channel, frame, ram)
+        elif frame.kind == messages.DONE:
+            return False
+        else:
+            raise ChannelError(f"message {frame.kind} on a channel for memory")
+        return True
+
     # -- memory and disks --------------------------------------------------------------------------
 
     def _take_volumes(self, machine: Machine, hello: Hello) -> bytes:
@@ -319,13 +359,13 @@ class Incoming:
             if frame.kind in (messages.DATA, messages.PACKED, messages.DELTA, messages.ZEROES):
                 volume, start = messages.placed(frame.a)
                 if volume == 0 and "memory-fd" not in self._features:
-                    self._take_memory(frame, ram, start)
+                    self._take_memory(channel, frame, ram)
                 elif volume in disks:
                     self._take_disk(frame, disks[volume], start)
                 else:
                     raise ChannelError(f"data for volume {volume}")
             elif frame.kind == messages.RUNS and "memory-fd" not in self._features:
-                self._take_runs(frame, ram)
+                self._take_memory(channel, frame, ram)
             elif frame.kind == messages.ROUND:
                 if frame.a == 1:
                     self._prepare_hot(machine)
@@ -337,6 +377,8 @@ class Incoming:
                 self._leave_pages(machine, ram, channel.read(), hello)
             elif frame.kind == messages.STATE:
                 steps.reached("destination:state", channel.cut, machine.vm.pid)
+                if self._gathered is not None:
+                    self._gathered.finish(_LOCK_SECONDS)
                 return channel.read()
             elif frame.kind == messages.ABORT:
                 raise Discarded
@@ -362,25 +404,31 @@ class Incoming:
         self._source = RemotePages(self._channel, self._door, lambda: local and journals.is_dead(hello.journal))
         machine.await_pages(AbsentPages(ram, self._source, offsets))
 
-    def _take_runs(self, frame: Frame, ram: memoryview) -> None:
+    def _take_runs(self, channel: Channel, frame: Frame, ram: memoryview) -> None:
         if not 0 < frame.a <= messages.MOST_RUNS:
             raise ChannelError(f"{frame.a} runs of memory in a frame")
         pages = len(ram) // _PAGE
-        runs = messages.runs_of(self._channel.read_part(8 * frame.a))
+        runs = messages.runs_of(channel.read_part(8 * frame.a))
         if any(first + count > pages for first, count in runs):
             raise ChannelError("memory beyond the machine's")
-        self._channel.read_into(*[ram[first * _PAGE : (first + count) * _PAGE] for first, count in runs])
+        channel.read_into(*[ram[first * _PAGE : (first + count) * _PAGE] for first, count in runs])
 
-    def _take_memory(self, frame: Frame, ram: memoryview, start: int) -> None:
+    def _take_memory(self, channel: Channel, frame: Frame, ram: memoryview) -> None:
+        if frame.kind == messages.RUNS:
+            self._take_runs(channel, frame, ram)
+            return
+        volume, start = messages.placed(frame.a)
+        if volume:
+            raise ChannelError("a disk's data where memory was due")
         if not 0 < frame.b <= _MOST_UNITS or (start + frame.b) * _PAGE > len(ram):
             raise ChannelError("memory beyond the machine's")
         view = ram[start * _PAGE : (start + frame.b) * _PAGE]
         if frame.kind == messages.DATA:
-            self._channel.read_into(view)
+            channel.read_into(view)
         elif frame.kind == messages.PACKED:
-            view[:] = self._unpack(len(view))
+            view[:] = self._unpack(channel, len(view))
         elif frame.kind == messages.DELTA:
-            view[:] = xor(view, self._unpack(len(view)))
+            view[:] = xor(view, self._unpack(channel, len(view)))
         else:
             for at in range(0, len(view), len(_ZEROES)):
                 part = view[at : at + len(_ZEROES)]
@@ -391,7 +439,7 @@ class Incoming:
         length = min(frame.b * disk.unit, disk.size - offset)
         if not 0 < frame.b <= _MOST_UNITS or length <= 0 or frame.kind in (messages.ZEROES, messages.DELTA):
             raise ChannelError("a block beyond the disk's end")
-        data = self._unpack(length) if frame.kind == messages.PACKED else self._channel.read()
+        data = self._unpack(self._channel, length) if frame.kind == messages.PACKED else self._channel.read()
         if len(data) != length:
             raise ChannelError("a block of the wrong length")
         view = memoryview(bytearray(data))
@@ -400,11 +448,11 @@ class Incoming:
         else:
             disk.disk.write(offset, [view])
 
-    def _unpack(self, length: int) -> bytes:
+    def _unpack(self, channel: Channel, length: int) -> bytes:
         if "zstd" not in self._features:
             raise ChannelError("compressed data was not agreed upon")
         try:
-            with zstandard.ZstdDecompressor().stream_reader(self._channel.read()) as reader:
+            with zstandard.ZstdDecompressor().stream_reader(channel.read()) as reader:
                 data = reader.read(length + 1)
         except zstandard.ZstdError as error:
             raise ChannelError(f"compressed data is damaged: {error}") from error

@@ -17,6 +17,9 @@ Post-copy: ABSENT before STATE names the memory that stays behind. From then on 
 answered by PAGE, one at a time; DONE, from the destination after RUNNING, means that it has them all. When the connection
 is lost meanwhile the source calls again and says RESUME, the destination RESUMED (recovery.py).
 
+Several channels: DATA, PACKED, DELTA, RUNS and ZEROES of memory may go over any of them, ROUND goes over each; after the last
+round DONE, from the source, ends those beside the first one, which has everything else.
+
 Until its journal says "committed" the VM is the source's, afterwards the destination's; see journal.py for what a
 side does that hears nothing more. Sizes and units are checked by the receiver against its own machine.
 """
@@ -90,6 +93,8 @@ class Hello(Record, frozen=True, kw_only=True):
     """boot id of the source's machine: journals of one machine can be looked at by both."""
     journal: str
     """Path of the source's journal there."""
+    channels: int = 0
+    """Connections beside this one that memory is to go over: on one machine they come with this message, behind the memory."""
 
 
 class Accept(Record, frozen=True, kw_only=True):
@@ -99,6 +104,8 @@ class Accept(Record, frozen=True, kw_only=True):
     journal: str
     recover: str = ""
     """Post-copy over a Unix socket: where the source is to call when the connection is lost."""
+    ports: list[int] = []
+    """Over tcp: where the source is to call for the other connections."""
 
 
 def encode(record: Record) -> bytes:

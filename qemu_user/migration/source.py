@@ -6,6 +6,7 @@ moment in journal.py. Whatever fails before the journal says "committed" ends in
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,16 +18,18 @@ from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
 from qemu_user.migration import journal as journals
 from qemu_user.migration import machine_state, messages, sections, steps
 from qemu_user.migration.channel import Channel, ChannelError, StreamChannel, ZmqChannel
+from qemu_user.migration.connect import expect
 from qemu_user.migration.delta import Sent, xor
 from qemu_user.migration.job import DEVICE, POSTCOPY, POSTCOPY_PAUSED, Job, JobError
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
 from qemu_user.migration.precopy import CHUNK, Precopy
 from qemu_user.migration.recovery import RETRY_SECONDS, Caller, Hopeless
+from qemu_user.migration.spread import MOST, Spread
 from qemu_user.migration.volumes import Disk, Ram, writable_disks
 
 if TYPE_CHECKING:
-    from qemu_user.migration.channel import Frame
+    pass
 
 try:
     import zstandard
@@ -57,6 +60,8 @@ class Options(NamedTuple):
     """On one machine: give the memory itself instead of a copy."""
     postcopy: bool = False
     """Switch over after one round; the destination fetches what is missing when it is touched."""
+    channels: int = 1
+    """Connections that memory goes over."""
 
 
 class _Wire:
@@ -67,9 +72,18 @@ class _Wire:
         self._packer = zstandard.ZstdCompressor(level=1) if packed and zstandard is not None else None
         self._sent = Sent() if delta else None
         self._round = 0
+        self._spread = Spread(channel, [])
         self._runs: list[tuple[int, int]] = []
         self._bytes: list[bytes | memoryview] = []
         self._held = 0
+
+    def use(self, more: list[Channel]) -> None:
+        """Memory also goes over these channels, ours from now on, until alone()."""
+        self._spread = Spread(self._channel, more)
+
+    def alone(self) -> None:
+        """After a round: everything goes over the main channel. Idempotent."""
+        self._spread.close()
 
     def data(self, volume: Ram | Disk, first: int, count: int, content: memoryview) -> int:
         place = messages.place(volume.number, first)
@@ -86,10 +100,16 @@ class _Wire:
                 before = self._sent.before(first, count)
                 self._sent.now(first, plain)
                 if before is not None and len(delta := self._packer.compress(xor(before, plain))) < len(packed) // 2:
-                    return self._channel.send(messages.DELTA, place, count, delta)
+                    return self._send(volume, messages.DELTA, place, count, delta)
         if len(packed) < len(plain) * 7 // 8:
-            return self._channel.send(messages.PACKED, place, count, packed)
-        return self._channel.send(messages.DATA, place, count, plain)
+            return self._send(volume, messages.PACKED, place, count, packed)
+        return self._send(volume, messages.DATA, place, count, plain)
+
+    def _send(self, volume: Ram | Disk, kind: int, place: int, count: int, payload: bytes) -> int:
+        if not isinstance(volume, Ram):
+            return self._channel.send(kind, place, count, payload)
+        self._spread.send(kind, place, count, payload)
+        return len(payload)
 
     def _gather(self, first: int, count: int, content: memoryview) -> int:
         """Memory goes in large frames, however it is scattered: a frame for each page would be mostly work for nothing."""
@@ -105,23 +125,20 @@ class _Wire:
         if self._runs:
             runs, parts = self._runs, self._bytes
             self._runs, self._bytes, self._held = [], [], 0
-            self._channel.send(messages.RUNS, len(runs), payload=[messages.runs_header(runs), *parts])
+            self._spread.send(messages.RUNS, len(runs), 0, [messages.runs_header(runs), *parts])
 
     def zeroes(self, volume: Ram | Disk, first: int, count: int, fresh: bool) -> int:
         if fresh:
             return 0  # the destination's memory is zero until something is said about it
         if self._sent is not None and isinstance(volume, Ram):
             self._sent.forget(first, count)
-        return self._channel.send(messages.ZEROES, messages.place(volume.number, first), count)
+        return self._send(volume, messages.ZEROES, messages.place(volume.number, first), count, b"")
 
     def end_of_round(self) -> None:
         """Wait until the destination has taken everything: only then is a round's time the link's."""
         self.flush()
         self._round += 1
-        self._channel.send(messages.ROUND, self._round)
-        frame = expect(self._channel, messages.ROUND, _ANSWER_SECONDS)
-        if frame.a != self._round:
-            raise ChannelError("rounds out of step")
+        self._spread.end_of_round(self._round)
         steps.reached("source:round", self._channel.cut)
 
 
@@ -130,20 +147,6 @@ def _pieces(left: bytearray, size: int) -> bytes:
     per = messages.PIECE // Ram.unit
     left.extend(bytes(size // Ram.unit - len(left)))
     return bytes(any(left[at : at + per]) for at in range(0, len(left), per))
-
-
-def expect(channel: Channel, kind: int, seconds: float, other: int = 0) -> Frame:
-    """The frame that is due, of `kind` or `other`. JobError with the destination's reason for a REJECT; ChannelError for
-    anything else.
-    """
-    frame = channel.receive(seconds)
-    if frame is None:
-        raise ChannelError(f"the destination has not answered for {seconds:g} s")
-    if frame.kind == messages.REJECT:
-        raise JobError(f"the destination refuses it: {channel.read().decode(errors='replace')[:2000]}")
-    if frame.kind not in (kind, other):
-        raise ChannelError(f"message {frame.kind} where {kind} was due")
-    return frame
 
 
 class Outgoing:
@@ -155,6 +158,8 @@ class Outgoing:
         self._journal: Journal | None = None
         self._peer_journal = self._recover = ""
         self._unlocked = self._postcopy = False
+        self._more: list[Channel] = []
+        """Channels that nobody uses yet."""
         channel.look = job.check
 
     def run(self) -> None:
@@ -164,7 +169,8 @@ class Outgoing:
         except (ChannelError, BackendError) as error:
             raise JobError(str(error)) from error
         finally:
-            self._channel.close()
+            for channel in [self._channel, *self._more]:
+                channel.close()
 
     def _run(self) -> None:
         machine, job = self._machine, self._job
@@ -172,6 +178,7 @@ class Outgoing:
         self._journal = Journal(machine.config.uuid, "source")
         self._journal.write(journals.OFFERED, machine.generation)
         copy: Precopy | None = None
+        wire: _Wire | None = None
         try:
             accepted = self._offer()
             if "memory-fd" in accepted.features:
@@ -183,9 +190,11 @@ class Outgoing:
             packed = slow and "zstd" in accepted.features
             wire = _Wire(self._channel, packed, packed and "delta" in accepted.features, job)
             options = self._options
+            wire.use(self._more_channels(accepted))
             self._postcopy = "postcopy" in accepted.features
             copy = Precopy(machine, volumes, wire, job, options.max_downtime, options.bandwidth, self._postcopy)
             copy.rounds()
+            wire.alone()
             self._switch_over(copy)
         except BaseException:
             if self._journal.state == journals.OFFERED:
@@ -194,6 +203,8 @@ class Outgoing:
             self._journal.keep()
             raise
         finally:
+            if wire is not None:
+                wire.alone()
             if copy is not None:
                 copy.close()
         if self._postcopy:
@@ -228,9 +239,9 @@ class Outgoing:
             running=machine.status == RUNNING,
             host=messages.boot_id(),
             journal=str(self._journal.path),
+            channels=0 if options.hand_memory else min(options.channels, MOST) - 1,
         )
-        memory = [machine.ram_fd] if options.hand_memory else None
-        self._channel.send(messages.HELLO, payload=messages.encode(hello), fds=memory)
+        self._say_hello(hello)
         steps.reached("source:offered", self._channel.cut)
         expect(self._channel, messages.ACCEPT, _ANSWER_SECONDS)
         try:
@@ -241,6 +252,30 @@ class Outgoing:
         if "hot" in accepted.features and (hot := machine.vm.hot_here()):
             self._channel.send(messages.HOT, payload=hot)
         return accepted
+
+    def _say_hello(self, hello: Hello) -> None:
+        """With the descriptors that go along: memory that is given, and on one machine the other ends of extra channels."""
+        theirs = []
+        for _ in range(hello.channels if isinstance(self._channel, StreamChannel) else 0):
+            ours, other = socket.socketpair()
+            self._more.append(StreamChannel(ours))
+            theirs.append(other)
+        fds = [self._machine.ram_fd] if self._options.hand_memory else []
+        fds += [other.fileno() for other in theirs]
+        try:
+            self._channel.send(messages.HELLO, payload=messages.encode(hello), fds=fds)
+        finally:
+            for other in theirs:
+                other.close()
+
+    def _more_channels(self, accepted: Accept) -> list[Channel]:
+        """Those beside the main one. JobError: one of them cannot be made."""
+        if isinstance(self._channel, ZmqChannel) and self._channel.beside is not None:
+            if not all(0 < port < 1 << 16 for port in accepted.ports):
+                raise ChannelError("the destination names ports that there cannot be")
+            self._more = [self._channel.beside(port) for port in accepted.ports[: MOST - 1]]
+        more, self._more = self._more, []
+        return more
 
     # -- the hand-over proper ----------------------------------------------------------------------
 

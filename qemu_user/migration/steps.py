@@ -17,6 +17,7 @@ STEPS = (
     "destination:prepared-sent", "destination:commit", "destination:running", "destination:done",
 )  # fmt: skip
 POSTCOPY_STEPS = ("source:page", "destination:page")
+CHANNEL_STEPS = ("source:extra", "destination:extra")
 
 
 _broken: set[str] = set()

@@ -94,6 +94,34 @@ def test_fault(
         one.boot("again", drives=(memory_guest.drive(tmp_path / "disk"),))  # nobody holds its lock
 
 
+EXTRA = {
+    ("source:extra", "kill"): NEITHER, ("source:extra", "cut"): SOURCE,
+    ("destination:extra", "kill"): SOURCE, ("destination:extra", "cut"): SOURCE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["copied", pytest.param("tcp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("step", "action"), EXTRA, ids="=".join)
+def test_fault_of_one_of_several_channels(
+    step: str, action: str, way: str, hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int]
+) -> None:
+    one, two = hosts
+    if way == "tcp":
+        one.trust(two)
+        two.trust(one)
+    here, expected = step.startswith("source"), EXTRA[step, action]
+    uri = two.serve("tcp://127.0.0.1:0" if way == "tcp" else "", fault="" if here else f"{step}={action}")
+    one.boot("vm", fault=f"{step}={action}" if here else "", pages=2000)
+    goes_on("vm")
+    assert one.softkvm("migrate", "vm", uri, "--copy", "--channels", "3").returncode
+    two.wait_for_names([])
+    if expected == SOURCE:
+        goes_on("vm", more=5)
+        assert running(hosts) == [SOURCE]
+    else:
+        one.wait_for_names([])
+
+
 @pytest.mark.parametrize("copy", [False, True], ids=["handed", "copied"])
 @pytest.mark.parametrize("step", ["destination:built", "destination:state", "destination:prepared-sent", "destination:commit"])
 def test_the_destinations_kvmcore_process_dies(

@@ -27,7 +27,10 @@ def moved(source: HostUnderTest, uri: str, *words: str) -> str:
     return done.stderr.decode()
 
 
-WAYS = {"handed": (), "copied": ("--copy",), "packed": ("--copy", "--bandwidth", "150M"), "postcopy": ("--postcopy",)}
+WAYS = {
+    "handed": (), "copied": ("--copy",), "packed": ("--copy", "--bandwidth", "150M"), "postcopy": ("--postcopy",),
+    "channels": ("--copy", "--channels", "3"), "packed channels": ("--copy", "--channels", "2", "--bandwidth", "150M"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", WAYS.values(), ids=WAYS)
@@ -57,7 +60,7 @@ def test_over_tcp_with_keys(hosts: tuple[HostUnderTest, HostUnderTest], goes_on:
     uri = two.serve("tcp://127.0.0.1:0")
     one.boot("vm", pages=1000, cpus=2)
     goes_on("vm")
-    moved(one, uri, "--max-downtime", "100ms")
+    moved(one, uri, "--max-downtime", "100ms", "--channels", "3")
     two.wait_for_names(["vm"])
     goes_on("vm")
     stranger = HostUnderTest(one.shared, "c")

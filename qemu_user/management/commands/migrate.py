@@ -11,12 +11,13 @@ from qemu_user.management.commands.command import Arguments, Command, CommandErr
 from qemu_user.migration import job as jobs
 from qemu_user.migration.connect import connect
 from qemu_user.migration.source import Options, Outgoing
+from qemu_user.migration.spread import MOST
 
 
 class MigrateArguments(Arguments, frozen=True, kw_only=True, rename="kebab"):
     """`max_downtime` in milliseconds, `bandwidth` in bytes per second (0: no limit). `key`, `peer_key`: files with our
     secret and the host's public key, for tcp. `copy`: copy memory even where it could be given as it is. `postcopy`: switch
-    over early, memory follows."""
+    over early, memory follows. `channels`: connections that memory goes over (QEMU's multifd-channels)."""
 
     uri: str
     max_downtime: float = 30.0
@@ -24,6 +25,7 @@ class MigrateArguments(Arguments, frozen=True, kw_only=True, rename="kebab"):
     with_disks: bool = False
     copy: bool = False
     postcopy: bool = False
+    channels: int = 1
     key: str = ""
     peer_key: str = ""
 
@@ -32,10 +34,12 @@ def run(machine: Machine, arguments: MigrateArguments) -> Result:
     """Returns when it has begun."""
     if not 1 <= arguments.max_downtime <= 60_000 or arguments.bandwidth < 0:
         raise CommandError("max-downtime: 1 to 60000 ms; bandwidth: bytes per second")
+    if not 1 <= arguments.channels <= MOST:
+        raise CommandError(f"channels: 1 to {MOST}")
     curve = _curve(arguments) if arguments.uri.startswith("tcp://") else None
     given = arguments.uri.startswith("ipc://") and not (arguments.copy or arguments.postcopy)
     options = Options(
-        arguments.max_downtime / 1000, arguments.bandwidth, arguments.with_disks, given, arguments.postcopy
+        arguments.max_downtime / 1000, arguments.bandwidth, arguments.with_disks, given, arguments.postcopy, arguments.channels
     )
 
     def work(job: jobs.Job) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 
-from kvmcore.engine import warm_pages
+from kvmcore.engine import machine_state, warm_pages
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.loader import Image
 from kvmcore.engine.machine import SlotView
@@ -85,3 +86,47 @@ def test_decoded_pages_stay_while_memory_does(image: Image) -> None:
         assert g.machine.state.pool_used == 0
     assert g.run() == ExitKind.MMIO_WRITE
     assert g.harts[0].state.x[10] == 10
+
+
+def test_an_idle_machine_gives_decoded_pages_back(image: Image) -> None:
+    g = Guest(image, CODE)
+    with g.machine.quiesce():
+        made = warm_pages.make(g.machine, [RAM + PAGE * number for number in range(200)])
+    assert len(made) == 200
+    g.machine.look_if_idle()  # takes their marks
+    assert g.machine.state.pool_used == 200 * machine_state.PAGE_STRIDE
+    before = _resident(g.machine.state.pool)
+    assert g.run() == ExitKind.MMIO_WRITE
+    g.machine.look_if_idle()
+    assert g.machine.state.pool_used == 2 * machine_state.PAGE_STRIDE
+    assert _resident(g.machine.state.pool) < before - 190 * PAGE // 1024
+    g.harts[0].state.pc = RAM
+    assert g.run() == ExitKind.MMIO_WRITE
+    assert g.harts[0].state.x[10] == 8
+    assert g.harts[0].state.count_page == 0, "what it had entered was given back, too"
+
+
+def test_a_busy_machine_keeps_them(image: Image) -> None:
+    g = Guest(image, "loop: j loop")
+    with g.machine.quiesce():
+        made = warm_pages.make(g.machine, [RAM + PAGE * number for number in range(200)])
+    for _ in range(3):
+        start = g.harts[0].state.icount
+        while g.harts[0].state.icount < start + 110_000_000:
+            assert g.run(0.1) == ExitKind.KICK
+        g.machine.look_if_idle()
+    with g.machine.quiesce():
+        assert warm_pages.make(g.machine, [RAM + PAGE * number for number in range(200)]) == made
+
+
+def _resident(address: int) -> int:
+    """KiB of the mapping with this address (and with what the kernel has joined to it) which are in memory."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(word, 16) for word in first.split("-"))
+            inside = start <= address < end
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
