@@ -151,7 +151,9 @@ class Executor:
         self._system.close()
         self.kvm.close()
 
+    @property
     def system_wire(self) -> Wire:
+        """To the daemon's /dev/kvm, for VMs in processes of their own."""
         return self._system
 
 
@@ -195,7 +197,8 @@ class Sequence:
 
     def perform(self, op: Op) -> Outcome:
         """Do one operation. Hang, Gone, KvmError."""
-        return next(iter(list(self.perform_all([op]))))
+        (outcome,) = self.perform_all([op])
+        return outcome
 
     def begin(self, ops: list[Op]) -> None:
         """Send what can be sent before anything is known of what comes of it; outcomes() does the rest. Gone."""
@@ -403,7 +406,7 @@ class Sequence:
             return Outcome(-1, error.name, reason=error.reason)
 
     def _do_ioctl(self, op: Op) -> Outcome:
-        wire = self._executor.system_wire() if op.on[0] == "system" and self.place.system is None else self.wire
+        wire = self._executor.system_wire if op.on[0] == "system" and self.place.system is None else self.wire
         patience = _RUN_SECONDS if op.name == "RUN" or op.extra.get("request") == _RUN else self._patience
         number = BY_NAME[op.name].number if op.name in BY_NAME else int(op.extra.get("request", 0))
         argument, copies = self.argument(op) if op.name in BY_NAME else (int(op.arg), ())
@@ -423,7 +426,7 @@ class Sequence:
         return Outcome()
 
     def _do_control(self, op: Op) -> Outcome:
-        wire = self._executor.system_wire() if op.on[0] == "system" and self.place.system is None else self.wire
+        wire = self._executor.system_wire if op.on[0] == "system" and self.place.system is None else self.wire
         sequence, frame = wire.frame(
             self.number(*op.on), int(op.extra["request"]), int(op.arg), payload=bytes.fromhex(op.tail)
         )

@@ -44,9 +44,6 @@ class Wire:
         """Whether the server has ended, or has not answered in time."""
         self._socket = zmq_socket.dealer(shared_context(), str(link.welcome["router"]))
         self._fds = (int(self._socket.getsockopt(zmq.FD)), link.fileno())
-        self.round_trip = 0.001
-        """About how long an answer takes now, in seconds."""
-        self._sent = 0.0
 
     def frame(
         self, handle: int, number: int, arg: int = 0, copies: tuple[Copy, ...] = (), payload: bytes = b"", flags: int = 0
@@ -58,7 +55,6 @@ class Wire:
 
     def send(self, frame: bytes) -> None:
         """Gone: nobody takes it."""
-        self._sent = time.monotonic()
         try:
             self._socket.send(frame)
         except zmq.ZMQError as error:
@@ -98,8 +94,6 @@ class Wire:
                 if sequence not in self._replies:
                     self.failed = True
                     raise Gone("the process has ended")
-        if seconds is None:
-            self.round_trip += (time.monotonic() - self._sent - self.round_trip) / 8
         return reply
 
     def _take(self) -> None:
