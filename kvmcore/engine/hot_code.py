@@ -17,6 +17,7 @@ import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -165,7 +166,9 @@ class HotCode:
                     self._count(hart)
                 if bases is None or hart.state.fresh_page in gone:
                     hart.state.fresh_page = 0
-            for base in self._pages.keys() & gone:
+            leaving = self._pages.keys() & gone
+            self._wish_for([self._pages[base] for base in leaving])  # as long as their bytes are here
+            for base in leaving:
                 self._put_away(self._pages.pop(base))
             if bases is None:
                 self._mapped.clear()
@@ -412,17 +415,21 @@ class HotCode:
         if self._used:
             self._send(Used(list(self._used)))
             self._used.clear()
-        places = self._seen()
+        self._wish_for(self._pages.values())
+
+    def _wish_for(self, pages: Iterable[HotPage]) -> None:
+        places = self._seen(pages)
         if places and self._say_later(encode_wishes(self._wishes(places))):
             for page, offset in places:
                 page.wished.add(offset)
 
-    def _seen(self, again: bool = False) -> list[tuple[HotPage, int]]:
-        """Places of decoded pages that were seen a few times and have no region, the most often seen first; `again`: also those
-        that were wished for."""
+    @staticmethod
+    def _seen(pages: Iterable[HotPage], again: bool = False) -> list[tuple[HotPage, int]]:
+        """Places of these decoded pages that were seen a few times and have no region, the most often seen first; `again`: also
+        those that were wished for."""
         found = [
             (times, page, offset)
-            for page in self._pages.values()
+            for page in pages
             for offset, times in page.heat.items()
             if times >= _SEEN and offset not in page.heads and (again or offset not in page.wished)
         ]
@@ -484,7 +491,7 @@ class HotCode:
             return b""
         try:
             heads = [(page, offset) for page in self._pages.values() if page.seen is not None for offset in page.heads]
-            places = (heads + self._seen(again=True))[:MAX_LATER]
+            places = (heads + self._seen(self._pages.values(), again=True))[:MAX_LATER]
             pages = warm_pages.in_use(self._machine)
             if not pages and not places:
                 return b""
