@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 
 from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.backends.block.views import Cutter
@@ -125,7 +126,26 @@ class StripeDisk:
             member.adopt_locks(take)
 
     def resize(self, size: int) -> None:
-        raise OSError(errno.EOPNOTSUPP, "a striped disk has the size that its members give it")
+        """Larger only: members that have less than their share get it. One that cannot leaves all as it was. OSError."""
+        row = self.chunk * len(self.members)
+        if size % row:
+            raise OSError(errno.EINVAL, f"a striped disk grows by whole rows of {row} bytes")
+        if size < self.size:
+            raise OSError(errno.EOPNOTSUPP, "a striped disk does not shrink")
+        share = size // len(self.members)
+        changed: list[tuple[BlockBackend, int]] = []
+        try:
+            for member in self.members:
+                before = member.size
+                if before < share:
+                    member.resize(share)
+                    changed.append((member, before))
+        except OSError:
+            for member, before in changed:
+                with suppress(OSError):
+                    member.resize(before)
+            raise
+        self._chunks, self.size = share // self.chunk, size
 
     def close(self) -> None:
         """Close the members. Idempotent."""
