@@ -25,6 +25,8 @@ from protocol.channel.zmq_socket import Curve
 from protocol.codec import coverage_marks
 from qemu_user.fuzz.branches import Branch, branches, taken
 
+OWN_FILES = frozenset(("log", "coverage", "peers", "host.key", "host.key_secret", "ours.key", "ours.key_secret"))
+"""What is ours in the directory that the daemon listens in."""
 _LEFT_ALONE = 60
 """Seconds after which a daemon ends whose fuzzer was killed."""
 
@@ -172,8 +174,7 @@ class Daemon:
         for process in stay:
             left.append(f"process {process.pid} is left")
             process.kill()
-        own = {"log", "coverage", "peers", "host.key", "host.key_secret", "ours.key", "ours.key_secret"}
-        left += [f"{path.name} is left" for path in self.directory.iterdir() if path.name not in own]
+        left += [f"{path.name} is left" for path in self.directory.iterdir() if path.name not in OWN_FILES]
         shutil.rmtree(self.directory, ignore_errors=True)
         return left
 

@@ -23,7 +23,7 @@ from random import Random
 import psutil
 
 from protocol.abi.errors import KvmError
-from qemu_user.fuzz.daemon import Daemon, Footprint
+from qemu_user.fuzz.daemon import OWN_FILES, Daemon, Footprint
 from qemu_user.fuzz.oracles import Bystander
 from qemu_user.fuzz.wire import Gone, Hang
 
@@ -209,7 +209,7 @@ class Storm:
             self._bystander.close()
         self._nursery.close()
         if not victims:
-            files = [path.name for path in self._daemon.directory.iterdir() if path.name not in ("log", "kvmcore.sock")]
+            files = [path.name for path in self._daemon.directory.iterdir() if path.name not in OWN_FILES | {"kvmcore.sock"}]
             if files:
                 raise Disturbed(f"a killed daemon left {files}")
         self._daemon.close()
