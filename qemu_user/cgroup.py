@@ -169,6 +169,23 @@ class VmCgroup:
         self._folders.clear()
 
 
+def lacking(root: Path = ROOT) -> str:
+    """Why groups with all limits cannot be made beneath ours; "": they can."""
+    own = _own_groups()
+    if (root / "cgroup.controllers").exists():
+        parent = root / own.get("", "/").lstrip("/")
+        file = parent / "cgroup.controllers"
+        offered = file.read_text().split() if file.exists() else []
+        if missing := [name for name in _CONTROLLERS if name not in offered]:
+            return f"{parent} offers no {', '.join(missing)}"
+        return "" if os.access(parent, os.W_OK) else f"{parent} is not ours to write to"
+    for name in _CONTROLLERS:
+        folder = root / name / own.get(name, "/").lstrip("/")
+        if not os.access(folder, os.W_OK):
+            return f"{folder} is not there, or not ours to write to"
+    return ""
+
+
 def _write(path: Path, text: str) -> None:
     with open(path, "w", encoding="ascii") as file:
         file.write(text)

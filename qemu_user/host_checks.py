@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 from protocol.channel import confinement, fd_passing
 from protocol.channel.shared_memory import create_memfd, is_sealed
+from qemu_user import cgroup
 
 GOOD: Literal["ok"] = "ok"
 MISSING: Literal["missing"] = "missing"
@@ -163,8 +164,15 @@ def seccomp() -> tuple[Status, str]:
 def landlock() -> tuple[Status, str]:
     version = confinement.landlock_version()
     if version:
-        return GOOD, f"version {version}: VM processes do not see their user's files"
+        return GOOD, f"version {version}: VM processes do not see their user's files, device processes with run --only-files"
     return MISSING, "not in this kernel, or switched off: VM processes may read their user's files (SECURITY.md)"
+
+
+@check("control groups")
+def control_groups() -> tuple[Status, str]:
+    if lack := cgroup.lacking():
+        return MISSING, f"run --cgroup limits VMs only beneath a group that is delegated to you (parent=DIR): {lack}"
+    return GOOD, "limits for VMs (run --cgroup)"
 
 
 @check("user namespaces")

@@ -92,3 +92,16 @@ def test_on_this_host() -> None:
     if status == 77:
         pytest.skip("this host's control groups cannot be written to")
     assert status == 0
+
+
+def test_what_is_lacking_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(tmp_path, monkeypatch, {"": "/mine"})
+    assert "memory" in cgroup.lacking(tmp_path)
+    for name in ("memory", "cpu", "pids"):
+        (tmp_path / name).mkdir()
+    assert cgroup.lacking(tmp_path) == ""
+    (tmp_path / "cgroup.controllers").write_text("memory cpu pids")
+    assert "offers no memory, cpu, pids" in cgroup.lacking(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "cgroup.controllers").write_text("memory cpu pids")
+    assert cgroup.lacking(tmp_path) == ""
