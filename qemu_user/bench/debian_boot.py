@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from qemu_user.backends.block.opening import create_overlay
-from qemu_user.bench.linux import have_qemu, note, place, wait_for_idle_work
+from qemu_user.bench.linux import have_qemu, note, place, scratch, wait_for_idle_work
 from qemu_user.bench.processor import QEMU, BenchError, Kernel
 from qemu_user.cli.system import EXTRAS, ROOT
 from qemu_user.images.store import Image, Store, settings
@@ -33,7 +32,7 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
         raise BenchError("the image is not there; softkvm pull debian makes it")
     kernels = {"debian-first": Kernel(), "debian-warm": Kernel()}
     peer = have_qemu(tell)
-    with tempfile.TemporaryDirectory(prefix="softkvm-bench-") as name, place(Path(name) / "warm") as warm:
+    with scratch() as name, place(Path(name) / "warm") as warm:
         folder = Path(name)
         initrd = _initrd(image, folder)
         booted = folder / "booted.qcow2"
