@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from kvmcore.engine import hart_state, machine_state
 from kvmcore.engine.region_floats import Floats
 from kvmcore.engine.region_hart import trace
+from kvmcore.engine.region_loops import in_loops, inner_loop
 from kvmcore.engine.region_pointers import Pointer, Pointers, access_of
+from kvmcore.engine.region_words import Words
 from kvmcore.engine.regions import Block, Code, Region, Step
 from kvmcore.ir.llvm_text import HANDLER_PARAMETERS, Emitter, literal, typed
 from kvmcore.ir.trace import Block as TraceBlock
@@ -65,11 +67,17 @@ class RegionEmitter(Emitter):
         self._traces = {step.delta: trace(step, f"i{_label(step.delta)}.") for step in region.steps}
         self._written = {delta: _registers(blocks, "setreg") for delta, blocks in self._traces.items()}
         self._dirty_in = self._dataflow()
-        self._pointers = Pointers(region, self._traces, self._written, self._successors, self._in_loops())
+        loops = in_loops(region.blocks, self._successors)
+        self._pointers = Pointers(region, self._traces, self._written, self._successors, loops)
         self._floats = Floats(region.blocks, self._traces, self._successors)
         self._singles: set[str] = set()
         """Registers that hold singles before the step that is being written: their variable is f1.s, not f1."""
-        self._peeled = self._inner_loop()
+        self._words = Words(region.blocks, self._traces, self._successors)
+        self._now_words: set[str] = set()
+        """Registers that hold words where the emission is: their variable is x1.w, not x1."""
+        self._words_before: set[str] = set()
+        """The same before the step."""
+        self._peeled = inner_loop(region.blocks, self._successors)
         self._copy = ""
         self._checked: set[str] = set()
         """Pointers that have been looked up since this block began, or since they were set."""
@@ -107,8 +115,7 @@ class RegionEmitter(Emitter):
             entry += [f"  %{name} = alloca {kind}", *(f"  {line}" for line in self._register(name, f"init.{name}"))]
             entry += [f"  %init.{name} = load {kind}, ptr %init.{name}.p, {_STATE}"]
             entry += [f"  store {kind} %init.{name}, ptr %{name}"]
-            if name[0] == "f":
-                entry.append(f"  %{name}.s = alloca float")
+            entry.append(f"  %{name}.w = alloca i32" if name[0] == "x" else f"  %{name}.s = alloca float")
         for pointer in self._pointers.all:
             for variable in ("gd", "cb", "cs", "ca") if pointer.kept else ("gd",):
                 entry += [f"  %{variable}.{pointer.name} = alloca i64", f"  store i64 0, ptr %{variable}.{pointer.name}"]
@@ -130,53 +137,6 @@ class RegionEmitter(Emitter):
                     found[successor] |= out
                     waiting.append(successor)
         return found
-
-    def _in_loops(self) -> set[int]:
-        """Starts of the blocks that can be reached from themselves."""
-        blocks = self._region.blocks
-        after = {start: {s for s in self._successors(block.steps[-1]) if s in blocks} for start, block in blocks.items()}
-        found = set()
-        for start in blocks:
-            seen: set[int] = set()
-            waiting = list(after[start])
-            while waiting:
-                at = waiting.pop()
-                if at not in seen:
-                    seen.add(at)
-                    waiting += after[at]
-            if start in seen:
-                found.add(start)
-        return found
-
-    def _inner_loop(self) -> set[int]:
-        """The blocks of the innermost loop around the head, where that is in another loop too; else none.
-
-        The region's entry has a copy of them. Without it LLVM would see one loop, for what begins in the middle of a loop is
-        its beginning, and would not know what is done most often. Compilers put a loop in one piece: it is from the target of
-        a branch back to the branch.
-        """
-        blocks = self._region.blocks
-        before: dict[int, list[int]] = {start: [] for start in blocks}
-        loops = []
-        for start, block in blocks.items():
-            last = block.steps[-1]
-            for successor in self._successors(last):
-                if successor in blocks:
-                    before[successor].append(start)
-                    if successor <= 0 <= last.delta and last.kind != "jalr":
-                        loops.append((last.delta - successor, successor, last.delta))
-        if not loops:
-            return set()
-        _, first, end = min(loops)
-        body = {start for start in blocks if first <= start <= end}
-        seen: set[int] = set()
-        waiting = list(before[0])
-        while waiting:
-            at = waiting.pop()
-            if at not in seen:
-                seen.add(at)
-                waiting += before[at]
-        return body if seen - body else set()
 
     def _fp_dataflow(self) -> set[int]:
         """Blocks that are reached only through floating-point instructions, so that fpready holds at their start."""
@@ -213,13 +173,16 @@ class RegionEmitter(Emitter):
         dirty = self._dirty_in[block.start]
         self._fp_known = block.start in self._fp_in
         self._singles = set(self._floats.at[block.start])
+        self._now_words = set(self._words.at[block.start])
         self._checked, self._void = set(), set()
         self._label(f"{self._copy}B{_label(block.start)}")
         for index, step in enumerate(block.steps):
             prefix = f"{self._copy}i{_label(step.delta)}"
             self._place = _Place(block, step, index, dirty, prefix)
             self._out(f"br label %{prefix}.b0")
+            words = self._words.after(step, self._now_words)
             self._step(trace(step, f"{prefix}.") if self._copy else self._traces[step.delta])
+            self._now_words = words
             dirty |= self._written[step.delta]
             self._singles = self._floats.after(step, self._singles)
             if index + 1 < len(block.steps):
@@ -232,13 +195,17 @@ class RegionEmitter(Emitter):
 
     def _step(self, blocks: list[TraceBlock]) -> None:
         place = self._place
+        self._words_before = set(self._now_words)
+        words = {blocks[0].number: self._words_before}  # what they are at the beginning of each path
         for block in blocks:
+            self._now_words = set(words[block.number])
             self._label(f"{place.prefix}.b{block.number}")
             for op in block.ops:
                 self._operation(op)
             if block.condition is not None:
                 assert block.if_true is not None
                 assert block.if_false is not None
+                words[block.if_true.number] = words[block.if_false.number] = self._now_words
                 yes, no = (f"label %{place.prefix}.b{side.number}" for side in (block.if_true, block.if_false))
                 weights = ""
                 if _leaves(block.if_true) != _leaves(block.if_false):
@@ -345,6 +312,8 @@ class RegionEmitter(Emitter):
         for name in sorted(self._singles - self._floats.at[delta]):
             n = self.fresh()
             self._out(f"%{n}d = bitcast i64 {self._boxed(name)} to double", f"store double %{n}d, ptr %{name}")
+        for name in sorted(self._now_words - self._words.at[delta]):
+            self._out(f"store i64 {self._extended(name)}, ptr %{name}")
         self._out(f"store i64 {count}, ptr %icv", f"br label %{copy}B{_label(delta)}")
 
     def _address(self, delta: int) -> str:
@@ -477,10 +446,17 @@ class RegionEmitter(Emitter):
                 boxed = self._boxed(name)
                 self._out(*self._register(name, n), f"store i64 {boxed}, ptr %{n}.p, {_STATE}")
                 continue
+            if name in self._now_words:
+                extended = self._extended(name)
+                self._out(*self._register(name, n), f"store i64 {extended}, ptr %{n}.p, {_STATE}")
+                continue
             self._out(f"%{n} = load {kind}, ptr %{name}", *self._register(name, n))
             self._out(f"store {kind} %{n}, ptr %{n}.p, {_STATE}")
 
     def _get_register(self, name: str, result: str) -> None:
+        if name in self._now_words:
+            self._out(f"%{result} = add i64 {self._extended(name)}, 0")
+            return
         if name[0] == "x":
             self._out(f"%{result} = load i64, ptr %{name}")
             return
@@ -492,7 +468,13 @@ class RegionEmitter(Emitter):
 
     def _set_register(self, name: str, value: Value) -> None:
         if name[0] == "x":
-            self._out(f"store {typed(value)}, ptr %{name}")
+            if name in self._words.after(self._place.step, self._words_before):
+                n = self.fresh()
+                self._out(f"%{n} = trunc {typed(value)} to i32", f"store i32 %{n}, ptr %{name}.w")
+                self._now_words.add(name)
+            else:
+                self._out(f"store {typed(value)}, ptr %{name}")
+                self._now_words.discard(name)
             pointer = self._pointers.set.get((self._place.step.delta, int(name[1:])))
             if pointer is not None:
                 self._out(f"store i64 0, ptr %gd.{pointer.name}")
@@ -515,6 +497,12 @@ class RegionEmitter(Emitter):
             f"%{n}z = zext i32 %{n}i to i64",
             f"%{n} = or i64 %{n}z, {-1 << 32}",
         )
+        return f"%{n}"
+
+    def _extended(self, name: str) -> str:
+        """A word as the register has it; LLVM sees through this where it is read as a word."""
+        n = self.fresh()
+        self._out(f"%{n}w = load i32, ptr %{name}.w", f"%{n} = sext i32 %{n}w to i64")
         return f"%{n}"
 
     def _unbox_first(self, names: list[str]) -> None:
