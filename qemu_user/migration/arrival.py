@@ -111,9 +111,11 @@ def read(order: Restore) -> Snapshot:
         raise StartError(str(error)) from error
 
 
-def restored(order: Restore, name: str, snapshot: Snapshot) -> Instance:
-    """The VM, running (or paused, as ordered). StartError, with nothing left behind but restored disks."""
+def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Instance:
+    """The VM, running (or paused, as ordered). StartError, with nothing left behind but restored disks. `snapshot`: what
+    read() gave."""
     began = time.monotonic()
+    snapshot = read(order) if snapshot is None else snapshot
     try:
         config = for_background(snapshot.config, name)
         if order.new:
