@@ -39,10 +39,14 @@ class Footprint(NamedTuple):
     files: int
     memory: int
 
-    def grown(self, before: Footprint) -> list[str]:
-        """What there is more of than before, memory only beyond 32 MiB: pages of Python come and go."""
+    def grown(self, before: Footprint, descriptors: int = 0) -> list[str]:
+        """What there is more of than before, memory only beyond 32 MiB: pages of Python come and go. `descriptors`: so many
+        more are none.
+        """
         names = ("processes", "descriptors", "endpoints")
-        more = [f"{name}: {old} -> {new}" for name, old, new in zip(names, before, self, strict=False) if new > old]
+        spare = (0, descriptors, 0)
+        rows = zip(names, before, self, spare, strict=False)
+        more = [f"{name}: {old} -> {new}" for name, old, new, most in rows if new > old + most]
         if self.memory > before.memory + (32 << 20):
             more.append(f"memory: {before.memory >> 20} -> {self.memory >> 20} MiB")
         return more

@@ -179,7 +179,7 @@ def test_a_page_that_had_to_go_comes_back_with_its_regions(translator: Process) 
     for _ in range(3):
         before = hot.regions
         with machine.quiesce():
-            machine._give_up_pages()  # there is one
+            machine._give_up_pages(machine._unused_pages())  # there is one
         assert not hot._pages
         hart.state.sample_count = hart_state.SAMPLES  # none are taken: it is not hot again
         assert g.run(0.1) == ExitKind.KICK
