@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from protocol.abi import run_page
 from protocol.abi.ioctls import BY_NAME
+from protocol.abi.structs import CREATE_DEVICE_TEST
 from qemu_user.fuzz import rules
 from qemu_user.fuzz.executor import Outcome, errno_name
 from qemu_user.fuzz.sequence import Op
@@ -234,9 +235,13 @@ class DevKvmSequence:
                         value += _OTHERS  # small numbers are descriptors of this process here, and nothing there
                     members[field.name] = value - (1 << 32) if field.type == "s32" and value >> 31 else value
             data = row.argument.build(**members) + bytes.fromhex(op.tail)
-            ret = self._kernel.ioctl(fd, row.number, self._segments.lay(data))
+            address = self._segments.lay(data)
+            ret = self._kernel.ioctl(fd, row.number, address)
+            if op.name == "CREATE_DEVICE":
+                made = row.argument.parse(ctypes.string_at(address, row.argument.size))
+                ret = 0 if made.flags & CREATE_DEVICE_TEST else made.fd
         kind = rules.MAKES.get(op.name)
-        if kind is not None:
+        if kind is not None and ret:  # 0: it was asked only whether there could be one
             self.made.setdefault(kind, []).append(ret)
             self._close.append(ret)
             ret = 0

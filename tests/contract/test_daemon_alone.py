@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvmcore.engine.translation import Later, Wishes, encode_wishes, in_memory, send
@@ -44,6 +45,10 @@ def test_work_for_later_keeps_it_only_while_it_can_be_reached() -> None:
             assert time.monotonic() < end
             time.sleep(0.05)
         leave_work(socket.parent)
+        family = psutil.Process(daemon.process.pid)
+        while not any("idle" in child.cmdline() for child in family.children(recursive=True)):
+            assert time.monotonic() < end  # until the translator has begun with it
+            time.sleep(0.05)
         vm.close()
         kvm.close()
         with pytest.raises(subprocess.TimeoutExpired):

@@ -20,6 +20,7 @@ from qemu_user.fuzz.executor import Executor, Outcome
 from qemu_user.fuzz.grammar import GENERIC, Grammar
 from qemu_user.fuzz.model import X86, Model
 from qemu_user.fuzz.real import RealRun
+from qemu_user.fuzz.rules import MAKES
 from qemu_user.fuzz.sequence import Op
 
 
@@ -62,11 +63,11 @@ class RulesKernel:
         if answer:
             raise OSError(getattr(errno, answer), "")
         self.model.learn(op, Outcome())
-        return self._new("vcpu") if row.name == "CREATE_VCPU" else 0
+        return self._new(MAKES[row.name]) if row.name in MAKES else 0
 
     def close(self, fd: int) -> None:
+        self.kinds.pop(fd, None)  # before another thread can have the number
         os.close(fd)
-        self.kinds.pop(fd, None)
 
     def run_page(self, vcpu: int) -> mmap.mmap:
         raise OSError(errno.ENODEV, "no guest runs here")
