@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvmcore.engine.translation import Later, Wishes, encode_wishes, in_memory, send
+from kvmcore.engine.translation import Later, Wishes, encode_wishes, in_memory, receive, send
 from protocol.channel import fd_passing
 from protocol.client import Kvm
 from tests.framework.full_stack import Daemon
@@ -28,6 +29,9 @@ def leave_work(folder: Path) -> None:
         code = b"".join(instruction.to_bytes(4, "little") for instruction in addi)
         page = (code + bytes.fromhex("67800000")).ljust(4096, b"\0")  # ret
         sock = fd_passing.connect(str(path))
+        select.select([sock], [], [], 30)
+        for received in receive(sock)[1]:  # its greeting: it knows us
+            os.close(received)
         fd = in_memory("wishes", encode_wishes(Wishes([(0, 0, page)], [(0, 4 * number) for number in range(10)])))
         send(sock, Later(), [fd])
         os.close(fd)
@@ -46,7 +50,7 @@ def test_work_for_later_keeps_it_only_while_it_can_be_reached() -> None:
             time.sleep(0.05)
         leave_work(socket.parent)
         family = psutil.Process(daemon.process.pid)
-        while not any("idle" in child.cmdline() for child in family.children(recursive=True)):
+        while not any("idle" in " ".join(child.cmdline()) for child in family.children(recursive=True)):
             assert time.monotonic() < end  # until the translator has begun with it
             time.sleep(0.05)
         vm.close()
