@@ -85,7 +85,9 @@ class Watch:
         self._thread.join()
         self._wire.call_guest(0)
         self._seen.pop(min(self._seen), None)  # the window before
-        self.inside = round(1000 * max(self._seen.values(), default=0) / _TICKS, 2)
+        if not self._seen:
+            raise RuntimeError("the guest has reported nothing for 10 s: it stands, or its probe has ended")
+        self.inside = round(1000 * max(self._seen.values()) / _TICKS, 2)
         self.outside = round(1000 * self._wire.longest_silence(), 2)
 
 
