@@ -44,7 +44,7 @@ class DirtyBitmap:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._sides: list[tuple[int, int, mmap.mmap, int]] = []
         if initially_set:
-            self._memory[:] = b"\xff" * self.size
+            self._memory[:] = ((1 << pages) - 1).to_bytes(self.size, "little")
 
     def part(self, first_page: int, pages: int) -> int:
         """Address of a bitmap whose bit 0 is `first_page`, for the engine to set bits in."""
@@ -67,7 +67,7 @@ class DirtyBitmap:
         self._sides.clear()
 
     def get(self) -> bytes:
-        """All bits; those beyond the last page may be set when the log started all-ones."""
+        """All bits; those beyond the last page are 0."""
         return self._memory[:]
 
     def set_range(self, first: int, last: int) -> None:
