@@ -94,6 +94,20 @@ def test_descriptors_of_the_daemon_run_out() -> None:
                 time.sleep(0.2)
 
 
+def crowd_at(path: str, most: int) -> list[socket.socket]:
+    """Connections to a Unix socket until one is refused, `most` at the most."""
+    crowd = []
+    for _ in range(most):
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(path)
+        except OSError:
+            sock.close()
+            break
+        crowd.append(sock)
+    return crowd
+
+
 def test_a_crowd_at_the_router() -> None:
     """libzmq aborts a process that has no descriptor for an ipc connection: so many are never let in."""
     with Daemon("--accel", "interpreter", descriptors=4096) as daemon:
@@ -101,15 +115,7 @@ def test_a_crowd_at_the_router() -> None:
         vm = kvm.create_vm()
         for link in (kvm.link, vm.link):
             path = str(link.welcome["router"]).removeprefix("ipc://")
-            crowd = []
-            for _ in range(5000):
-                sock = socket.socket(socket.AF_UNIX)
-                try:
-                    sock.connect(path)
-                except OSError:
-                    sock.close()
-                    break
-                crowd.append(sock)
+            crowd = crowd_at(path, 5000)
             assert 400 < len(crowd) < 4096
             assert kvm.api_version() == 12, "those who are in are served"
             assert vm.check_extension(1) >= 0
@@ -139,15 +145,7 @@ def test_a_crowd_while_the_io_thread_is_busy() -> None:
         wires = Wire(vm.link)
         work = [wires.frame(vm.number, control.READ_GPA, 0x80000000, payload=control.LENGTH.pack(1 << 16)) for _ in range(200)]
         wires.batch([frame for _, frame in work])
-        crowd = []
-        for _ in range(2000):
-            sock = socket.socket(socket.AF_UNIX)
-            try:
-                sock.connect(path)
-            except OSError:
-                sock.close()
-                break
-            crowd.append(sock)
+        crowd = crowd_at(path, 2000)
         assert 100 < len(crowd) < 1000
         assert vm.check_extension(1) >= 0
         wires.close()
