@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from kvmcore.engine.region_loops import whichever_way
 from kvmcore.engine.regions import Block, Step
 from kvmcore.ir.trace import Block as TraceBlock
 from kvmcore.ir.trace import Op
@@ -69,16 +70,7 @@ class Floats:
         names = {name for uses in self._steps.values() for name in uses.singles} | singles
         self.at: dict[int, set[str]] = {start: set(names) for start in blocks}
         self.at[0] = singles - whole
-        waiting = list(blocks)
-        while waiting:
-            start = waiting.pop()
-            out = set(self.at[start])
-            for step in blocks[start].steps:
-                out = self.after(step, out)
-            for successor in self._after[start]:
-                if not self.at[successor] <= out:
-                    self.at[successor] &= out
-                    waiting.append(successor)
+        whichever_way(blocks, successors, self.at, self.after)
 
     def after(self, step: Step, before: set[str]) -> set[str]:
         """What holds singles behind a step."""

@@ -1,4 +1,7 @@
-"""The loops of a region. Read by region_code.py; runs in the translator; never imports LLVM."""
+"""The ways through a region: its loops, and what holds whichever way a block is reached.
+
+Read by region_code.py, region_floats.py and region_words.py; runs in the translator; never imports LLVM.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +58,20 @@ def inner_loop(blocks: Mapping[int, Block], successors: Successors) -> set[int]:
             seen.add(at)
             waiting += before[at]
     return body if seen - body else set()
+
+
+def whichever_way(
+    blocks: Mapping[int, Block], successors: Successors, at: dict[int, set[str]], after: Callable[[Step, set[str]], set[str]]
+) -> None:
+    """Take out of `at`, by a block's start, what does not hold on every way there. `after`: what holds behind a step, given
+    what holds before it."""
+    waiting = list(blocks)
+    while waiting:
+        start = waiting.pop()
+        out = set(at[start])
+        for step in blocks[start].steps:
+            out = after(step, out)
+        for successor in successors(blocks[start].steps[-1]):
+            if successor in blocks and not at[successor] <= out:
+                at[successor] &= out
+                waiting.append(successor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from kvmcore.engine.region_loops import whichever_way
 from kvmcore.engine.regions import Block, Step
 from kvmcore.ir.trace import Block as TraceBlock
 from kvmcore.ir.value import Value
@@ -59,16 +60,7 @@ class Words:
         names = {name for step in self._steps.values() for name in step.sets}
         self.at: dict[int, set[str]] = {start: set(names) for start in blocks}
         self.at[0] = set()
-        waiting = list(blocks)
-        while waiting:
-            start = waiting.pop()
-            out = set(self.at[start])
-            for step in blocks[start].steps:
-                out = self.after(step, out)
-            for successor in successors(blocks[start].steps[-1]):
-                if successor in blocks and not self.at[successor] <= out:
-                    self.at[successor] &= out
-                    waiting.append(successor)
+        whichever_way(blocks, successors, self.at, self.after)
 
     def after(self, step: Step, before: set[str]) -> set[str]:
         """What holds words behind a step."""
