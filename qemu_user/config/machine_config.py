@@ -372,7 +372,6 @@ def _check_devices(config: MachineConfig) -> None:
         _demand(len(os.fsencode(net.path)) <= MAX_SOCKET_PATH, f"netdev {net.id}: {net.path}: too long for a socket's path")
     _demand(len(config.flash) <= MAX_FLASH, f"if=pflash: the machine has {MAX_FLASH} banks, unit=0 and unit=1")
     _demand(all(flash.file for flash in config.flash), "if=pflash: needs file=IMAGE, and unit=0 before unit=1")
-    _demand(not (config.flash and config.keep), "-keep: a VM with flash (if=pflash) cannot outlive its process yet")
     tags = [share.tag for share in config.shares]
     _demand(len(tags) == len(set(tags)), "two shared folders of one tag")
     for share in config.shares:

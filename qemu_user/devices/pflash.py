@@ -62,9 +62,11 @@ class FlashFile(Protocol):
 
     def flush(self) -> None: ...
 
+    def lock(self) -> None: ...
+
 
 class BankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Of the command machine; the content is the file's."""
+    """Of the command machine; the content goes its own way (machine/flash.py)."""
 
     command: int
     cycle: int
@@ -89,6 +91,8 @@ class Bank:
         self.content, self.file = content, file
         self.show: Callable[[bool], None] = lambda array: None
         """Whether the guest is to see the content as memory. Set by the machine."""
+        self.changed: Callable[[int, int], None] = lambda offset, length: None
+        """Called after a change of the content, with offset and length."""
         self.reset()
 
     @property
@@ -205,6 +209,7 @@ class Bank:
             self.status |= failed
             return
         self.content[offset : offset + len(data)] = data
+        self.changed(offset, len(data))
 
     def save(self) -> BankState:
         return BankState(
@@ -296,7 +301,6 @@ class Pflash(Device):
         with self.lock:
             for bank, bank_state in zip(self.banks, state.banks, strict=True):
                 bank.restore(bank_state)
-                bank.load()
                 bank.show(bank.array)
 
     def reset(self) -> None:

@@ -84,9 +84,14 @@ class Parts:
         """Of hvc0, if a panic is to end the VM."""
         self.debug_console: DebugConsole
         self.arriving = False
-        """Whether the VM comes from elsewhere: set before start_backends()."""
+        """Whether the VM comes from elsewhere: set before build()."""
         self._console_path, self._log_path = console_path, log_path
         self._directory = os.path.dirname(console_path)
+
+    @property
+    def images(self) -> list[BlockBackend]:
+        """Everything that is locked while the VM is ours: disks and what the flash holds."""
+        return [*self.disks, *self.flash]
 
     # -- back ends, before kvmcore is asked for anything -------------------------------------------
 
@@ -359,7 +364,7 @@ class Parts:
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
-        closing: list[Any] = [*self.nets, *self.chardevs.values(), *self.disks, *self.flash, *self.shares]
+        closing: list[Any] = [*self.nets, *self.chardevs.values(), *self.images, *self.shares]
         if self.vsock is not None:
             closing.append(self.vsock)
         for backend in closing:

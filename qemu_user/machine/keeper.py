@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from qemu_user.config.machine_config import MachineConfig
     from qemu_user.machine.machine import Machine
 
-RECORDS_KEY, REGISTRATION_KEY, RAM_KEY, DISK_KEY = 0, 1, 2, 16
-"""What of ours the session holds (Vm.keep); disks count up from the last one."""
+RECORDS_KEY, REGISTRATION_KEY, RAM_KEY, FLASH_KEY, DISK_KEY = 0, 1, 2, 3, 16
+"""What of ours the session holds (Vm.keep); banks of the flash and images count up from theirs."""
 _CAPACITY = 1 << 20
 _SHARE_CAPACITY = 64 << 20
 """A shared folder's state has every open file."""
@@ -128,12 +128,12 @@ class Keeper:
         machine.vm.keep(RECORDS_KEY, records.fd)
         if machine.memory_handle < 0:
             machine.vm.keep(RAM_KEY, machine.ram_fd)
-        key = DISK_KEY
+        for number, fd in enumerate(machine.flash.fds if machine.flash is not None else ()):
+            machine.vm.keep(FLASH_KEY + number, fd)
         for disk in machine.parts.disks:
             disk.outlives = True
-            for fd in disk.locks():
-                machine.vm.keep(key, fd)
-                key += 1
+        for key, fd in enumerate((fd for image in machine.parts.images for fd in image.locks()), DISK_KEY):
+            machine.vm.keep(key, fd)
         machine.vm.outlive(True)
         return records
 
@@ -289,9 +289,16 @@ class Predecessor:
         return msgspec.msgpack.decode(self.handles.config, type=MachineConfig)
 
     def locks(self) -> Callable[[], int]:
-        """Gives the descriptors that hold disks' locks, in the order in which they were left."""
+        """Gives the descriptors that hold images' locks, in the order in which they were left."""
         numbers = iter(range(DISK_KEY, DISK_KEY + 48))
         return lambda: self.vm.kept(next(numbers))
+
+    def bank(self, number: int) -> int:
+        """The memfd of a bank of the flash. StateError."""
+        fd = self.vm.kept(FLASH_KEY + number)
+        if fd < 0:
+            raise StateError(f"it has left no content of the flash (bank {number})")
+        return fd
 
     def restore(self, machine: Machine) -> None:
         """Give each device the state that it had, and its queues what was in flight. StateError."""

@@ -43,6 +43,7 @@ from qemu_user.machine.tree import machine_tree
 from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
 
 if TYPE_CHECKING:
+    from qemu_user.machine.flash import FlashMemory
     from qemu_user.machine.keeper import Keeper, Predecessor
 
 PRELAUNCH, RUNNING, PAUSED, SHUTDOWN = "prelaunch", "running", "paused", "shutdown"
@@ -114,6 +115,7 @@ class Machine:
         self.ram_fd = -1
         """RAM's memfd: that of a guest_memfd, or one that came from the process that ran this VM before."""
         self._memfd: Any = None
+        self.flash: FlashMemory | None = None
         self.job: Any = None
         """The migration or snapshot that is under way, or was the last one (migration/job.py)."""
         self.interrupts: Any = None
@@ -135,6 +137,7 @@ class Machine:
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             self.parts.open_backends(lock_disks and predecessor is None)
+            self.parts.arriving = arriving or predecessor is not None
             self._create(ram_fd)
             if predecessor is not None:
                 self._take_over(predecessor)
@@ -142,7 +145,6 @@ class Machine:
                 self.status = INMIGRATE
             else:
                 self._load()
-            self.parts.arriving = arriving or predecessor is not None
             self.parts.start_backends(self.warn, self.quit, self._disk_news)
         except (BackendError, boot.BootError) as error:
             self.close()
@@ -178,9 +180,9 @@ class Machine:
         self.generation, self.created = predecessor.machine.generation, predecessor.handles.created
         self.status = INMIGRATE
         take = predecessor.locks()
-        for disk in self.parts.disks:
-            disk.adopt_locks(take)
-            disk.lock()
+        for image in self.parts.images:
+            image.adopt_locks(take)
+            image.lock()
         self.keeper = Keeper(self, predecessor)
 
     def _go_on(self, predecessor: Predecessor) -> None:
@@ -228,11 +230,12 @@ class Machine:
         self._isa = read_isa(self.vcpus[0], aia is not None)
         self._kicks = Kicks(vm)
         self._io.poll_with(vm.link.vdso() if vm.link.local else None)
-        banks = []
         if self.parts.flash:
             from qemu_user.machine.flash import FlashMemory
 
-            banks = FlashMemory(vm, self.parts.flash).banks
+            kept = self._predecessor.bank if self._predecessor is not None else None
+            self.flash = FlashMemory(vm, self.parts.flash, self.parts.arriving, kept)
+        banks = self.flash.banks if self.flash is not None else []
         self.parts.build(self.interrupts, self.memory, self._power, self._kicks, banks)
         if self.parts.balloon is not None:
             self.parts.balloon.changed = self._balloon_changed
@@ -588,6 +591,8 @@ class Machine:
                     pass  # the daemon may be gone already
         if self._kicks is not None:
             self._kicks.close()
+        if self.flash is not None:
+            self.flash.close()
         if self._memfd is None and self.ram_fd >= 0:
             os.close(self.ram_fd)
             self.ram_fd = -1

@@ -24,10 +24,11 @@ import zmq
 
 from protocol.channel import zmq_socket
 from protocol.channel.zmq_socket import Curve
-from qemu_user.backends.block.opening import is_nbd
+from qemu_user.backends.block.opening import format_by_name, is_nbd, open_disk
 from qemu_user.backends.errors import BackendError
 from qemu_user.cli.daemon import DaemonError, ensure
 from qemu_user.config.background import for_background
+from qemu_user.config.machine_config import Flash
 from qemu_user.confinement import confine
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
@@ -88,6 +89,8 @@ def load(machine: Machine, snapshot: Snapshot, fill: bool = False) -> None:
     `fill`, a thread brings the rest. SnapshotError, StateError.
     """
     checked = machine_state.check(machine, snapshot.sections)
+    for number, bank in enumerate(machine.flash.banks if machine.flash is not None else ()):
+        snapshot.read(f"flash{number}", bank.content)
     clusters = snapshot.opened("memory")
     machine.await_pages(AbsentPages(machine.memory.regions[0][1], clusters, list(clusters.offsets())))
     with machine.standing():
@@ -128,6 +131,9 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Ins
                 else:
                     Path(drive.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                     snapshot.write_disk(f"disk{index}", drive.file)
+        for index, bank in enumerate(config.flash):
+            if not bank.readonly:
+                _write_bank(snapshot, f"flash{index}", bank)
     except (SnapshotError, BackendError, OSError) as error:
         raise StartError(str(error)) from error
     instance = Instance(config, order.endpoint)
@@ -148,6 +154,16 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Ins
         instance.machine.resume()
     job.end(jobs.COMPLETED)
     return instance
+
+
+def _write_bank(snapshot: Snapshot, name: str, bank: Flash) -> None:
+    """Make a bank's file what was saved. SnapshotError, BackendError, OSError."""
+    if format_by_name(bank.file, bank.format) == "raw":
+        Path(bank.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        snapshot.write_disk(name, bank.file)
+    else:
+        with closing(open_disk(bank.file, bank.format)) as image:
+            snapshot.write_over(name, image)
 
 
 def several(order: Restore) -> str:

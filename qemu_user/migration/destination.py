@@ -39,7 +39,7 @@ from qemu_user.migration.messages import Accept, Hello
 from qemu_user.migration.recovery import Door, Hopeless
 from qemu_user.migration.sections import SectionError
 from qemu_user.migration.spread import MOST, Gathered
-from qemu_user.migration.volumes import Disk
+from qemu_user.migration.volumes import FLASH, Disk, banks
 
 try:
     import zstandard
@@ -269,7 +269,9 @@ class Incoming:
         config = for_background(machine_state.read_config(state), hello.name).validate(files=False)
         if not config.uuid:
             raise Refused("the VM has no uuid")
-        if set(hello.disks) - {1 + index for index, drive in enumerate(config.drives) if not drive.readonly}:
+        writable = {1 + index for index, drive in enumerate(config.drives) if not drive.readonly}
+        writable |= {FLASH + index for index, flash in enumerate(config.flash) if not flash.readonly}
+        if set(hello.disks) - writable:
             raise Refused("disks are announced that the machine does not have")
         ram_fd = self._memory(config, hello)
         if ram_fd < 0:
@@ -295,24 +297,32 @@ class Incoming:
         return fd
 
     def _make_disks(self, config: MachineConfig, hello: Hello) -> MachineConfig:
-        drives = list(config.drives)
+        drives, flash = list(config.drives), list(config.flash)
         for number, size in hello.disks.items():
             folder = self._disks_folder / config.uuid
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             free = os.statvfs(folder)
             if not 0 < size <= free.f_bavail * free.f_frsize:
                 raise Refused(f"no room in {self._disks_folder} for a disk of {size >> 20} MiB")
+            if number >= FLASH:
+                path = folder / f"flash{number - FLASH}.{hello.generation}.raw"
+                self._make_file(path, size)
+                flash[number - FLASH] = msgspec.structs.replace(flash[number - FLASH], file=str(path), format="raw")
+                continue
             drive = identity.placed(drives[number - 1], str(folder / f"disk{number - 1}.{hello.generation}"))
             if drive.format == "qcow2":
                 create_qcow2(drive.file, size)
                 self._made.append(Path(drive.file))
             else:
-                fd = os.open(drive.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                self._made.append(Path(drive.file))
-                os.ftruncate(fd, size)
-                os.close(fd)
+                self._make_file(Path(drive.file), size)
             drives[number - 1] = drive
-        return msgspec.structs.replace(config, drives=tuple(drives))
+        return msgspec.structs.replace(config, drives=tuple(drives), flash=tuple(flash))
+
+    def _make_file(self, path: Path, size: int) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._made.append(path)
+        os.ftruncate(fd, size)
+        os.close(fd)
 
     def _gather(self, machine: Machine, hello: Hello) -> list[int]:
         """Take memory from the other channels as well, if there are any; the ports that they are called on."""
@@ -349,8 +359,14 @@ class Incoming:
         """Everything up to the final state, whose bytes are returned."""
         channel = self._channel
         ram = machine.memory.regions[0][1]
-        disks = {number: Disk(number, machine.parts.disks[number - 1]) for number in hello.disks}
-        for disk in disks.values():
+        disks = {number: Disk(number, machine.parts.disks[number - 1]) for number in hello.disks if number < FLASH}
+        made = list(disks.values())
+        for bank in banks(machine):
+            disks[bank.number] = bank
+            if bank.number in hello.disks and machine.flash is not None:
+                machine.flash.contents[bank.number - FLASH].through = True
+                made.append(bank)
+        for disk in made:
             disk.disk.lock()  # nobody else knows them yet
         first = True
         while True:
@@ -465,11 +481,11 @@ class Incoming:
     def _lock_disks(self, machine: Machine) -> None:
         """The source has let go of them. Refused when somebody else has one."""
         end = time.monotonic() + _LOCK_SECONDS
-        for disk in machine.parts.disks:
+        for image in machine.parts.images:
             while True:
                 try:
-                    disk.flush()
-                    disk.lock()
+                    image.flush()
+                    image.lock()
                     break
                 except BackendError as error:
                     if time.monotonic() > end:

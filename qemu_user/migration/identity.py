@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
 
 def renewed(config: MachineConfig) -> MachineConfig:
-    """The configuration (already under its new name) of another VM of the same kind. Writable disks are files of its
-    own; addresses follow from its name.
+    """The configuration (already under its new name) of another VM of the same kind. Writable disks and banks of the flash
+    are files of its own; addresses follow from its name.
     """
     folder = places.disks() / config.name
     drives = tuple(
         drive if drive.readonly else placed(drive, str(folder / f"disk{index}")) for index, drive in enumerate(config.drives)
     )
+    flash = tuple(
+        bank if bank.readonly else msgspec.structs.replace(bank, file=str(folder / f"flash{index}.raw"), format="raw")
+        for index, bank in enumerate(config.flash)
+    )
     nets = tuple(msgspec.structs.replace(net, mac="") for net in config.nets)
-    return msgspec.structs.replace(config, uuid=str(uuid.uuid4()), drives=drives, nets=nets)
+    return msgspec.structs.replace(config, uuid=str(uuid.uuid4()), drives=drives, flash=flash, nets=nets)
 
 
 def placed(drive: Drive, path: str) -> Drive:

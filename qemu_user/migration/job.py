@@ -107,9 +107,7 @@ def arriving(machine: Machine, kind: str, status: str) -> Job:
 
 
 def start(machine: Machine, job: Job, work: Callable[[Job], None]) -> None:
-    """Run `work(job)` on a thread of its own. JobError if something is under way already, or the VM cannot be moved."""
-    if machine.config.flash:
-        raise JobError(f"VM {machine.config.name}: has flash (if=pflash), which cannot be handed over or kept yet")
+    """Run `work(job)` on a thread of its own. JobError if something is under way already."""
     if machine.job is not None and not machine.job.finished.is_set():
         raise JobError(f"VM {machine.config.name}: a {machine.job.kind} is under way; cancel it or wait")
     machine.job = job

@@ -87,7 +87,7 @@ class Hello(Record, frozen=True, kw_only=True):
     this message, as a descriptor, and is not to be touched before COMMIT; "postcopy": the VM runs before all of its memory has
     come."""
     disks: dict[int, int]
-    """Disks that travel along: volume number -> bytes."""
+    """Disks, and files of the flash's banks, that travel along: volume number -> bytes. What a bank holds comes in any case."""
     running: bool
     host: str
     """boot id of the source's machine: journals of one machine can be looked at by both."""

@@ -1,8 +1,9 @@
 """Snapshots: a VM's memory, state and disks at one instant, as a folder; made while the VM runs on.
 
 The folder: `state` (sections.py, with a section "contents" of checksums), `memory` (RAM byte for byte, sparse), `disk0`...
-(writable disks: raw and sparse, or qcow2 over the same backing file if they are qcow2), `meta.json` (what lists show). It is
-built under another name and renamed when everything is on the disk, so a snapshot is there whole or not at all.
+(writable disks: raw and sparse, or qcow2 over the same backing file if they are qcow2), `flash0`... (all banks of the flash),
+`meta.json` (what lists show). It is built under another name and renamed when everything is on the disk, so a snapshot is
+there whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -27,12 +29,13 @@ from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.block.qcow2.image import Qcow2Image
 from qemu_user.backends.block.raw import BlockBackend
 from qemu_user.devices.device import State, StateError, decode_state, encode_state, require
+from qemu_user.devices.pflash import BANK_SIZE
 from qemu_user.holes import with_data
 from qemu_user.migration import increments, machine_state, pages, places, sections
 from qemu_user.migration.job import DEVICE, Job, JobError
 from qemu_user.migration.precopy import Precopy
 from qemu_user.migration.sections import Section, SectionError
-from qemu_user.migration.volumes import Disk, Ram, writable_disks
+from qemu_user.migration.volumes import Disk, Ram, banks, writable_disks
 
 if TYPE_CHECKING:
     from qemu_user.config.machine_config import MachineConfig
@@ -42,6 +45,7 @@ CLUSTER = 64 << 10
 """Bytes of one checksum, and of one read when memory is loaded on demand."""
 MAX_DOWNTIME = 0.02
 _NEW = ".new-"
+_NAMES = re.compile(r"memory|(disk|flash)[0-9]+", re.ASCII)
 _FICLONE = 0x40049409
 
 
@@ -157,7 +161,8 @@ def save(machine: Machine, root: Path, tag: str, job: Job, incremental: bool = F
 def _save_into(machine: Machine, folder: Path, tag: str, job: Job, family: Path | None) -> None:
     disks = writable_disks(machine)
     copied = [disk for disk in disks if not _can_clone(disk, folder)]
-    volumes: list[Ram | Disk] = [Ram(machine), *copied]
+    flash = banks(machine)
+    volumes: list[Ram | Disk] = [Ram(machine), *copied, *flash]
     sink = _Files(folder, volumes)
     copy = Precopy(machine, volumes, sink, job, MAX_DOWNTIME, keep_promise=False)
     try:
@@ -174,7 +179,7 @@ def _save_into(machine: Machine, folder: Path, tag: str, job: Job, family: Path 
         parts.insert(0, machine_state.config_section(machine.config))
         copy.close()
         sink.complete()
-        files = {name: os.stat(folder / name).st_size for name in ["memory", *(disk.name for disk in disks)]}
+        files = {name: os.stat(folder / name).st_size for name in ["memory", *(disk.name for disk in [*disks, *flash])]}
         contents = Contents(files={name: (size, _checksums(folder / name, size)) for name, size in files.items()})
         with increments.locked(folder.parent):
             if family is not None:
@@ -357,11 +362,14 @@ class Snapshot:
             size = self.contents.files.get(name, (-1, b""))[0]
             require(bool(parent) and len(bits) == increments.bitmap_size(size), f"{name}: a bitmap of another size")
         for name, (size, sums) in self.contents.files.items():
-            require(name == "memory" or (name.startswith("disk") and name[4:].isdigit()), f"a file called {name!r}")
+            require(_NAMES.fullmatch(name) is not None, f"a file called {name!r}")
             require(len(sums) == 4 * -(-size // CLUSTER), f"{name}: wrong number of checksums")
             there = os.stat(self.folder / name).st_size
             require(there == size, f"{name}: {there} bytes instead of {size}")
         require(self.contents.files["memory"][0] == self.config.memory, "memory of another size than the machine's")
+        for bank in range(len(self.config.flash)):
+            size = self.contents.files.get(f"flash{bank}", (0, b""))[0]
+            require(size == BANK_SIZE, f"it has no content of the flash (bank {bank})")
 
     def read(self, name: str, into: memoryview) -> None:
         """Put a file's clusters where they belong in `into`, which is zero. SnapshotError when one is damaged."""
@@ -434,7 +442,7 @@ class Snapshot:
 
     def is_plain(self, name: str) -> bool:
         """Whether byte n of the file is the disk's byte n."""
-        return name == "memory" or machine_is_raw(self.config, name)
+        return not name.startswith("disk") or machine_is_raw(self.config, name)
 
 
 def machine_is_raw(config: MachineConfig, name: str) -> bool:

@@ -26,7 +26,7 @@ from qemu_user.migration.messages import Accept, Hello
 from qemu_user.migration.precopy import CHUNK, Precopy
 from qemu_user.migration.recovery import RETRY_SECONDS, Caller, Hopeless
 from qemu_user.migration.spread import MOST, Spread
-from qemu_user.migration.volumes import Disk, Ram, writable_disks
+from qemu_user.migration.volumes import FLASH, Disk, Ram, banks, writable_disks
 
 if TYPE_CHECKING:
     pass
@@ -185,7 +185,7 @@ class Outgoing:
                 volumes: list[Ram | Disk] = []
             else:
                 volumes = [Ram(machine)]
-            volumes += self._disks if self._options.with_disks else []
+            volumes += [*self._disks, *banks(machine)] if self._options.with_disks else banks(machine)
             slow = 0 < self._options.bandwidth < _PACK_BELOW
             packed = slow and "zstd" in accepted.features
             wire = _Wire(self._channel, packed, packed and "delta" in accepted.features, job)
@@ -235,7 +235,7 @@ class Outgoing:
             generation=machine.generation + 1,
             state=state,
             features=features,
-            disks={disk.number: disk.size for disk in self._disks} if options.with_disks else {},
+            disks=self._travelling() if options.with_disks else {},
             running=machine.status == RUNNING,
             host=messages.boot_id(),
             journal=str(self._journal.path),
@@ -252,6 +252,12 @@ class Outgoing:
         if "hot" in accepted.features and (hot := machine.vm.hot_here()):
             self._channel.send(messages.HOT, payload=hot)
         return accepted
+
+    def _travelling(self) -> dict[int, int]:
+        """Files that are made anew at the destination: volume -> bytes."""
+        config = self._machine.config
+        flash = [bank for bank in banks(self._machine) if not config.flash[bank.number - FLASH].readonly]
+        return {disk.number: disk.size for disk in [*self._disks, *flash]}
 
     def _say_hello(self, hello: Hello) -> None:
         """With the descriptors that go along: memory that is given, and on one machine the other ends of extra channels."""
@@ -301,7 +307,7 @@ class Outgoing:
                     if not (local and disk.disk.descriptor is not None):  # a file of this machine is one for both sides
                         disk.disk.flush()
                 self._unlocked = True
-                for image in machine.parts.disks:
+                for image in machine.parts.images:
                     image.unlock()
                 generation = machine.generation + 1
                 state = sections.encode(machine_state.capture(machine, generation, with_config=False))
@@ -405,8 +411,8 @@ class Outgoing:
         end = time.monotonic() + _RELOCK_SECONDS
         while self._unlocked:
             try:
-                for disk in self._machine.parts.disks:
-                    disk.lock()
+                for image in self._machine.parts.images:
+                    image.lock()
                 self._unlocked = False
             except BackendError as error:
                 if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""What a VM's copy consists of beside its state: RAM and disks, each as units that are tracked, read and written.
+"""What a VM's copy consists of beside its state: RAM, disks, the flash's banks, as units that are tracked, read and written.
 
 A volume is tracked from start() to stop(); take() says which units were written meanwhile, by vCPUs (kvmcore's dirty
 log) or devices (WriteLog). Whatever take() has named must be read after it. Used by precopy.py and by the receivers.
@@ -6,20 +6,25 @@ log) or devices (WriteLog). Whatever take() has named must be read after it. Use
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from qemu_user.backends.block.logged import BLOCK, LoggedDisk
+from qemu_user.backends.block.logged import BLOCK
 from qemu_user.devices.memory import PAGE
 from qemu_user.holes import with_data
 from qemu_user.machine.machine import RAM_SLOT
 from qemu_user.migration import pages
+from qemu_user.write_log import WriteLog
 
 if TYPE_CHECKING:
     from qemu_user.machine.machine import Machine
 
+FLASH = 0x80
+"""The number of the flash's first bank as a volume."""
+
 
 class Ram:
-    """The guest's memory, as memfd and mapped. `number` names a volume in streams: 0 is RAM, 1 + i the i-th disk."""
+    """The guest's memory, as memfd and mapped. `number` names a volume in streams: 0 is RAM, 1 + i the i-th disk, FLASH + i
+    the i-th bank of the flash."""
 
     number, name, unit = 0, "memory", PAGE
 
@@ -54,13 +59,36 @@ class Ram:
             self._machine.log_dirty_pages(False)
 
 
+class Copied(Protocol):
+    """What a Disk asks of a disk's backend (LoggedDisk), or of a bank of the flash (BankContent)."""
+
+    size: int
+    log: WriteLog
+
+    @property
+    def descriptor(self) -> int | None: ...
+
+    def lock(self) -> None: ...
+
+    def with_data(self, unit: int, chain: bool = True) -> bytearray: ...
+
+    def read(self, offset: int, views: list[memoryview]) -> None: ...
+
+    def write(self, offset: int, views: list[memoryview]) -> None: ...
+
+    def zero(self, offset: int, length: int, unmap: bool) -> None: ...
+
+    def flush(self) -> None: ...
+
+
 class Disk:
-    """A disk image, through its backend."""
+    """A disk image, through its backend, or a bank of the flash."""
 
     unit = BLOCK
 
-    def __init__(self, number: int, disk: LoggedDisk) -> None:
-        self.number, self.name = number, f"disk{number - 1}"
+    def __init__(self, number: int, disk: Copied) -> None:
+        self.number = number
+        self.name = f"disk{number - 1}" if number < FLASH else f"flash{number - FLASH}"
         self.disk, self.size = disk, disk.size
         self.chain = True
         """Whether what is in backing files is to be copied too."""
@@ -81,6 +109,12 @@ class Disk:
         data = bytearray(min(count * self.unit, self.size - start))
         self.disk.read(start, [memoryview(data)])
         return data
+
+
+def banks(machine: Machine) -> list[Disk]:
+    """The flash: all of it, for firmware that only reads may be another version's elsewhere."""
+    contents = machine.flash.contents if machine.flash is not None else []
+    return [Disk(FLASH + index, content) for index, content in enumerate(contents)]
 
 
 def writable_disks(machine: Machine) -> list[Disk]:

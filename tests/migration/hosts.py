@@ -73,6 +73,8 @@ class HostUnderTest:
                  *options]  # fmt: skip
         for drive in config.drives:
             words += ["-drive", f"file={drive.file},format={format_by_name(drive.file, drive.format)},if=virtio"]
+        for bank in config.flash:
+            words += ["-drive", f"file={bank.file},format=raw,if=pflash,readonly={'on' if bank.readonly else 'off'}"]
         daemon = "from qemu_user.cli.daemon import ensure; print(ensure())"
         subprocess.run([sys.executable, "-P", "-c", daemon], env=self.environment, check=True, stdout=subprocess.DEVNULL)
         environment = {**self.environment, "SOFTKVM_MIGRATION_FAULT": fault}

@@ -14,7 +14,6 @@ from typing import Any
 
 from qemu_user.backends.block.direct import DirectImage
 from qemu_user.backends.block.filter import Filter
-from qemu_user.backends.block.logged import LoggedDisk
 from qemu_user.backends.block.nbd.disk import RECONNECT_SECONDS, NbdDisk
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.block.qcow2.header import CORRUPT, DIRTY, MAGIC
@@ -133,9 +132,9 @@ def probe(image: RawImage) -> str:
     return "qcow2" if named else "raw"
 
 
-def qcow2_of(disk: LoggedDisk) -> Qcow2Image | None:
+def qcow2_of(disk: object) -> Qcow2Image | None:
     """The image of a VM's disk, if it is a qcow2 one."""
-    image = disk.image
+    image = disk
     while isinstance(image, Filter):
         image = image.image
     return image if isinstance(image, Qcow2Image) else None
