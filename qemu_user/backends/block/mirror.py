@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-from qemu_user.backends.block.mirror_state import Record, StateFile
+from qemu_user.backends.block.mirror_state import Record, StateFile, latest
 from qemu_user.backends.block.raw import BlockBackend, unheard
 from qemu_user.backends.block.views import is_zero
 from qemu_user.backends.errors import BackendBusy, BackendError
@@ -38,6 +38,18 @@ class Member:
         self.state: StateFile | None = None
         self.role = OUT
         self.why = ""
+
+
+def _fit(member: Member, size: int) -> None:
+    """A member that was away when the mirror grew gets its size. BackendError."""
+    assert member.disk is not None
+    before = member.disk.size
+    if before < size:
+        try:
+            member.disk.resize(size)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise BackendError(f"mirror: {member.name} has {before} bytes, {size} are needed: {why}") from error
 
 
 class MirrorDisk:
@@ -81,12 +93,31 @@ class MirrorDisk:
         disks = [member.disk for member in self.members if member.disk is not None]
         if not disks:
             raise BackendError(f"mirror: no member can be opened: {self.members[0].why}")
-        self.size = min(disk.size for disk in disks)
+        self.size = self._smallest(disks)
         self.discard = all(disk.discard for disk in disks)
         self._region = _REGION
         while self.size // self._region > _MOST_REGIONS:
             self._region *= 2
         self._regions = -(-self.size // self._region)
+
+    def _smallest(self, disks: list[BlockBackend]) -> int:
+        """The size of the smallest member that has everything; who has missed a change of the size gets it with the rest."""
+        records = {}
+        for member in self.members:
+            if member.has_state and os.path.exists(f"{member.name}.mirror"):
+                state = StateFile(f"{member.name}.mirror", 0, readonly=True)
+                records[member.name] = state.record
+                state.close()
+        best = latest(*records.values())
+        whole = [
+            member.disk
+            for member in self.members
+            if best is not None
+            and member.disk is not None
+            and best.members.get(member.name)
+            and (not member.has_state or records.get(member.name) is not None)
+        ]
+        return min(disk.size for disk in whole or disks)
 
     # -- who has everything ------------------------------------------------------------------------
 
@@ -97,10 +128,10 @@ class MirrorDisk:
         for member in present:
             if member.has_state and not (self.readonly and not os.path.exists(f"{member.name}.mirror")):
                 member.state = StateFile(f"{member.name}.mirror", self._regions, self.readonly)
-        records = [member.state.record for member in present if member.state is not None and member.state.record is not None]
-        if len({record.mirror for record in records}) > 1:
+        records = [member.state.record for member in present if member.state is not None]
+        if len({record.mirror for record in records if record is not None}) > 1:
             raise BackendError("mirror: its members belong to different mirrors (see their .mirror files)")
-        best = max(records, key=lambda record: record.generation, default=None)
+        best = latest(*records)
         if best is None:
             self._first_time(present)
         else:
@@ -117,6 +148,7 @@ class MirrorDisk:
         self._active = True
         if not self.readonly:
             for member in present:
+                _fit(member, self.size)
                 if member.state is not None:
                     member.state.write_marks([region for region, mark in enumerate(self._marks) if mark], 1)
             self._write_records()
@@ -368,7 +400,58 @@ class MirrorDisk:
         return good.disk.with_data(unit, chain)[: -(-self.size // unit)]
 
     def resize(self, size: int) -> None:
-        raise OSError(errno.EOPNOTSUPP, "a mirror has the size of its smallest member")
+        """All members that are there get the size, and who is out gets it when it is back. One that cannot grow leaves all as
+        it was; one that cannot shrink stays larger. OSError.
+        """
+        if self.readonly:
+            raise OSError(errno.EROFS, "the mirror is open for reading only")
+        self._stop_copying()
+        try:
+            with self._changed:
+                self._demand_active()
+                while self._copied_now >= 0 or any(self._writing.values()):
+                    self._changed.wait()
+                disks = [member.disk for member in self.members if member.disk is not None and member.role != OUT]
+                if size > self.size:
+                    self._grow(disks, size)
+                else:
+                    self._shrink(disks, size)
+                self._regions = -(-size // self._region)
+                self._marks = self._marks[: self._regions].ljust(self._regions, b"\0")
+                for member in self.members:
+                    if member.state is not None:
+                        member.state.resize(self._regions)
+                self.size = size
+        finally:
+            self._start_copying()
+
+    def _grow(self, disks: list[BlockBackend], size: int) -> None:
+        changed: list[tuple[BlockBackend, int]] = []
+        try:
+            for disk in disks:
+                if disk.size > self.size:  # what it has behind the mirror's end was never the guest's
+                    disk.zero(self.size, min(disk.size, size) - self.size, True)
+                if disk.size < size:
+                    changed.append((disk, disk.size))
+                    disk.resize(size)
+                disk.flush()
+        except OSError:
+            for disk, before in changed:
+                with suppress(OSError):
+                    disk.resize(before)
+            raise
+
+    def _shrink(self, disks: list[BlockBackend], size: int) -> None:
+        failure, done = None, False
+        for disk in disks:
+            try:
+                disk.resize(size)
+                disk.flush()
+                done = True
+            except OSError as error:
+                failure = error
+        if failure is not None and not done:
+            raise failure
 
     # -- bringing members up to date ---------------------------------------------------------------
 
@@ -391,8 +474,7 @@ class MirrorDisk:
         member.disk = member.state = None
         member.disk = member.open_it(True)
         member.disk.report = self._report
-        if member.disk.size < self.size:
-            raise BackendError(f"mirror: {member.name} has {member.disk.size} bytes, {self.size} are needed")
+        _fit(member, self.size)
         if member.has_state:
             member.state = StateFile(f"{member.name}.mirror", self._regions)
             if member.state.record is None or member.state.record.mirror != self._mirror:

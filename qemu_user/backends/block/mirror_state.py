@@ -29,6 +29,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     members: dict[str, bool]
 
 
+def latest(*records: Record | None) -> Record | None:
+    """The one that counts."""
+    return max((record for record in records if record is not None), key=lambda record: record.generation, default=None)
+
+
 class StateFile:
     """The file of one member, open for as long as the mirror is."""
 
@@ -40,11 +45,7 @@ class StateFile:
             self._fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise BackendError(f"mirror: its state {path}: {error.strerror}") from error
-        self.record: Record | None = None
-        for slot in (0, 1):
-            record = self._read(slot)
-            if record is not None and (self.record is None or record.generation > self.record.generation):
-                self.record = record
+        self.record = latest(self._read(0), self._read(1))
         self.marks = bytearray(os.pread(self._fd, regions, _MARKS_AT).ljust(regions, b"\0"))
 
     def _read(self, slot: int) -> Record | None:
@@ -76,6 +77,13 @@ class StateFile:
             self.marks[region] = value
             os.pwrite(self._fd, bytes([value]), _MARKS_AT + region)
         os.fdatasync(self._fd)
+
+    def resize(self, regions: int) -> None:
+        """The mirror has so many regions from now on; members are alike in new ones. OSError."""
+        if regions > self._regions:
+            os.pwrite(self._fd, bytes(regions - self._regions), _MARKS_AT + self._regions)
+        self.marks = self.marks[:regions].ljust(regions, b"\0")
+        self._regions = regions
 
     def close(self) -> None:
         """Idempotent."""
