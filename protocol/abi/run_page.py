@@ -68,6 +68,8 @@ DIRTY_GFN_SIZE = 16
 
 MMIO = struct.Struct("<Q8sIB3x")
 """phys_addr, data, len, is_write, at UNION."""
+MMIO_WORDS = struct.Struct("<QQIB3x")
+"""The same, data as a number."""
 SBI = struct.Struct("<QQ6Q2q")
 """extension_id, function_id, args, ret, at UNION."""
 CSR = struct.Struct("<4Q")

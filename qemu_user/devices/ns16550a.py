@@ -81,6 +81,8 @@ class Ns16550a(Device):
         if offset > SCR:
             return self.bad_access(offset, size)
         with self.lock:
+            if offset == LSR:  # what is polled
+                return self._read_lsr()
             if offset == RBR:
                 return self._dll if self._lcr & LCR_DLAB else self._read_rbr()
             if offset == IER:
@@ -91,8 +93,6 @@ class Ns16550a(Device):
                 return self._lcr
             if offset == MCR:
                 return self._mcr
-            if offset == LSR:
-                return self._read_lsr()
             if offset == MSR:
                 return self._read_msr()
             return self._scr
@@ -139,8 +139,9 @@ class Ns16550a(Device):
         return cause | (IIR_FIFOS if self._fcr & FCR_ENABLE else 0)
 
     def _read_lsr(self) -> int:
-        value = self._line_status()
+        value = (LSR_DR if self._receive else 0) | (0 if self._transmit else LSR_THRE | LSR_TEMT)
         if self._overrun:
+            value |= LSR_OE
             self._overrun = False
             self._update()
         return value
@@ -153,13 +154,6 @@ class Ns16550a(Device):
         self._msr &= 0xF0
         self._update()
         return value
-
-    def _line_status(self) -> int:
-        return (
-            (LSR_DR if self._receive else 0)
-            | (LSR_OE if self._overrun else 0)
-            | (0 if self._transmit else LSR_THRE | LSR_TEMT)
-        )
 
     def _write_thr(self, value: int) -> None:
         if self._mcr & MCR_LOOP:

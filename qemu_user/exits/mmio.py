@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from protocol.abi import run_page
 from qemu_user.exits.context import ExitContext
 
-_unpack = run_page.MMIO.unpack_from
+_unpack, _answer = run_page.MMIO_WORDS.unpack_from, run_page.U64.pack_into
 _MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 
 
@@ -23,19 +23,17 @@ def make(context: ExitContext) -> Callable[[], None]:
 
     def handle() -> None:
         gpa, data, length, is_write = _unpack(page, union)
-        if done is not None:
-            device = bus.device(gpa, length)
-            with device.lock if device is not None else nullcontext():
-                access(gpa, data, length, is_write)
-                done(context.cpu, device)
-        else:
-            access(gpa, data, length, is_write)
-
-    def access(gpa: int, data: bytes, length: int, is_write: int) -> None:
         if is_write:
-            bus.write(gpa, length, int.from_bytes(data[:length], "little"))
+            bus.write(gpa, length, data & _MASKS[length])
         else:
-            value = bus.read(gpa, length) & _MASKS[length]
-            page[data_at : data_at + 8] = value.to_bytes(8, "little")
+            _answer(page, data_at, bus.read(gpa, length) & _MASKS[length])
 
-    return handle
+    def handle_and_note() -> None:
+        gpa, _, length, _ = _unpack(page, union)
+        device = bus.device(gpa, length)
+        with device.lock if device is not None else nullcontext():
+            handle()
+            assert done is not None
+            done(context.cpu, device)
+
+    return handle if done is None else handle_and_note

@@ -65,11 +65,13 @@ class Bus:
 
     def read(self, gpa: int, size: int) -> int:
         """A load's value."""
-        window = self.find(gpa, size)
-        if window is None:
-            self.counters.count("unassigned_reads")
-            return 0
-        return window.device.read(gpa - window.start, size)
+        position = bisect_right(self._starts, gpa) - 1  # find(), without its call: this is the hottest of the process
+        if position >= 0:
+            start, end, device = self._windows[position]
+            if gpa + size <= end:
+                return device.read(gpa - start, size)
+        self.counters.count("unassigned_reads")
+        return 0
 
     def write(self, gpa: int, size: int, value: int) -> None:
         """A store."""
