@@ -151,6 +151,7 @@ FIELDS: tuple[Field, ...] = (
     _f("region_status", 64, "what region_load_* and region_store_* found: 0, or the interpreter does it"),
     _f("sample_count", 64, "samples taken since Python has looked; SAMPLES: none are taken"),
     _f("fresh_page", 64, "decoded page that was made, or began anew, since Python has looked; 0: none"),
+    _f("samples_passed", 64, "polls since then that were no samples, for they go on in a region"),
     _f("samples", 64, "where the poll went on, and no region begins", SAMPLES),
     _f("sample_records", 64, "the records there", SAMPLES),
     _f("sample_spaces", 64, "satp then", SAMPLES),

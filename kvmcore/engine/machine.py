@@ -196,13 +196,17 @@ class Machine:
 
     def _retire(self, table: object) -> bool:
         """A table is replaced; False: it is kept, because a hart may be reading it from outside guest code."""
-        self.image.atomic_or(self.address + machine_state.OFFSET["one"], 0)  # the new table is there before we look
+        self._barrier()  # the new table is there before we look
         if any(hart.state.in_bus for hart in self.harts):
             if table not in self._retired:
                 self._retired.append(table)
             return False
         self._retired.clear()
         return True
+
+    def _barrier(self) -> None:
+        """What was written is visible to the harts before anything behind this is read, which a host may do first."""
+        self.image.atomic_or(self.address + machine_state.OFFSET["one"], 0)
 
     def lock_ring(self) -> None:
         """For a store by Python into the coalesced ring; native code does without when it is taken."""
@@ -266,7 +270,7 @@ class Machine:
                 made = warm_pages.make(self, used)
                 if self.hot_code is not None:
                     self.hot_code.came_back(made)
-            for header in headers:
+            for header in headers[: self.state.pool_used // machine_state.PAGE_STRIDE]:
                 header.used = 0
             for hart in self.harts:
                 hart.forget_fetches()
@@ -313,6 +317,7 @@ class Machine:
             nested = self.state.stop
             self._open.clear()
             self.state.stop = nested + 1
+            self._barrier()  # a hart that enters now sees it, or is seen to run
             waiting = [hart for hart in self.harts if hart.state.running]
             for hart in waiting:
                 hart.signal(hart_state.ATTENTION_STOP)

@@ -18,6 +18,8 @@ from kvmcore.isa.hart import Hart
 
 _TRAP_COUNTS = hart_state.SLICE // 64
 """Instructions: what a trap is worth where they are counted."""
+_PASSED = 8192
+"""Polls in a row that go on where a region begins, until Python looks around: some 50 ms."""
 
 
 def poll(h: HandlerHart) -> None:
@@ -52,11 +54,11 @@ def serve(h: HandlerHart) -> None:
         h.atomic_and("attention", ~hart_state.ATTENTION_BRIEF)
         h.atomic_or("attention", hart_state.ATTENTION_KICK)
     if (attention & hart_state.ATTENTION_FLUSH_ICACHE) != 0:
+        h.atomic_and("attention", ~hart_state.ATTENTION_FLUSH_ICACHE)  # what is asked for from now on is another flush
         call("flush_fetch", h.s)
-        h.atomic_and("attention", ~hart_state.ATTENTION_FLUSH_ICACHE)
     if (attention & hart_state.ATTENTION_FLUSH_TLB) != 0:
-        call("flush_tlb", h.s)
         h.atomic_and("attention", ~hart_state.ATTENTION_FLUSH_TLB)
+        call("flush_tlb", h.s)
     h.tail("interrupts", pc)
 
 
@@ -84,6 +86,11 @@ def sample(h: HandlerHart) -> None:
         h.go(pc, h.ic)
     record = (pc << 2) + load(entry + (hart_state.FETCH_TLB_OFFSET + 8))
     if load(record, 32).zext(64) >= load(h.machine("regions")):
+        passed = h.get("samples_passed") + 1
+        h.set("samples_passed", passed & (_PASSED - 1))
+        if passed == _PASSED:  # without samples nobody looks at what the translator has sent
+            h.set("exit_kind", int(ExitKind.PROFILE))
+            h.tail("leave", pc)
         h.go(pc, h.ic)
     count = h.get("sample_count")
     h.set_at("samples", count, pc)
