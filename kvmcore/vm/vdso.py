@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from kvmcore.engine.client_code import RUN, WATCH
+from kvmcore.engine.client_code import DRAINS, RUN, WATCH
 from kvmcore.vm.accelerator import native_image
 from protocol.channel import vdso
 
@@ -16,4 +16,4 @@ def vdso_fd() -> int:
 
     image = native_image()
     ticks = round(HostClock.shared(image).hz() * vdso.SPIN_US / 1_000_000)
-    return vdso.code_file(image.code_of(RUN), image.code_of(WATCH), ticks)
+    return vdso.code_file(image.code_of(RUN), image.code_of(WATCH), image.code_of(DRAINS), ticks)

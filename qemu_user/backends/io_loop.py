@@ -197,7 +197,7 @@ class IoLoop:
         if not self._soon:
             for callback in self.poller.look():
                 self._guarded(callback)
-        self._looks = (self._looks + 1) % _LOOKS
+        self._looks = 0 if self.poller.drained else (self._looks + 1) % _LOOKS
         return self._looks != 0 and self.poller.watching
 
     def _serve_events(self, longest: float | None) -> None:

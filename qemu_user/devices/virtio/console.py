@@ -112,6 +112,15 @@ class Port:
     def output_ready(self) -> None:
         self._console.transport.run(self.transmit)
 
+    def takes(self) -> int:
+        """Bytes of output that need not be looked at."""
+        return 0 if self.sent else self.chardev.room()
+
+    def took(self, data: bytes) -> None:
+        """So many of them, given back already."""
+        self.chardev.write(data, last=True)
+        self._console.counters.count("bytes_out", len(data))
+
     # -- input -------------------------------------------------------------------------------------
 
     @property
@@ -194,12 +203,24 @@ class VirtioConsole(VirtioDevice):
             for port in self.ports.values():
                 port.chardev.resume_input()
 
+    def _port(self, index: int) -> Port | None:
+        return self.ports.get(0 if index < 2 else index // 2 - 1)
+
+    def takes(self, index: int) -> int:
+        port = self._port(index)
+        return port.takes() if port is not None and index & 1 and index != CONTROL_TX else 0
+
+    def took(self, index: int, data: bytes) -> None:
+        port = self._port(index)
+        assert port is not None
+        port.took(data)
+
     def on_queue(self, index: int) -> None:
         if index == CONTROL_TX:
             self._read_control()
         elif index == CONTROL_RX:
             self._write_control()
-        elif port := self.ports.get(0 if index < 2 else index // 2 - 1):
+        elif port := self._port(index):
             if index & 1:
                 port.transmit()
             else:

@@ -113,6 +113,14 @@ class VirtioDevice:
         """Whether serving queue `index` changes what save() gives, beyond the queue's own indices."""
         return False
 
+    def takes(self, index: int) -> int:
+        """Bytes that the device would take out of queue `index` now whatever they are, from requests that need no answer
+        (drain.py); 0: it wants to see them."""
+        return 0
+
+    def took(self, index: int, data: bytes) -> None:
+        """They came, and are given back."""
+
     def queue_reset(self, index: int) -> None:
         """The driver reset queue `index` alone: forget what is held of it."""
 

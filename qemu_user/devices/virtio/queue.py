@@ -360,6 +360,25 @@ class Queue:
         """Whether anything has been given back since the queue was set up."""
         return self.ready and self._next_used != 0
 
+    # -- native code that serves it (drain.py) -----------------------------------------------------
+
+    @property
+    def drainable(self) -> bool:
+        """Whether answers need nothing beside the ring: no notes of what is in flight, no log of what devices write."""
+        memory = self._memory
+        return (
+            self.ready and self.event_index and self._event_valid and not self._again and self.flight is None
+            and self.before_push is None and memory is not None and memory.flat is not None and not memory.logging
+        )  # fmt: skip
+
+    def indices(self) -> tuple[int, int, int]:
+        """(next available, next used, what the driver was told of last)."""
+        return self._next_available, self._next_used, self._signalled_used
+
+    def moved(self, next_available: int, next_used: int, signalled: int) -> None:
+        """Requests were taken and answered by somebody else, by the rules of this class."""
+        self._next_available, self._next_used, self._signalled_used = next_available, next_used, signalled
+
     # -- state -------------------------------------------------------------------------------------
 
     def save(self) -> QueueState:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from protocol.channel.vdso import Vdso
 from qemu_user.backends.polling import Watched
 from qemu_user.devices.device import Counters, StateError, require
 from qemu_user.devices.memory import GuestMemory
@@ -25,6 +26,7 @@ from qemu_user.devices.virtio.device import (
     VirtioDevice,
     VirtioState,
 )
+from qemu_user.devices.virtio.drain import Drain
 from qemu_user.devices.virtio.queue import Queue, QueueError, QueueState
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 0x40, 0x80
@@ -89,9 +91,13 @@ class VirtioTransport:
         self.watch: Callable[[Watched, int, int], bool] = lambda queue, address, known: False
         """IoLoop.watch() of the thread that serves the queues; machine/build.py sets it."""
         self._watched = [
-            Watched(partial(self.kicked, queue.index), partial(self._settle, queue), partial(self._rest, queue))
+            Watched(
+                partial(self.kicked, queue.index), partial(self._settle, queue), partial(self._rest, queue),
+                partial(self._drain, queue),
+            )
             for queue in virtio.queues
-        ]
+        ]  # fmt: skip
+        self._drains: dict[int, Drain] = {}
         self.warn: Callable[[str], None] = lambda sentence: None
         """Tells the user of a driver that breaks the rules."""
         self.worked: Callable[[], None] = lambda: None
@@ -255,6 +261,19 @@ class VirtioTransport:
         with self.lock:
             if self.virtio.live:
                 self.notify_used(queue)
+
+    def _drain(self, queue: Queue, code: Vdso, pace: tuple[int, int, int, int], bell: int, known: int) -> int | None:
+        with self.lock:
+            if not self.virtio.live or not queue.drainable or not (room := self.virtio.takes(queue.index)):
+                return None
+            drain = self._drains.get(queue.index)
+            if drain is None:
+                drain = self._drains[queue.index] = Drain(queue, self.memory)
+            outcome, data = drain.run(code, pace, bell, known, room)
+            if data:
+                self.virtio.took(queue.index, data)
+            self._watched[queue.index].known = queue.next_available
+            return outcome
 
     def rehearse(self) -> None:
         """The machine has been given a state that it will not run from: what its interrupts need is set up now."""

@@ -11,16 +11,17 @@ from protocol.channel import vdso
 from protocol.channel.vdso import SIZE, Vdso, code_file
 
 FIRST = bytes.fromhex("4889f8c3")  # mov rax, rdi; ret
+THIRD = bytes.fromhex("488d4702c3")  # lea rax, [rdi + 2]; ret
 SECOND = bytes.fromhex("488d4701c3")  # lea rax, [rdi + 1]; ret
 
 
 def test_the_code_runs_and_the_file_cannot_be_changed() -> None:
-    fd = code_file(FIRST, SECOND, 1000)
+    fd = code_file(FIRST, SECOND, THIRD, 1000)
     try:
         mapped = Vdso(fd)
         assert mapped.run(3) == 3
         assert mapped.run((1 << 64) - 7) == -7  # an errno
-        assert mapped.watch(3) == 4
+        assert (mapped.watch(3), mapped.drain(3)) == (4, 5)
         assert mapped.ticks_per_us == 1000 / vdso.SPIN_US
         assert list(mapped.state(0x1234))[1:] == [1000, 1000 * 20_000, 1, 0, 0x1234, 1]
         with pytest.raises(PermissionError):
@@ -33,14 +34,14 @@ def test_the_code_runs_and_the_file_cannot_be_changed() -> None:
 
 
 def test_code_that_is_too_long_is_refused() -> None:
-    for run, watch in ((bytes(2000), FIRST), (FIRST, bytes(2049))):
+    for run, watch, drain in ((bytes(2000), FIRST, FIRST), (FIRST, bytes(513), FIRST), (FIRST, FIRST, bytes(1537))):
         with pytest.raises(OSError, match="does not fit"):
-            code_file(run, watch, 1000)
+            code_file(run, watch, drain, 1000)
 
 
 def test_code_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vdso, "VERSION", vdso.VERSION + 1)
-    fd = code_file(FIRST, SECOND, 1000)
+    fd = code_file(FIRST, SECOND, THIRD, 1000)
     monkeypatch.undo()
     with pytest.raises(OSError, match="version"):
         Vdso(fd)
