@@ -1,7 +1,7 @@
 """Anonymous memory that machines and harts are made of, kept for the next ones of this process.
 
 Fresh pages cost a fault each, some dozen for a VM with a vCPU; where one VM after the other lives in a process that is most
-of what they cost. A block that comes back is all zeros again. Called by machine.py; any thread.
+of what they cost. A block that comes back is zeros again where its next user needs it. Called by machine.py; any thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _lock = threading.Lock()
 
 
 def take(size: int) -> Block:
-    """A block of at least `size` bytes, page aligned, all zeros. OSError: no memory."""
+    """A block of at least `size` bytes, page aligned: all zeros, but for what give_back() has left. OSError: no memory."""
     rounded = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     with _lock:
         kept = _kept.get(rounded)
@@ -39,15 +39,14 @@ def take(size: int) -> Block:
     return Block(rounded)
 
 
-def give_back(block: Block, used: list[tuple[int, int]] | None = None) -> None:
-    """Nobody uses it any more. `used`: the (offset, size) pieces that may not be zero, None: it may be anywhere."""
+def give_back(block: Block, used: list[tuple[int, int]]) -> None:
+    """Nobody uses it any more. `used`: the (offset, size) pieces that are not zero, and that the next user of a block of this
+    size shall find zero.
+    """
     with _lock:
         kept = _kept.setdefault(block.size, [])
         if len(kept) >= (_KEPT_LARGE if block.size >= _LARGE else _KEPT):
             return  # unmapped with the object
-        if used is None:
-            block.map.madvise(mmap.MADV_DONTNEED)
-        else:
-            for offset, size in used:
-                ctypes.memset(block.address + offset, 0, size)
+        for offset, size in used:
+            ctypes.memset(block.address + offset, 0, size)
         kept.append(block)

@@ -402,9 +402,8 @@ class Hart:
 
     def close(self) -> None:
         """Give the block back; the hart must not be used afterwards."""
-        entered = self.state.context_satp != U64
         del self.state
-        blocks.give_back(self._block, None if entered else _OUTSIDE_TLBS)
+        blocks.give_back(self._block, _OUTSIDE_TLBS)
 
     # -- running ---------------------------------------------------------------------------------------------
     def run(self, left: int | None = None) -> int:
@@ -624,4 +623,4 @@ _ATTENTION = hart_state.offset("attention")
 _TLBS = hart_state.offset("tlb_blocks")
 _BEHIND_TLBS = hart_state.offset("region_status")
 _OUTSIDE_TLBS = [(0, _TLBS), (_BEHIND_TLBS, hart_state.SIZE - _BEHIND_TLBS)]
-"""Of a hart that has never been entered only this is not zero."""
+"""What a new hart must find zero. A bank of the TLBs is emptied when it is chosen, whatever is in it, as after reset()."""

@@ -7,7 +7,8 @@ descriptors. Must never say whether a number it refuses is closed, foreign or ma
 
 from __future__ import annotations
 
-import secrets
+import os
+import struct
 import threading
 from errno import EBADF, EINVAL, EMFILE
 
@@ -18,6 +19,8 @@ from protocol.codec import control
 #: Client descriptors are below this number, handles are not.
 FIRST_HANDLE = 1 << 16
 _LAST_HANDLE = (1 << 31) - 1
+_DRAWN = struct.Struct("64Q")
+_MOST_RETIRED = 4096
 
 
 class HandleTable:
@@ -27,6 +30,7 @@ class HandleTable:
         self._limit = limit
         self._entries: dict[int, Handle | HostFile] = {}
         self._retired: set[int] = set()
+        self._drawn: list[int] = []
         self._made: dict[str, list[int]] | None = None
         """Of the batch that is being served: what it has made, by kind (control.made)."""
         self._lock = threading.Lock()
@@ -40,7 +44,7 @@ class HandleTable:
             if len(self._entries) >= self._limit:
                 raise KvmError(EMFILE, reason=f"a session has at most {self._limit} handles")
             while True:
-                number = FIRST_HANDLE + secrets.randbelow(_LAST_HANDLE - FIRST_HANDLE)
+                number = self._draw()
                 if number not in self._entries and number not in self._retired:
                     break
             self._entries[number] = handle
@@ -48,6 +52,12 @@ class HandleTable:
             self._made.setdefault(handle.kind, []).append(number)
         handle.opened()
         return number
+
+    def _draw(self) -> int:
+        """A random number of a handle, from the kernel's generator, of which many are asked for at once."""
+        if not self._drawn:
+            self._drawn = list(_DRAWN.unpack(os.urandom(_DRAWN.size)))
+        return FIRST_HANDLE + self._drawn.pop() % (_LAST_HANDLE - FIRST_HANDLE)
 
     def batch_begins(self) -> None:
         """From now on numbers may say "what this batch has made"."""
@@ -95,23 +105,29 @@ class HandleTable:
             entry = self._entries.get(number)
             if not isinstance(entry, Handle):
                 raise not_found(number)
-            del self._entries[number]
-            self._retired.add(number)
-            if len(self._retired) > 4096:
-                self._retired.pop()
+            self._forget(number)
         entry.closed()
+
+    def _forget(self, number: int) -> None:
+        del self._entries[number]
+        self._retired.add(number)
+        if len(self._retired) > _MOST_RETIRED:
+            self._retired.pop()
 
     def close_vm(self, number: int) -> int:
         """Close everything of the VM behind `number`, the VM itself last; how many handles. EBADF, EINVAL: no VM's number."""
         vm = self.handle(number)
         if vm.kind != "vm":
             raise KvmError(EINVAL, reason="not a VM")
-        entries = list(self._entries.items())
-        children = [n for n, entry in entries if isinstance(entry, VmChild) and entry.vm is vm]
-        own = [n for n, entry in entries if entry is vm]
-        for each in (*children, *own):
-            self.close(each)
-        return len(children) + len(own)
+        with self._lock:
+            entries = self._entries.items()
+            going: list[tuple[int, Handle]] = [(n, e) for n, e in entries if isinstance(e, VmChild) and e.vm is vm]
+            going += [(n, vm) for n, entry in entries if entry is vm]
+            for each, _ in going:
+                self._forget(each)
+        for _, handle in going:
+            handle.closed()
+        return len(going)
 
     def pass_file(self, number: int, fd: int) -> None:
         """Take `fd` (owned from now on) as the client's descriptor `number`, in place of an earlier one."""

@@ -23,7 +23,7 @@ from protocol.abi import run_page
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
 from protocol.codec import control, envelope
-from protocol.codec.envelope import COPY_OUT, FrameError, Reply, Request
+from protocol.codec.envelope import COPY_OUT, FrameError, Request
 
 if TYPE_CHECKING:
     from kvmcore.vm.vcpu import Vcpu
@@ -65,9 +65,9 @@ class Ticket:
     def _send(self, ret: int, errno: int, extra: bytes, copies: tuple[tuple[int, bytes], ...]) -> None:
         seq = self.request.seq
         try:
-            frame = envelope.encode_reply(Reply(seq, ret, errno, copies, extra))
+            frame = envelope.reply_frame(seq, ret, errno, copies, extra)
         except FrameError as error:
-            frame = envelope.encode_reply(Reply(seq, -1, EIO, extra=str(error).encode()))
+            frame = envelope.reply_frame(seq, -1, EIO, extra=str(error).encode())
         self._finish(self, frame)
 
 
@@ -80,7 +80,7 @@ def dispatch(ticket: Ticket) -> None:
     request = ticket.request
     number = request.request
     try:
-        if control.is_control(number):
+        if number >> 8 & 0xFF == control.CONTROL:
             _control(ticket)
             return
         handle = ticket.session.table.handle(request.handle)
@@ -91,9 +91,16 @@ def dispatch(ticket: Ticket) -> None:
         _perform(ticket, handle)
         return
     vcpu = cast("Vcpu", handle)
-    waits = number == _RUN and (request.flags & _BRIEF != _BRIEF or vcpu.may_wait)
-    if waits or not vcpu.try_now(_perform, ticket, vcpu):
+    if (number == _RUN and not _at_once(request, vcpu)) or not vcpu.try_now(_perform, ticket, vcpu):
         vcpu.submit(partial(_perform, ticket, vcpu))
+
+
+def _at_once(request: Request, vcpu: Vcpu) -> bool:
+    """Whether a RUN keeps nobody waiting: a brief one where nothing is attached that may block, or that does not enter."""
+    if request.flags & _BRIEF != _BRIEF:
+        return False
+    immediate = request.payload[run_page.IMMEDIATE_EXIT : run_page.IMMEDIATE_EXIT + 1]
+    return not vcpu.may_wait or (vcpu.private and immediate > b"\0")
 
 
 def _perform(ticket: Ticket, handle: Handle) -> None:

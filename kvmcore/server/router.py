@@ -78,8 +78,10 @@ class Router:
     def _serve(self, identity_frame: zmq.Frame, frame: zmq.Frame) -> None:
         self._serve_frame(identity_frame.bytes, frame, frame.bytes)
 
-    def _serve_frame(self, identity: bytes, frame: zmq.Frame, data: bytes) -> None:
-        """One request: the bytes of `frame`, or some of them, if it is a batch."""
+    def _serve_frame(self, identity: bytes, frame: zmq.Frame, data: bytes, known: ClientSession | None = None) -> None:
+        """One request: the bytes of `frame`, or some of them, if it is a batch. `known`: the session that the batch itself is
+        of, whose owner its sender is.
+        """
         try:
             request = envelope.decode_request(data)
         except FrameError as error:
@@ -93,10 +95,15 @@ class Router:
         if request.request == control.HELLO and self.on_hello is not None:
             self._hello(identity, frame, request)
             return
-        session = self._sessions.get(request.session)
+        if known is not None and request.session == known.id and not known.dead:
+            session: ClientSession | None = known
+        else:
+            session = self._sessions.get(request.session)
+            if session is not None and not self._is_owner(identity, frame, session):
+                session = None
         if request.incarnation != self._incarnation:
             self._refuse(identity, request, ESTALE, "the server has been restarted")
-        elif session is None or not self._is_owner(identity, frame, session):
+        elif session is None:
             self._refuse(identity, request, EIO, "not a session of this process")
         elif session.in_flight >= self._quotas.in_flight:
             self._refuse(identity, request, EAGAIN, "too many requests in flight")
@@ -127,12 +134,14 @@ class Router:
             self._refuse(identity, batch, EBADMSG, str(error))
             return
         session = self._sessions.get(batch.session)
+        if session is not None and not self._is_owner(identity, frame, session):
+            session = None
         self._together = []
         try:
             if session is not None:
                 session.table.batch_begins()
             for data in frames:
-                self._serve_frame(identity, frame, data)
+                self._serve_frame(identity, frame, data, session)
         finally:
             answers, self._together = self._together, None
             if session is not None:

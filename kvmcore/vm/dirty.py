@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 RING_RESERVED = 64
 """Entries that stay free beyond the soft limit: a ring of 256 makes RUN return after 192."""
 _CHUNK = 4096
+_SMALL = 4096
+"""Bytes of a bitmap that is not worth a mapping of its own."""
 
 
 class DirtyBitmap:
@@ -40,7 +42,7 @@ class DirtyBitmap:
     def __init__(self, pages: int, initially_set: bool = False) -> None:
         self.pages = pages
         self.size = (pages + 63) // 64 * 8
-        self._memory = mmap.mmap(-1, self.size)
+        self._memory = mmap.mmap(-1, self.size) if self.size > _SMALL else bytearray(self.size)  # never resized
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._sides: list[tuple[int, int, mmap.mmap, int]] = []
         if initially_set:
@@ -68,7 +70,7 @@ class DirtyBitmap:
 
     def get(self) -> bytes:
         """All bits; those beyond the last page are 0."""
-        return self._memory[:]
+        return bytes(self._memory[:])
 
     def set_range(self, first: int, last: int) -> None:
         """Mark pages first..last, both included."""

@@ -8,13 +8,13 @@ are checked at each use.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from errno import EEXIST, EINVAL, ENOENT, ENOSPC
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmcore.engine import machine_state
+from kvmcore.vm.event_signal import EventSignal
 from kvmcore.vm.irqfd import Irqfds
 from kvmcore.vm.objects import eventfd_of
 from protocol.abi import run_page, structs
@@ -39,7 +39,7 @@ class Ioeventfd(NamedTuple):
     length: int
     datamatch: int | None
     identity: int | None
-    fd: int
+    signal: EventSignal
 
     @property
     def size(self) -> int:
@@ -98,7 +98,7 @@ def _native(device: Ioeventfd | Zone) -> tuple[int, int, int, int, int]:
     if isinstance(device, Zone):
         return device.addr, device.size, machine_state.BUS_ZONE, 0, 0
     kind = machine_state.BUS_EVENT if device.datamatch is None else machine_state.BUS_MATCHING_EVENT
-    return device.addr, device.length, kind, device.datamatch or 0, device.fd
+    return device.addr, device.length, kind, device.datamatch or 0, device.signal.fd
 
 
 class Eventfds:
@@ -115,24 +115,24 @@ class Eventfds:
         lock.
         """
         self._reserved = 0
-        self._stuck: list[int] = []
-        """Descriptors that a blocked vCPU may be writing to."""
+        self._stuck: list[EventSignal] = []
+        """What a blocked vCPU may be writing to in native code."""
 
     @property
     def empty(self) -> bool:
         """Whether nothing that a guest does is written to an eventfd."""
         return not self._events and self.irqfds.empty
 
-    def _publish(self, gone: Iterable[int] = ()) -> None:
-        """Native code sees the bus as it is now; the descriptors that are `gone` are closed. The lock is held."""
+    def _publish(self, gone: Iterable[EventSignal] = ()) -> None:
+        """Native code sees the bus as it is now; what is `gone` is closed. The lock is held."""
         free = not self.vm.tells_engine or self.vm.machine.set_bus(
             [_native(device) for device in self._bus if _on_mmio(device)], self.vm.ring.address if self._zones else 0
         )
         if not free:
             self._stuck.extend(gone)
             return
-        for fd in gone:
-            os.close(fd)
+        for signal in gone:
+            signal.close()
 
     def publish(self) -> None:
         """Guests are about to run: give the engine the bus."""
@@ -158,13 +158,7 @@ class Eventfds:
 
     @staticmethod
     def _signal(event: Ioeventfd, data: bytes) -> bool:
-        if event.bus != "mmio" or not event.accepts(len(data), data):
-            return False
-        try:
-            os.eventfd_write(event.fd, 1)
-        except BlockingIOError:
-            pass  # the counter is at its maximum: the waiter has enough reason to wake as it is
-        return True
+        return event.bus == "mmio" and event.accepts(len(data), data) and event.signal.send()
 
     def _coalesce(self, addr: int, data: bytes, pio: int) -> bool:
         machine = self.vm.machine
@@ -202,7 +196,7 @@ class Eventfds:
             if any(event.collides(bus, addr, length, match) for event in self._events.get(addr, ())):
                 raise KvmError(EEXIST, reason=f"an ioeventfd watches {addr:#x}")
             self._check_room(1 if bus == "pio" else 0)
-            event = Ioeventfd(bus, addr, length, match, file.eventfd_id, file.dup())
+            event = Ioeventfd(bus, addr, length, match, file.eventfd_id, EventSignal(file.dup()))
             self._events[addr] = [*self._events.get(addr, ()), event]
             self._bus = _insert(self._bus, event)
             self._publish()
@@ -219,7 +213,7 @@ class Eventfds:
                         self._events[addr] = rest
                     else:
                         del self._events[addr]
-                    self._publish([event.fd])
+                    self._publish([event.signal])
                     return
         raise KvmError(ENOENT, reason="no such ioeventfd")
 
@@ -273,7 +267,7 @@ class Eventfds:
             events, self._events = self._events, {}
             if self._bus:
                 self._zones, self._bus = 0, []
-                self._publish([event.fd for group in events.values() for event in group])
+                self._publish([event.signal for group in events.values() for event in group])
             stuck, self._stuck = self._stuck, []
-            for fd in stuck:
-                os.close(fd)
+            for signal in stuck:
+                signal.close()

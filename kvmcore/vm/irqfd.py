@@ -8,12 +8,12 @@ its owner raises it again if the device still wants. Called by eventfd.py and by
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from errno import EBUSY, EINVAL
 from typing import TYPE_CHECKING
 
+from kvmcore.vm.event_signal import EventSignal
 from kvmcore.vm.native_irqfd import NativeIrqfds
 from kvmcore.vm.objects import eventfd_of
 from protocol.abi import structs
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 class Irqfd:
     """One registration; owns duplicates of the client's descriptors."""
 
-    def __init__(self, identity: int | None, fd: int, gsi: int, resample_fd: int) -> None:
+    def __init__(self, identity: int | None, fd: int, gsi: int, resample: EventSignal | None) -> None:
         self.identity = identity
         self.fd = fd
         self.gsi = gsi
-        self.resample_fd = resample_fd
+        self.resample = resample
         self.slot: int | None = None
         """Of native_irqfd.py, if native code serves it."""
 
     def close(self) -> None:
         os.close(self.fd)
-        if self.resample_fd >= 0:
-            os.close(self.resample_fd)
+        if self.resample is not None:
+            self.resample.close()
 
 
 class Irqfds:
@@ -74,7 +74,7 @@ class Irqfds:
         with self._lock:
             if any(irqfd.identity == identity for irqfd in self._irqfds):
                 raise KvmError(EBUSY, reason="this eventfd is an irqfd already")
-            irqfd = Irqfd(identity, file.dup(), gsi, resample.dup() if resample else -1)
+            irqfd = Irqfd(identity, file.dup(), gsi, EventSignal(resample.dup()) if resample else None)
             self._irqfds.append(irqfd)
         # A counter that is not zero already makes the descriptor readable, hence an interrupt at once.
         self._place(irqfd)
@@ -88,7 +88,7 @@ class Irqfds:
     def _place(self, irqfd: Irqfd) -> None:
         """Have it served by whom it concerns now."""
         chip = self._vm.irqchip
-        target = chip.native_target(irqfd.gsi) if chip is not None and irqfd.resample_fd < 0 else 0
+        target = chip.native_target(irqfd.gsi) if chip is not None and irqfd.resample is None else 0
         if target and irqfd.slot is not None and self._native is not None:
             self._native.retarget(irqfd.slot, target)
             return
@@ -121,7 +121,7 @@ class Irqfds:
         chip = self._vm.irqchip
         if chip is None:
             return
-        if irqfd.resample_fd >= 0:
+        if irqfd.resample is not None:
             chip.set_gsi(irqfd.gsi, True)
         else:
             chip.pulse_gsi(irqfd.gsi)
@@ -134,11 +134,10 @@ class Irqfds:
         if not self._irqfds:
             return False
         with self._lock:
-            fds = [irqfd.resample_fd for irqfd in self._irqfds if irqfd.gsi == gsi and irqfd.resample_fd >= 0]
-            for fd in fds:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_write(fd, 1)
-        return bool(fds)
+            signals = [irqfd.resample for irqfd in self._irqfds if irqfd.gsi == gsi and irqfd.resample is not None]
+        for signal in signals:  # without the lock: it may block
+            signal.send()
+        return bool(signals)
 
     def release(self) -> None:
         """Drop them all."""

@@ -111,6 +111,11 @@ OWN_VM_STATISTICS = (
     _bytes("host_arena_bytes"),
 )
 """Of a VM: what its vCPUs have done together, its code, and what the host's translator last said of itself."""
+_EVERY_VCPU_STATISTIC = (*VCPU_STATISTICS, *ENGINE_STATISTICS)
+_EVERY_VM_STATISTIC = (*VM_STATISTICS, *OWN_VM_STATISTICS)
+_COUNTED_HERE = [statistic for statistic in VCPU_STATISTICS if statistic.name not in HART_FIELDS]
+_ZEROS = {statistic.name: 0 for statistic in _COUNTED_HERE if statistic.size == 1}
+_EMPTY = [(statistic.name, statistic.size) for statistic in _COUNTED_HERE if statistic.size > 1]
 
 
 class VmStats:
@@ -141,9 +146,9 @@ class VcpuStats:
 
     def __init__(self, hart: Hart) -> None:
         self.hart = hart
-        for statistic in VCPU_STATISTICS:
-            if statistic.name not in HART_FIELDS:
-                setattr(self, statistic.name, 0 if statistic.size == 1 else [0] * statistic.size)
+        self.__dict__.update(_ZEROS)
+        for name, size in _EMPTY:
+            self.__dict__[name] = [0] * size
 
     halt_successful_poll = _InHart()
     halt_attempted_poll = _InHart()
@@ -239,7 +244,7 @@ class StatsFile(StatsBase):
         super().__init__(vm)
         self._statistics = statistics
         self._counters = counters
-        self._head = _head(label, statistics)
+        self._label = label
 
     def read(self, offset: int, size: int) -> bytes:
         """pread(): short at the end of the file."""
@@ -251,7 +256,7 @@ class StatsFile(StatsBase):
         for statistic in self._statistics:
             value = getattr(self._counters, statistic.name)
             values += [value] if statistic.size == 1 else value
-        return self._head + struct.pack(f"<{len(values)}Q", *values)
+        return _head(self._label, self._statistics) + struct.pack(f"<{len(values)}Q", *values)
 
 
 @cache
@@ -291,12 +296,12 @@ def vm_stats_file(vm: Vm) -> StatsFile:
     """KVM_GET_STATS_FD on a VM."""
     if not vm.session.compat.extended:
         return StatsFile(vm, vm.label, VM_STATISTICS, vm.stats)
-    return StatsFile(vm, vm.label, (*VM_STATISTICS, *OWN_VM_STATISTICS), VmFigures(vm))
+    return StatsFile(vm, vm.label, _EVERY_VM_STATISTIC, VmFigures(vm))
 
 
 def vcpu_stats_file(vcpu: Vcpu) -> StatsFile:
     """KVM_GET_STATS_FD on a vCPU."""
     label, compat = f"{vcpu.vm.label}/vcpu-{vcpu.id}", vcpu.session.compat
     if compat.extended:
-        return StatsFile(vcpu.vm, label, (*VCPU_STATISTICS, *ENGINE_STATISTICS), VcpuFigures(vcpu))
+        return StatsFile(vcpu.vm, label, _EVERY_VCPU_STATISTIC, VcpuFigures(vcpu))
     return StatsFile(vcpu.vm, label, LINUX_6_12_VCPU_STATISTICS if compat.is_6_12 else VCPU_STATISTICS, vcpu.stats)

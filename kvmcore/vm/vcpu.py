@@ -258,6 +258,11 @@ class Vcpu(VmChild):
         self.registers.entering()
 
     @property
+    def private(self) -> bool:
+        """Whether nobody but the I/O thread can change the page."""
+        return self._thread is None
+
+    @property
     def may_wait(self) -> bool:
         """Whether even a brief RUN may be kept waiting: by an eventfd that its owner has filled up."""
         return not self.vm.eventfds.empty

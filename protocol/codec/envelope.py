@@ -41,6 +41,7 @@ _REPLY = struct.Struct("<IHHQiIHHI")
 _COPY = struct.Struct("<QII")
 _REQUEST_SIZE = _REQUEST.size
 _unpack_request = _REQUEST.unpack_from
+_new = tuple.__new__
 _LENGTH = struct.Struct("<I")
 
 
@@ -129,7 +130,7 @@ def decode_request(frame: bytes | memoryview) -> Request:
     if at + npayload != size:
         raise FrameError("frame length does not match its header", seq)
     payload = bytes(frame[at:]) if npayload else b""
-    return Request(incarnation, session, seq, handle, number, arg, flags, copies, payload)
+    return _new(Request, (incarnation, session, seq, handle, number, arg, flags, copies, payload))
 
 
 def _decode_copies(frame: bytes | memoryview, ncopy: int, seq: int) -> tuple[tuple[Copy, ...], int]:
@@ -148,7 +149,7 @@ def _decode_copies(frame: bytes | memoryview, ncopy: int, seq: int) -> tuple[tup
             at += length
         if direction & COPY_OUT:
             outgoing += length
-        copies.append(Copy(va, length, direction, data))
+        copies.append(_new(Copy, (va, length, direction, data)))
     if outgoing > MAX_FRAME // 2:
         raise FrameError("asks for more than a reply holds", seq)
     return tuple(copies), at
@@ -156,7 +157,11 @@ def _decode_copies(frame: bytes | memoryview, ncopy: int, seq: int) -> tuple[tup
 
 def encode_reply(reply: Reply) -> bytes:
     """The frame."""
-    seq, ret, errno, copies, extra = reply
+    return reply_frame(*reply)
+
+
+def reply_frame(seq: int, ret: int, errno: int, copies: tuple[tuple[int, bytes], ...] = (), extra: bytes = b"") -> bytes:
+    """encode_reply() of a Reply that nobody else needs."""
     head = _REPLY.pack(REPLY_MAGIC, VERSION, 0, seq, ret, errno, len(copies), 0, len(extra))
     if not copies:
         return _checked(head + extra)

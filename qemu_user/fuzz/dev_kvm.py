@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from errno import EEXIST, EINVAL
+from errno import EEXIST, EINTR, EINVAL
 from typing import Any, Protocol
 
 from protocol.abi import run_page
@@ -23,6 +23,7 @@ from qemu_user.fuzz import rules
 from qemu_user.fuzz.executor import Outcome, errno_name
 from qemu_user.fuzz.sequence import Op
 
+_RUN = BY_NAME["RUN"].number
 _NOWHERE = 0x7FFF_FFFF
 _POINTEES = 8
 """Pointers of one operation, at most."""
@@ -59,10 +60,10 @@ class Linux:
         return os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
 
     def ioctl(self, fd: int, request: int, argument: int) -> int:
-        result = int(self._ioctl(fd, request, argument))
-        if result < 0:
+        while (result := int(self._ioctl(fd, request, argument))) < 0:
             number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+            if number != EINTR or request == _RUN:  # CREATE_VM may be interrupted by whoever stops this process for a while
+                raise OSError(number, os.strerror(number))
         return result
 
     def close(self, fd: int) -> None:
@@ -214,7 +215,7 @@ class DevKvmSequence:
         if vcpu != _NOWHERE:
             with contextlib.suppress(OSError, ValueError), self._kernel.run_page(vcpu) as page:
                 page[run_page.IMMEDIATE_EXIT] = 1
-        return Outcome(self._kernel.ioctl(vcpu, BY_NAME["RUN"].number, int(op.arg)))
+        return Outcome(self._kernel.ioctl(vcpu, _RUN, int(op.arg)))
 
     def _ioctl(self, op: Op) -> Outcome:
         row = BY_NAME.get(op.name)

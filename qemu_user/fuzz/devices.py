@@ -60,8 +60,9 @@ def perform_device(op: Op, directory: Path) -> Finding | None:
 def chosen(words: str) -> tuple[str, ...]:
     """The targets whose names begin with one of the words, which commas divide; "": all. ValueError: there is none."""
     found = tuple(name for name in TARGETS if name.startswith(tuple(words.split(","))))
-    if not found:
-        raise ValueError(f"no target is called {words}: {', '.join(TARGETS)}")
+    for word in words.split(","):
+        if not any(name.startswith(word) for name in TARGETS):
+            raise ValueError(f"no target is called {word}: {', '.join(TARGETS)}")
     return found
 
 

@@ -182,6 +182,11 @@ class Sequence:
         """Segments that the sequence has mapped before."""
         self._events: set[int] = set()
         self._closed: list[int] = []
+        self._vm_closed = False
+        self._strays: list[int] = []
+        """Handles that no kind of resource has: duplicates, and what requests without a name have made."""
+        self._said: set[tuple[int, int]] = set()
+        """(address, size) of memory that messages have mapped."""
         self._pages: dict[int, Mapping] = {}
         self._patience = _SELDOM_SECONDS
 
@@ -242,13 +247,25 @@ class Sequence:
             while self.place.usable and (self._waiting or self._creating):  # nobody has asked what came of these
                 for _ in self._receive():
                     pass
+            for address, size in self._said:  # at once: others would see it
+                self.place.vm.link.say(Message.UNMAP, "munmap", address, size)
         except (KvmError, Hang, Gone):
             pass
         self.release()
         if self.place.system is None:
             self.place.close()
         else:
-            self._slot.done = self.made.get("vm", [0])[0]
+            self._slot.left = self._left()
+
+    def _left(self) -> list[tuple[int, int]]:
+        """What ends what the sequence has made: all of the VM's at once, unless it has closed the VM's own handle."""
+        numbers = list(self._strays)
+        if self._vm_closed:
+            numbers += [number for kind in ("vcpu", "device", "memfd", "file") for number in self.made.get(kind, ())]
+            whole = []
+        else:
+            whole = [(number, control.CLOSE_VM) for number in self.made.get("vm", ())]
+        return whole + [(number, control.CLOSE) for number in numbers]
 
     # -- several operations in one message ------------------------------------------------------------------------------
 
@@ -382,6 +399,8 @@ class Sequence:
             self._events.discard(fd)
             self._closed.append(fd)
         kind = rules.MAKES.get(op.name)
+        if op.do == "ioctl" and not op.name and outcome.ret >= _HANDLES:
+            self._strays.append(outcome.ret)
         if op.do != "ioctl" or not kind:
             return
         number = outcome.ret
@@ -431,12 +450,17 @@ class Sequence:
             self.number(*op.on), int(op.extra["request"]), int(op.arg), payload=bytes.fromhex(op.tail)
         )
         wire.send(frame)
-        return _outcome(self._await(wire, sequence, op, self._patience))
+        outcome = _outcome(self._await(wire, sequence, op, self._patience))
+        if int(op.extra["request"]) == control.DUP and not outcome.errno:
+            self._strays.append(outcome.ret)
+        return outcome
 
     def _do_close(self, op: Op) -> Outcome:
         sequence, frame = self.wire.frame(self.number(*op.on), control.CLOSE)
         self.wire.send(frame)
-        return _outcome(self._await(self.wire, sequence, op, self._patience))
+        outcome = _outcome(self._await(self.wire, sequence, op, self._patience))
+        self._vm_closed |= op.on[0] == "vm" and not outcome.errno
+        return outcome
 
     def _do_run(self, op: Op) -> Outcome:
         """KVM_RUN by message; a guest that does not come out by itself is kicked."""
@@ -462,6 +486,10 @@ class Sequence:
                 os.close(fd)
         for fd in back:
             os.close(fd)
+        if number == Message.MAP:
+            self._said.add((a, b))
+        elif number == Message.UNMAP:
+            self._said.discard((a, b))
         return Outcome()
 
     def _do_scribble(self, op: Op) -> Outcome:
@@ -551,7 +579,8 @@ class Sequence:
 
 _NOT_SAID = (Message.OUTLIVE, Message.PASS_FILE, Message.CLOSE_FILE)
 """OUTLIVE: the VM would outlive us. The others: the slot's descriptors are known by their numbers here."""
-_NO_DESCRIPTOR = 1 << 16
+_NO_DESCRIPTOR = _HANDLES = 1 << 16
+"""Descriptors are below it, handles are not."""
 
 
 def _descriptor(kind: str) -> int:

@@ -83,8 +83,8 @@ class Slot:
     def __init__(self, place: Place, base: int) -> None:
         self.place, self.base = place, base
         self.busy = False
-        self.done = 0
-        """The VM of the last sequence, which goes when the next one comes."""
+        self.left: list[tuple[int, int]] = []
+        """(handle, CLOSE or CLOSE_VM): what the last sequence has made, which goes when the next one comes."""
         self.mapped: set[int] = set()
         """Segments that are there."""
         self._memory: dict[int, int] = {}
@@ -100,8 +100,8 @@ class Slot:
     def clean_up(self, stay: set[int]) -> list[tuple[int, bytes]]:
         """Requests that end what the last sequence has left, but for the segments in `stay`, which are empty from now on."""
         wire = self.place.wire
-        frames = [wire.frame(self.done, control.CLOSE_VM)] if self.done else []
-        self.done = 0
+        frames = [wire.frame(number, request) for number, request in self.left]
+        self.left = []
         for fd in self._ended:
             os.close(fd)
         frames += [wire.frame(fd, control.CLOSE) for fd in self._closing]

@@ -32,6 +32,8 @@ from qemu_user.fuzz.grammar import Grammar
 from qemu_user.fuzz.wire import Gone, Hang, Wire
 
 _API_VERSION = BY_NAME["GET_API_VERSION"].number
+_SLICES = 120
+"""Half seconds that a stranger's process may take."""
 
 
 def attack(endpoint: str, seed: str, far: tuple[str, Curve] | None = None) -> str:
@@ -194,11 +196,20 @@ def _stolen(kvm: Kvm, endpoint: str, rng: Random) -> None:
     """Another process that knows our session's number; it must be told EIO."""
     router, welcome = str(kvm.link.welcome["router"]), kvm.link.welcome
     arguments = [router, str(welcome["session"]), str(kvm.link.incarnation), str(kvm.number)]
-    thief = subprocess.run(
-        [sys.executable, "-m", "qemu_user.fuzz.stranger", "steal", *arguments], capture_output=True, timeout=30, check=False
-    )
-    if thief.stdout.strip() != b"EIO":
-        raise Gone(f"another process could use our session: {thief.stdout!r} {thief.stderr[-200:]!r}")
+    command = [sys.executable, "-m", "qemu_user.fuzz.stranger", "steal", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as thief:
+        said, complaint = _heard(thief)
+    if said.strip() != b"EIO":
+        raise Gone(f"another process could use our session: {said!r} {complaint[-200:]!r}")
+
+
+def _heard(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """What it has said at its end. Hang: it does not end. Time counts in slices: a machine that stood still is no hang."""
+    for _ in range(_SLICES):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=0.5)
+    process.kill()
+    raise Hang(f"another process that used our session got no answer in {_SLICES / 2:g} s")
 
 
 def _stopped(kvm: Kvm, endpoint: str, rng: Random) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
+import time
 from errno import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, ENXIO
+
+import pytest
 
 ADDR = 0x1000_0000
 
@@ -57,6 +61,52 @@ def test_ioeventfd_matching(kernel):
     assert not write(ADDR + 8, (8).to_bytes(8, "little"))
     assert write(ADDR + 8, (7).to_bytes(8, "little"))
     assert count(three) == 1
+
+
+def test_an_ioeventfd_that_is_taken_away_under_a_signal(kernel, monkeypatch):
+    """Found by the fuzzer: a vCPU's thread wrote to a descriptor that was closed between its look and its write."""
+    number, fd = kernel.eventfd()
+    assert ioeventfd(kernel, number) == 0
+    (event,) = kernel.vm.eventfds._events[ADDR]
+    write, seen = os.eventfd_write, []
+
+    def write_late(target, value):
+        assert ioeventfd(kernel, number, flags=4) == 0
+        seen.append(os.fstat(target))  # still ours
+        write(target, value)
+
+    monkeypatch.setattr(os, "eventfd_write", write_late)
+    assert kernel.vm.eventfds.write(ADDR, b"1234")
+    assert len(seen) == count(fd) == 1
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(event.signal.fd)
+    stranger = os.dup2(fd, event.signal.fd)  # the number is given out again
+    assert not event.signal.send()
+    assert count(fd) == 0
+    os.close(stranger)
+
+
+def test_a_resample_eventfd_that_is_full_keeps_only_its_vcpu_waiting(kernel):
+    full = os.eventfd((1 << 32) - 1)
+    os.eventfd_write(full, (1 << 64) - (1 << 32) - 1)
+    kernel.session.table.pass_file(90, os.dup(full))
+    number, _ = kernel.eventfd()
+    other, _ = kernel.eventfd()
+    assert irqfd(kernel, number, flags=2, resample=90) == 0
+    vcpu = threading.Thread(target=kernel.vm.eventfds.irqfds.end_of_interrupt, args=(5,), daemon=True)
+    vcpu.start()
+    (registered,) = kernel.vm.eventfds.irqfds._irqfds
+    while not registered.resample._writers:
+        time.sleep(0.001)
+    client = threading.Thread(target=lambda: (irqfd(kernel, other, gsi=6), irqfd(kernel, number, flags=1)), daemon=True)
+    client.start()
+    client.join(60)
+    assert not client.is_alive()
+    assert [each.gsi for each in kernel.vm.eventfds.irqfds._irqfds] == [6]
+    os.eventfd_read(full)
+    vcpu.join(60)
+    assert not vcpu.is_alive()
+    os.close(full)
 
 
 def zone(kernel, addr=ADDR, size=16, pio=0, name="REGISTER_COALESCED_MMIO"):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from errno import EBADF
 from pathlib import Path
 from random import Random
 
 import psutil
 import pytest
 
+from protocol.abi.ioctls import BY_NAME
 from protocol.client import Kvm
+from protocol.codec import control
 from qemu_user.cli import fuzz
 from qemu_user.fuzz import transport
 from qemu_user.fuzz.campaign import Campaign, perform
@@ -108,6 +111,38 @@ def test_attributes_that_an_imsic_does_not_have(daemon: Daemon) -> None:
     executor.close()
     assert [outcome.errno for outcome in outcomes] == [""] * 7 + ["ENOENT", "EINVAL", "", "EOPNOTSUPP"]
     assert [judge(op, outcome, 0) for op, outcome in zip(ops, outcomes, strict=True)] == [None] * 11
+
+
+@pytest.mark.parametrize("close_vm", [False, True], ids=["", "the VM's own handle is closed before"])
+def test_a_sequence_leaves_nothing(daemon: Daemon, close_vm: bool) -> None:
+    """What it has made, by whatever request, is closed when the next one begins, and its memory is unmapped."""
+    vm, vcpu = ("vm", 0), ("vcpu", 0)
+    ops = [
+        Op("ioctl", vm, "CREATE_VCPU"), Op("ioctl", vm, "GET_STATS_FD"), Op("ioctl", vcpu, "GET_STATS_FD"),
+        Op("control", vm, extra={"request": control.DUP}), Op("control", vcpu, extra={"request": control.DUP}),
+        Op("ioctl", ("system", 0), extra={"request": BY_NAME["CREATE_VM"].number}),
+        Op("ioctl", vm, extra={"request": BY_NAME["CREATE_VCPU"].number}, arg=1),
+        Op("say", vm, arg=0x7000_0000, extra={"op": 2, "b": 4096, "d": 1, "fds": ["sealed"]}),
+        *[Op("close", vm)] * close_vm,
+    ]  # fmt: skip
+    executor = Executor(daemon.endpoint)
+    run = executor.start()
+    outcomes = list(run.perform_all(ops))
+    made = [number for numbers in run.made.values() for number in numbers if number != run.place.system]
+    run.close()
+    executor.quiet()
+    assert [outcome.errno for outcome in outcomes] == [""] * len(ops)
+    wire = run.place.wire
+    for number in [*made, *(outcomes[at].ret for at in (3, 4, 5, 6))]:
+        sequence, frame = wire.frame(number, control.CLOSE)
+        wire.send(frame)
+        reply = wire.wait(sequence)
+        assert reply is not None
+        assert reply.errno == EBADF
+    again = executor.start()
+    assert [outcome.errno for outcome in again.perform_all(ops[7:8])] == [""]
+    again.close()
+    executor.close()
 
 
 def test_replay_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

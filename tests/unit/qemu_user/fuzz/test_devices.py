@@ -58,3 +58,9 @@ def test_a_device_that_raises_is_a_finding(
     (file,) = (tmp_path / "findings").iterdir()
     assert fuzz.main(["replay", str(file)]) == 1
     assert "broken on purpose" in capsys.readouterr().out
+
+
+def test_a_target_that_there_is_not_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert fuzz.main(["--devices", "blk,nonsense", "--output", str(tmp_path)]) == 2
+    assert "no target is called nonsense" in capsys.readouterr().err
+    assert devices.chosen("blk,qcow2") == ("blk-mmio", "blk-pci", "qcow2")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.abi.ioctls import find
+from protocol.abi.ioctls import BY_NAME, find
 from protocol.abi.structs import MEM_LOG_DIRTY_PAGES
 from qemu_user.fuzz.daemon import Daemon
 from qemu_user.fuzz.dev_kvm import DevKvm, Linux
@@ -137,3 +137,20 @@ def test_how_far_guest_addresses_go_is_the_hosts() -> None:
         op = Op("ioctl", ("vm", 0), "SET_USER_MEMORY_REGION", members=members)
         here, there = Outcome(-1 if ours else 0, ours), Outcome(-1, "EINVAL")
         assert any(known.applies(op, here, there) for known in DIFFERENCES) == explained
+
+
+def test_a_process_that_is_stopped_for_a_while_makes_its_vm_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux ends KVM_CREATE_VM with EINTR then; KVM_RUN's EINTR is its answer."""
+    kernel = Linux()
+    answers = [errno.EINTR, errno.EINTR, 0]
+
+    def ioctl(fd: int, request: int, argument: int) -> int:
+        number = answers.pop(0)
+        ctypes.set_errno(number)
+        return -1 if number else 7
+
+    monkeypatch.setattr(kernel, "_ioctl", ioctl)
+    assert kernel.ioctl(3, BY_NAME["CREATE_VM"].number, 0) == 7
+    answers[:] = [errno.EINTR]
+    with pytest.raises(InterruptedError):
+        kernel.ioctl(3, BY_NAME["RUN"].number, 0)
