@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import EINVAL, EIO, EMFILE
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ log = logging.getLogger("kvmcore.daemon")
 
 MAX_NAME = 64
 _TRANSLATOR_DELAY = 0.3
+_SPARE_DELAY = 1.0
 #: Between two looks whether the translator has done what is left, and how long it gets for it.
 _IDLE_WORK_SECONDS, _IDLE_WORK_AT_MOST = 5.0, 1800.0
 
@@ -72,6 +73,7 @@ class VmRecord:
     pidfd: int = -1
     pid: int = 0
     attached: bool = False
+    was_spare: bool = False
     label: str = field(default="", init=False)
 
 
@@ -118,6 +120,8 @@ class Daemon:
         self._loop = EventLoop()
         self._translator = TranslatorProcess(private, self._loop)
         self._idle_since = 0
+        self._spare: tuple[socket.socket, VmOrder] | None = None
+        self._spare_is_due = False
         self._retired = False
         self._context = zmq_socket.context()
         self._endpoint = f"ipc://{private.name('r')}"
@@ -260,24 +264,87 @@ class Daemon:
             door=self._private.name("d"),
             router=self._private.name("v"),
         )
-        ours, theirs = fd_passing.pair()
         try:
-            owner = [os.pidfd_open(session.peer.pid)] if session.peer.pid else []
-            try:
-                fd_passing.send(self._zygote, order.encode(), [theirs.fileno(), *owner])
-            finally:
-                fd_passing.close_all(owner)
+            vm = self._from_spare(order, ticket) or self._from_zygote(order, ticket)
         except OSError as error:
-            ours.close()
             raise KvmError(EIO, "CREATE_VM", f"no VM process: {error}") from error
-        finally:
-            theirs.close()
         if order.translator:  # not at once: starting takes a core, which the VM's start needs more
             self._loop.call_later(_TRANSLATOR_DELAY, self._translator.start)
-        vm = VmRecord(session, ours, order, ticket)
-        self._vms.add(vm)
-        self._loop.add_reader(ours.fileno(), lambda: self._vm_says(vm))
+        self._expect(vm)
         return Deferred()
+
+    def _from_zygote(self, order: VmOrder, ticket: Ticket) -> VmRecord:
+        """A process that is forked now. OSError."""
+        ours, theirs = fd_passing.pair()
+        pid = order.pid
+        with theirs:
+            try:
+                owner = [os.pidfd_open(pid)] if pid else []
+                try:
+                    fd_passing.send(self._zygote, order.encode(), [theirs.fileno(), *owner])
+                finally:
+                    fd_passing.close_all(owner)
+            except OSError:
+                ours.close()
+                raise
+        return VmRecord(ticket.session, ours, order, ticket)
+
+    def _expect(self, vm: VmRecord) -> None:
+        """A process is to be this VM's; what comes after it is not so pressing: another spare one."""
+        self._vms.add(vm)
+        self._loop.add_reader(vm.control.fileno(), lambda: self._vm_says(vm))
+        if not self._spare_is_due and self._spare is None:
+            self._spare_is_due = True
+            self._loop.call_later(_SPARE_DELAY, self._make_spare)
+
+    # -- the spare VM process ---------------------------------------------------------------------------------
+
+    def _make_spare(self) -> None:
+        """A process for the next VM, whoever's it will be, as most are: on this machine, with the daemon's own engine."""
+        self._spare_is_due = False
+        if self._spare is not None or self._retired:
+            return
+        translator = self._translator.path if self._options.accel == TRANSLATOR else ""
+        order = VmOrder(
+            session="", pid=0, uid=0, key="", name="", compat="", accel=self._options.accel, translator=translator,
+            incarnation=self._incarnation, door=self._private.name("d"), router=self._private.name("v"), spare=True,
+        )  # fmt: skip
+        ours, theirs = fd_passing.pair()
+        with theirs:
+            try:
+                fd_passing.send(self._zygote, order.encode(), [theirs.fileno()])
+            except OSError:
+                ours.close()
+                return
+        self._spare = ours, order
+        self._loop.add_reader(ours.fileno(), self._drop_spare)  # it says nothing: it has ended
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            (control, order), self._spare = self._spare, None
+            self._loop.remove_reader(control.fileno())
+            control.close()
+            order.sweep()
+
+    def _from_spare(self, order: VmOrder, ticket: Ticket) -> VmRecord | None:
+        """The process that waits, if there is one and it is as ordered."""
+        if self._spare is None or order.remote or order.together or order.accel != self._spare[1].accel:
+            return None
+        control, made = self._spare
+        order = replace(order, door=made.door, router=made.router)
+        owner = os.pidfd_open(order.pid)
+        try:
+            fd_passing.send(control, order.encode(), [owner], block=False)
+        except OSError:
+            self._drop_spare()
+            return None
+        finally:
+            os.close(owner)
+        self._spare = None
+        self._loop.remove_reader(control.fileno())
+        return VmRecord(ticket.session, control, order, ticket, was_spare=True)
+
+    # -- VMs go on --------------------------------------------------------------------------------------------
 
     def _remote_order(self, session: ClientSession) -> dict[str, Any]:
         """What a VM of a session over tcp needs to listen for its owner."""
@@ -328,6 +395,11 @@ class Daemon:
         vm.order.sweep()  # the zygote does so too; but it may have been killed
         if vm.ticket is not None:
             ticket, vm.ticket = vm.ticket, None
+            if vm.was_spare and not vm.session.dead:
+                with suppress(OSError):  # it was killed while it waited: that is not the client's affair
+                    order = replace(vm.order, door=self._private.name("d"), router=self._private.name("v"))
+                    self._expect(self._from_zygote(order, ticket))
+                    return
             ticket.fail(EIO, b"the VM process did not start, see kvmcore's log")
         self._note_idle()
 
@@ -357,6 +429,7 @@ class Daemon:
         log.info("retired")
         self._acceptor.shut()
         self._retired = True
+        self._drop_spare()
 
     def _note_idle(self) -> None:
         """Start counting idle time if there is no session and no VM."""

@@ -9,25 +9,16 @@ import ctypes
 import os
 import signal
 
+from protocol.channel import process_title
+
 _PR_SET_PDEATHSIG = 1
-_PR_SET_NAME = 15
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def set_title(title: str) -> None:
-    """Show `title` in ps and top: as the command line, as far as the original one has room, and as the name (15 bytes)."""
-    encoded = title.encode(errors="replace").replace(b"\0", b" ")
-    _libc.prctl(_PR_SET_NAME, ctypes.c_char_p(encoded[:15]), 0, 0, 0)
-    try:
-        with open("/proc/self/stat", encoding="utf-8", errors="replace") as stat:
-            fields = stat.read().rpartition(")")[2].split()
-        start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: fields 48 and 49, the first two are cut off
-    except (OSError, IndexError, ValueError):
-        return
-    room = end - start
-    if room > 1:
-        text = encoded[: room - 1]
-        ctypes.memmove(start, text + bytes(room - len(text)), room)
+    """Show `title` in ps and top: as the command line, as far as the original one has room, and as the name."""
+    process_title.set_name(title)
+    process_title.set_words([title])
 
 
 def die_with_parent(parent: int) -> None:

@@ -1,7 +1,8 @@
 """The main loop of a VM process: its door, its ROUTER, its one session, its Vm.
 
 Forked from the zygote. The main thread is the I/O loop; each vCPU has a thread of its own (kvmcore/vm/vcpu.py). It ends,
-and everything with it, when the VM is destroyed, its owner dies, or the daemon is gone. A session that has asked for it
+and everything with it, when the VM is destroyed, its owner dies, or the daemon is gone. A spare one is made before anybody
+wants it, and hears for whom it is when it is taken. A session that has asked for it
 ("together") has all its VMs in one such process: it has a /dev/kvm handle of its own there, and the process stays until
 the session ends. Never do VMs of two sessions meet in a process. Must never import llvmlite.
 """
@@ -22,9 +23,9 @@ from kvmcore.server.acceptor import Acceptor, Connection, Refused
 from kvmcore.server.loop import EventLoop
 from kvmcore.server.quotas import Quotas
 from kvmcore.server.session import ClientSession, Peer
-from kvmcore.server.zygote import VmOrder
+from kvmcore.server.zygote import MAX_ORDER, VmOrder
 from kvmcore.vm.objects import System
-from kvmcore.vm.vm import Vm
+from kvmcore.vm.vm import Vm, spare_machine
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing
@@ -64,17 +65,33 @@ class VmSystem(System):
 
 
 class VmProcess:
-    """One VM and what surrounds it. Implements the acceptor's DoorOwner."""
+    """One VM and what surrounds it. Implements the acceptor's DoorOwner. take() it before run()."""
 
-    def __init__(self, order: VmOrder, control: socket.socket, owner_pidfd: int | None) -> None:
+    def __init__(self, order: VmOrder, control: socket.socket) -> None:
+        """What does not depend on whom it is for."""
         from kvmcore.server.connections import ConnectionLimit
-        from kvmcore.server.router import Router
         from protocol.channel import zmq_socket
 
         self._order = order
         self._control = control
         self._loop = EventLoop()
-        quotas = Quotas.of_this_process()
+        quotas = self._quotas = Quotas.of_this_process()
+        self._files = [order.door, order.router]
+        self._acceptor = Acceptor(self._loop, runtime_dir.bind_inside(order.door), self, limit=8)
+        self._context = zmq_socket.context()
+        self._door: RemoteDoor | None = None
+        if not order.remote:
+            self._socket = zmq_socket.router(self._context, f"ipc://{order.router}")
+        self._limit = None if order.remote else ConnectionLimit(self._socket, f"ipc://{order.router}", quotas.connections)
+        self._machine = spare_machine(order.translator) if order.spare else None
+        self._vms: set[Vm] = set()
+        self._connection: Connection | None = None
+
+    def take(self, order: VmOrder, owner_pidfd: int | None = None) -> None:
+        """It is for this order's session from now on."""
+        from kvmcore.server.router import Router
+
+        self._order, quotas = order, self._quotas
         self._session = ClientSession(
             bytes.fromhex(order.session),
             Peer(order.pid, order.uid, order.key),
@@ -82,22 +99,15 @@ class VmProcess:
             name=order.name,
             compat=Compat(order.compat),
         )
-        self._files = [order.door, order.router]
-        self._acceptor = Acceptor(self._loop, runtime_dir.bind_inside(order.door), self, limit=8)
-        self._context = zmq_socket.context()
-        self._door = self._open_door() if order.remote else None
-        self._socket = self._door.socket if self._door else zmq_socket.router(self._context, f"ipc://{order.router}")
+        if order.remote:
+            self._door = self._open_door()
+            self._socket = self._door.socket
         sessions = {self._session.id: self._session}
         self._router = Router(self._loop, self._socket, order.incarnation, sessions, quotas)
-        self._limit = (
-            None if self._door else ConnectionLimit(self._socket, f"ipc://{order.router}", quotas.connections)
-        )
         self._most_vms = quotas.vms_per_session if order.together else 1
-        self._vms: set[Vm] = set()
         self._system = self._session.install(VmSystem(self._session, self)) if order.together else 0
         self._number = self._session.install(self.create_vm())
-        self._connection: Connection | None = None
-        self._loop.add_reader(control.fileno(), self._daemon_is_gone)
+        self._loop.add_reader(self._control.fileno(), self._daemon_is_gone)
         self._owner_pidfd = owner_pidfd if owner_pidfd is not None else -1
         if owner_pidfd is not None:
             self._loop.add_reader(owner_pidfd, self._owner_is_gone)
@@ -131,7 +141,10 @@ class VmProcess:
         if len(self._vms) >= self._most_vms:
             raise KvmError(EMFILE, "CREATE_VM", "too many VMs")
         order = self._order
-        vm = Vm(self._session, self._loop, name=order.name, accel=order.accel, translator=order.translator)
+        machine, self._machine = self._machine, None
+        vm = Vm(
+            self._session, self._loop, name=order.name, accel=order.accel, translator=order.translator, machine=machine
+        )
         self._vms.add(vm)
         if order.together:
             vm.on_idle = lambda: self._gone(vm)
@@ -254,10 +267,33 @@ class VmProcess:
 
 def main(order: VmOrder, fds: list[int]) -> None:
     """Be the VM process of `order`. `fds`: control socket, then the owner's pidfd if it is a local process."""
-    process.set_title(f"kvmcore-vm {order.name}" if order.name else "kvmcore-vm")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    control = socket.socket(fileno=fds[0])
+    control = socket.socket(fileno=fds.pop(0))
+    process.set_title("kvmcore-spare" if order.spare else _title(order))
     confinement.files(os.path.dirname(order.door), network=bool(order.remote))
-    made = VmProcess(order, control, fds[1] if len(fds) > 1 else None)
-    confinement.calls()
+    made = VmProcess(order, control)
+    if order.spare:
+        confinement.calls()
+        order, fds = _wait(order, control)
+        process.set_title(_title(order))
+        made.take(order, *fds)
+    else:
+        made.take(order, *fds)
+        confinement.calls()
     made.run()
+
+
+def _title(order: VmOrder) -> str:
+    return f"kvmcore-vm {order.name}" if order.name else "kvmcore-vm"
+
+
+def _wait(order: VmOrder, control: socket.socket) -> tuple[VmOrder, list[int]]:
+    """Until somebody wants a VM: the order, and its owner's pidfd. Does not return if the daemon does not want us any more."""
+    try:
+        data, fds = fd_passing.receive(control, MAX_ORDER)
+    except OSError:
+        data, fds = b"", []
+    if not data:
+        order.sweep()
+        os._exit(0)
+    return VmOrder.decode(data), fds

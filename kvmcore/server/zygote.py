@@ -47,6 +47,8 @@ class VmOrder:
     translator: str = ""
     together: bool = False
     """Whether the session's later VMs shall live in this process too."""
+    spare: bool = False
+    """Not for anybody yet: session, pid, uid, key, name and compat are to follow, in an order over the control socket."""
 
     def sweep(self) -> None:
         """The process has ended, killed perhaps: its sockets go, whatever they are called now."""

@@ -48,7 +48,9 @@ def preload_image() -> None:
     try:
         import kvmcore.engine.machine  # noqa: F401
         from kvmcore.engine.host_clock import HostClock
+        from kvmcore.vm.vdso import vdso_fd
 
         HostClock.shared(native_image()).hz()
+        vdso_fd()
     except Exception as error:
         log.warning("the engine's image is not usable: %s", error)

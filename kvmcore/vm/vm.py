@@ -31,15 +31,31 @@ if TYPE_CHECKING:
 MAX_VCPUS = 1024
 
 
+def _machine(translator: str) -> Machine:
+    from kvmcore.engine.machine import Machine
+    from kvmcore.vm.accelerator import native_image
+
+    machine = Machine(native_image(), max_harts=MAX_VCPUS)
+    if translator:
+        machine.translate(translator)
+    return machine
+
+
+def spare_machine(translator: str) -> Machine:
+    """The engine's half of a VM that nobody has asked for yet."""
+    return _machine(translator)
+
+
 class Vm(Handle):
     """One virtual machine. `lock` is Linux's kvm->lock; order: vm.lock, then vcpu.mutex, then memory's lock."""
 
     kind = "vm"
 
     def __init__(
-        self, session: Session, loop: Loop, *, name: str = "", accel: str = INTERPRETER, translator: str = ""
-    ) -> None:
-        """`accel`: one of accelerator.ACCELERATORS; `translator`: the path of its socket."""
+        self, session: Session, loop: Loop, *, name: str = "", accel: str = INTERPRETER, translator: str = "",
+        machine: Machine | None = None,
+    ) -> None:  # fmt: skip
+        """`accel`: one of accelerator.ACCELERATORS; `translator`: the path of its socket; `machine`: made before, for both."""
         self.session = session
         self.loop = loop
         self.name = name
@@ -60,7 +76,7 @@ class Vm(Handle):
         self.on_destroyed: Callable[[], None] = lambda: None
         self.on_idle: Callable[[], None] = lambda: None
         """Called on the I/O thread once the VM is destroyed and its vCPUs' threads have ended: release() may be called."""
-        self._machine: Machine | None = None
+        self._machine = machine
         self.tells_engine = False
         """Whether changes of memory slots and buses go to the engine's half at once; see begin_running()."""
         self._published = False
@@ -205,13 +221,7 @@ class Vm(Handle):
         if self._machine is None:
             with self.lock:
                 if self._machine is None:
-                    from kvmcore.engine.machine import Machine
-                    from kvmcore.vm.accelerator import native_image
-
-                    machine = Machine(native_image(), max_harts=MAX_VCPUS)
-                    if self._translator:
-                        machine.translate(self._translator)
-                    self._machine = machine
+                    self._machine = _machine(self._translator)
         return self._machine
 
     def hot_here(self) -> bytes:

@@ -19,6 +19,7 @@ from protocol.codec import session
 from protocol.codec.session import Message, Op
 from protocol.version import fingerprint
 from qemu_user.management.registry import runtime_directory
+from qemu_user.warm.request import TITLE_ROOM
 
 #: Seconds that a daemon that we started stays when nobody needs it.
 IDLE_TIMEOUT = 60
@@ -47,7 +48,11 @@ def begin() -> Callable[[], str]:
     if not where.startswith("ipc://"):
         return lambda: where
     directory = Path(where.removeprefix("ipc://")).parent
-    early = None if _may_stay(where) else _start(where, directory, fcntl.LOCK_NB)
+    early = None
+    if not _may_stay(where):
+        early = _start(where, directory, fcntl.LOCK_NB)
+    elif not os.environ.get("SOFTKVM_ENDPOINT"):
+        warm_up(directory)
 
     def finish() -> str:
         if early is not None:
@@ -89,6 +94,20 @@ def _hello(where: str, **body: Any) -> Message | None:
         return None
     except (OSError, ValueError) as error:
         raise DaemonError(f"kvmcore at {where} does not answer: {error}") from error
+
+
+def warm_up(directory: Path) -> None:
+    """Whoever comes again may come once more: have a parent for warm processes, beside what we do. It inherits its lock."""
+    try:
+        with open(directory / "warm.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            subprocess.Popen(
+                [sys.executable, "-P", "-m", "qemu_user.warm", str(lock.fileno()), "-" * TITLE_ROOM],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                pass_fds=[lock.fileno()], cwd="/",
+            )  # fmt: skip
+    except OSError:
+        pass  # there is one, or there cannot be one: commands are slower, no more
 
 
 class _Starting(NamedTuple):

@@ -40,6 +40,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "pull": ("pull", "fetch and build an image"),
 }
 ALIASES = {"list": "ps"}
+WARM = frozenset(("run", "restore", "clone", "template", "snapshot", "migrate", "upgrade", "attach"))
+"""Verbs that a warm process does, if there is one (warm/front.py)."""
 
 
 def usage() -> str:
@@ -62,6 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
     if verb not in VERBS:
         sys.stderr.write(f"softkvm: no verb {argv[0]!r}; there are: {', '.join(VERBS)}\n")
         return 2
+    if arguments is None and verb in WARM:
+        from qemu_user.warm.front import stand_in
+
+        if (status := stand_in(argv, "--" in argv)) is not None:
+            return status
     module = importlib.import_module(f"qemu_user.cli.{VERBS[verb][0]}")
     try:
         return int(module.main(argv[1:]))

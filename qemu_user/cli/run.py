@@ -158,17 +158,20 @@ def _detach(options: argparse.Namespace, arguments: list[str], command: list[str
     import subprocess
 
     from qemu_user.management.registry import made_runtime_directory
+    from qemu_user.warm.process import start
+    from qemu_user.warm.request import SOFTKVM
 
     if not options.bare and kept is None and options.image not in _BUILTIN and (failed := _fetch(options)):
         return failed
     name = options.name or _free_name()
     log = made_runtime_directory() / f"{name}.log"
-    words = [sys.executable, "-P", "-m", "qemu_user.cli.main", "run", "--name", name, *arguments]
-    words += [] if options.name else ["--ephemeral"]
+    words = ["run", "--name", name, *arguments, *([] if options.name else ["--ephemeral"])]
+    words += ["--", *command] if command else []
     readable, writable = os.pipe()
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [*words, *(["--", *command] if command else [])], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+    with log.open("wb") as output, open(os.devnull, "rb") as nothing:
+        fds = {0: nothing.fileno(), 1: output.fileno(), 2: output.fileno(), writable: writable}
+        child = start(SOFTKVM, words, fds, ".", **{_READY: str(writable)}) or subprocess.Popen(
+            [sys.executable, "-P", "-m", "qemu_user.cli.main", *words], stdin=nothing, stdout=output, stderr=output,
             start_new_session=True, pass_fds=[writable], env={**os.environ, _READY: str(writable)},
         )  # fmt: skip
     os.close(writable)

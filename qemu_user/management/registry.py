@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qemu_user.runtime_folder import runtime_folder
+
 ATTACH_FILE = "attach.json"
 """In the directory of a VM that outlives its device process: how to reach it (machine/keeper.py)."""
 
@@ -65,10 +67,7 @@ class VmEntry(NamedTuple):
 
 def runtime_directory() -> Path:
     """$XDG_RUNTIME_DIR/softkvm, or /tmp/softkvm-UID where there is no runtime directory."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and os.path.isdir(base) and os.access(base, os.W_OK):
-        return Path(base) / "softkvm"
-    return Path(f"/tmp/softkvm-{os.geteuid()}")
+    return Path(runtime_folder())
 
 
 def made_runtime_directory() -> Path:

@@ -225,9 +225,9 @@ def _hear_order() -> tuple[bytes, list[int]]:
             data += part
 
 
-def main() -> int:
-    """The order on stdin, `--tell FD` on the command line."""
-    tell = int(sys.argv[sys.argv.index("--tell") + 1])
+def main(arguments: list[str]) -> int:
+    """The order on stdin; the arguments are `--tell FD`."""
+    tell = int(arguments[arguments.index("--tell") + 1])
     try:
         preload()
         data, fds = _hear_order()
@@ -268,4 +268,4 @@ def _say(fd: int, what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -222,6 +222,7 @@ class Incoming:
         job = jobs.arriving(instance.machine, "arrival", jobs.POSTCOPY)
         if self._source is not None:
             self._source.lost = partial(_lost, instance.machine, job)
+        announce(instance.machine)  # frames for it come this way from now on, and wait for it
         if hello.running:
             instance.machine.resume()
         else:
@@ -230,7 +231,6 @@ class Incoming:
         if not self._pages_follow:
             with suppress(ChannelError):
                 self._channel.send(messages.RUNNING, hello.generation)
-        announce(instance.machine)
         instance.take_name(instance.config.name)
         self._journal.keep()
         if self._source is not None:

@@ -13,6 +13,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from protocol.channel.zmq_socket import Curve
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.unix_address import listen_unix
 from qemu_user.migration.spawn import Newcomer, SpawnError
+from qemu_user.warm.process import WarmProcess
 
+_PAUSE_SECONDS = 2.0
 DOMAIN = "kvmcore"
 """ZAP domain that zmq_socket.router() sets."""
 
@@ -65,8 +68,10 @@ class Host:
         self._key, self._peers = key, peers or []
         self._stop, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._count = 0
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[WarmProcess | subprocess.Popen[bytes]] = []
         self._waiting: Newcomer | None = None
+        self._due = 0.0
+        """When another one is to be made, if none waits."""
         scheme, _, address = listen.partition("://")
         self._unix: socket.socket | None = None
         self._router: zmq.Socket[bytes] | None = None
@@ -87,7 +92,6 @@ class Host:
 
     def serve(self) -> None:
         """Take VMs until stop()."""
-        self._waiting = self._make()
         if self._unix is not None:
             self._serve_unix(self._unix)
         elif self._router is not None:
@@ -110,11 +114,22 @@ class Host:
             self._authenticator.stop()
 
     def _next(self) -> Newcomer:
-        """The process that has waited, and another one in its place. Those that have ended are reaped."""
+        """The process that has waited; those that have ended are reaped. Another one takes its place, but not at once: a VM
+        that is moved needs the cores more."""
         newcomer = self._waiting if self._waiting is not None else self._make()
-        self._waiting = self._make()
+        self._waiting, self._due = None, time.monotonic() + _PAUSE_SECONDS
         self._processes = [process for process in self._processes if process.poll() is None] + [newcomer.process]
         return newcomer
+
+    def _pause(self) -> int | None:
+        """Milliseconds that may be waited for the next VM, as poll() has it; a process that is due is made."""
+        if self._waiting is not None:
+            return None
+        left = self._due - time.monotonic()
+        if left <= 0:
+            self._waiting = self._make()
+            return None
+        return int(1000 * left) + 1
 
     def _make(self) -> Newcomer:
         self._count += 1
@@ -127,7 +142,9 @@ class Host:
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         poll.register(self._stop, select.POLLIN)
-        while not any(fd == self._stop for fd, _ in poll.poll()):
+        while self._stop not in (ready := dict(poll.poll(self._pause()))):
+            if not ready:
+                continue
             connection, _ = listener.accept()
             with connection:
                 if fd_passing.credentials(connection).uid in (0, os.geteuid()):
@@ -142,7 +159,9 @@ class Host:
         poller = zmq.Poller()
         poller.register(router, zmq.POLLIN)
         poller.register(self._stop, zmq.POLLIN)
-        while self._stop not in dict(poller.poll()):
+        while self._stop not in (ready := dict(poller.poll(self._pause()))):
+            if not ready:
+                continue
             try:
                 received = zmq_socket.receive_from(router)
             except zmq.Again:

@@ -46,20 +46,21 @@ class Section(NamedTuple):
     payload: bytes
 
 
-def encode(sections: Iterable[Section]) -> bytes:
-    """A container. Names must be unique; payloads above MAX_SECTION are the caller's fault (SectionError)."""
+def encode(sections: Iterable[Section], pack: bool = True) -> bytes:
+    """A container. Names must be unique; payloads above MAX_SECTION are the caller's fault (SectionError). Not `pack`: it
+    goes no farther than this machine, and is read at once."""
     parts = list(sections)
     if len({part.name for part in parts}) != len(parts) or len(parts) > MAX_SECTIONS:
         raise SectionError("two sections of one name, or too many")
     head = _HEADER.pack(MAGIC, FORMAT, 0, len(parts))
-    return b"".join([head, _CRC.pack(zlib.crc32(head)), *map(_encode, parts)])
+    return b"".join([head, _CRC.pack(zlib.crc32(head)), *(_encode(part, pack) for part in parts)])
 
 
-def _encode(section: Section) -> bytes:
+def _encode(section: Section, pack: bool) -> bytes:
     if len(section.payload) > MAX_SECTION:
         raise SectionError(f"section {section.name}: {len(section.payload)} bytes are too many")
     name, payload, flags = section.name.encode(), section.payload, 0
-    if zstandard is not None and len(payload) >= _WORTH_COMPRESSING:
+    if pack and zstandard is not None and len(payload) >= _WORTH_COMPRESSING:
         packed = zstandard.ZstdCompressor(level=1).compress(payload)
         if len(packed) < len(payload):
             payload, flags = packed, _ZSTD

@@ -154,6 +154,8 @@ class Outgoing:
 
     def __init__(self, machine: Machine, channel: Channel, options: Options, job: Job) -> None:
         self._machine, self._channel, self._options, self._job = machine, channel, options, job
+        self._local = isinstance(channel, StreamChannel)
+        """The other side is on this machine."""
         self._disks = writable_disks(machine)
         self._journal: Journal | None = None
         self._peer_journal = self._recover = ""
@@ -225,7 +227,7 @@ class Outgoing:
         steps.reached("source:connected", self._channel.cut)
         with machine.standing():
             parts = machine_state.capture(machine, with_config=False)
-        state = sections.encode([machine_state.config_section(machine.config), *parts])
+        state = sections.encode([machine_state.config_section(machine.config), *parts], not self._local)
         features = ["hot", "zstd", "delta"] if zstandard is not None else ["hot"]
         features += ["memory-fd"] if options.hand_memory else []
         features += ["postcopy"] if options.postcopy and not options.hand_memory else []
@@ -288,7 +290,7 @@ class Outgoing:
     def _switch_over(self, copy: Precopy) -> None:
         machine, job, channel = self._machine, self._job, self._channel
         assert self._journal is not None
-        was, local = machine.status, isinstance(channel, StreamChannel)
+        was = machine.status
         job.status = DEVICE
         for disk in self._disks:
             disk.disk.flush()  # most of it while the guest still runs
@@ -304,13 +306,13 @@ class Outgoing:
                 if self._postcopy:
                     channel.send(messages.ABSENT, payload=_pieces(left, machine.config.memory))
                 for disk in self._disks:
-                    if not (local and disk.disk.descriptor is not None):  # a file of this machine is one for both sides
+                    if not (self._local and disk.disk.descriptor is not None):  # a file of this machine is one for both sides
                         disk.disk.flush()
                 self._unlocked = True
                 for image in machine.parts.images:
                     image.unlock()
                 generation = machine.generation + 1
-                state = sections.encode(machine_state.capture(machine, generation, with_config=False))
+                state = sections.encode(machine_state.capture(machine, generation, with_config=False), not self._local)
                 channel.send(messages.STATE, payload=state)
                 steps.reached("source:state", channel.cut)
                 self._expect(messages.PREPARED)

@@ -13,6 +13,8 @@ import sys
 from typing import Any
 
 from qemu_user.management.registry import made_runtime_directory
+from qemu_user.warm.process import WarmProcess, start
+from qemu_user.warm.request import ARRIVAL
 
 
 class SpawnError(Exception):
@@ -31,10 +33,7 @@ class Newcomer:
         self._socket, theirs = socket.socketpair()
         with open(self.log, "wb") as output, theirs:
             try:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "qemu_user.migration.arrival", "--tell", str(writable)],
-                    stdin=theirs.fileno(), stdout=output, stderr=output, start_new_session=True, pass_fds=[writable], cwd="/",
-                )  # fmt: skip
+                self.process = _start(theirs.fileno(), output.fileno(), writable)
             finally:
                 os.close(writable)
 
@@ -64,6 +63,16 @@ class Newcomer:
         """It speaks to whoever it was given to; or, without an order, it ends."""
         self._pipe.close()
         self._socket.close()
+
+
+def _start(stdin: int, output: int, tell: int) -> WarmProcess | subprocess.Popen[bytes]:
+    """A process that waits for its order on `stdin`. OSError."""
+    arguments = ["--tell", str(tell)]
+    warm = start(ARRIVAL, arguments, {0: stdin, 1: output, 2: output, tell: tell}, "/")
+    return warm or subprocess.Popen(
+        [sys.executable, "-P", "-m", "qemu_user.migration.arrival", *arguments],
+        stdin=stdin, stdout=output, stderr=output, start_new_session=True, pass_fds=[tell], cwd="/",
+    )  # fmt: skip
 
 
 def spawn(order: bytes, name: str, count: int = 1) -> dict[str, Any]:

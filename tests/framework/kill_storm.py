@@ -247,7 +247,7 @@ class Storm:
             gone = not self._victims("kvmcore-vm fuz")
             now = self._footprint()
             if gone and self._before is None:
-                time.sleep(0.5)
+                time.sleep(2)  # the spare VM process is there by then
                 self._before = self._footprint()
                 return
             more = now.grown(self._before) if gone and self._before else ["VM processes of clients that are dead"]

@@ -62,6 +62,16 @@ class Product:
         )
         return done.stdout.strip()
 
+    def warm(self) -> psutil.Process:
+        """The parent of warm processes: there when this returns (qemu_user/warm)."""
+        self.daemon()
+        self.daemon()
+        end = time.monotonic() + 60
+        while not (self.runtime / "softkvm" / "warm.sock").exists():
+            assert time.monotonic() < end, "no warm parent"
+            time.sleep(0.05)
+        return self.named("softkvm-warm")[0]
+
     def run(self, *arguments: str, stdin: bytes = b"", seconds: float = 120) -> subprocess.CompletedProcess[bytes]:
         """softkvm to its end."""
         return subprocess.run(
