@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +136,8 @@ def test_job_control(product: Product) -> None:
         assert device.status() == psutil.STATUS_STOPPED
         terminal.type(b"fg\r")
         terminal.expect(b"exit 5")
+        while device.status() == psutil.STATUS_STOPPED:  # then the terminal is its again
+            time.sleep(0.01)
         terminal.type(b"line\r")
         terminal.expect(b"line\r\nline\r")
         terminal.type(b"\x04")
