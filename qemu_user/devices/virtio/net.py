@@ -377,7 +377,8 @@ class VirtioNet(VirtioDevice):
         return True
 
     def _scatter(self, queue: Queue, chains: list[Chain], header: Header, frame: memoryview) -> None:
-        done = 0
+        """The buffers of a packet become used together (5.1.6.4.1)."""
+        done, answers = 0, []
         for position, chain in enumerate(chains):
             written = 0
             if position == 0:
@@ -387,7 +388,8 @@ class VirtioNet(VirtioDevice):
                 written = HEADER_SIZE
             filled = chain.fill(frame[done:])
             done += filled
-            queue.push(chain, written + filled)
+            answers.append((chain, written + filled))
+        queue.push_all(answers)
         self._count("rx", len(frame))
 
     # -- link --------------------------------------------------------------------------------------

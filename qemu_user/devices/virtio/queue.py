@@ -295,21 +295,28 @@ class Queue:
 
     def push(self, chain: Chain, written: int) -> None:
         """Give a request back, with `written` bytes in its writable buffers."""
-        if self.before_push is not None:
-            self.before_push(self, chain.head, written)
-        at = 1 + 2 * (self._next_used % self.size)
-        self._used_ring[at] = chain.head
-        self._used_ring[at + 1] = written & 0xFFFFFFFF
-        # The element is in place before the index moves: x86 keeps stores in order, and so does CPython.
-        self._next_used = (self._next_used + 1) & 0xFFFF
+        self.push_all(((chain, written),))
+
+    def push_all(self, answers: Sequence[tuple[Chain, int]]) -> None:
+        """Give requests back at once: a driver that looks meanwhile sees all of them or none."""
+        for chain, written in answers:
+            if self.before_push is not None:
+                self.before_push(self, chain.head, written)
+            at = 1 + 2 * (self._next_used % self.size)
+            self._used_ring[at] = chain.head
+            self._used_ring[at + 1] = written & 0xFFFFFFFF
+            self._next_used = (self._next_used + 1) & 0xFFFF
+        # The elements are in place before the index moves: x86 keeps stores in order, and so does CPython.
         self._used_head[1] = self._next_used
         if self.flight is not None:
-            self.flight.heads[chain.head] = 0
+            for chain, _ in answers:
+                self.flight.heads[chain.head] = 0
             self.flight.next_used = self._next_used
         memory = self._memory
         if memory is not None and memory.logging:
-            for gpa, length in chain.targets:
-                memory.wrote(gpa, length)
+            for chain, _ in answers:
+                for gpa, length in chain.targets:
+                    memory.wrote(gpa, length)
             self._wrote_ring(memory)
 
     def _wrote_ring(self, memory: GuestMemory) -> None:

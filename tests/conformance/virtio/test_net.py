@@ -464,6 +464,31 @@ def test_5_1_6_3_1_packets_spread_over_merged_buffers(bench: Bench) -> None:
     assert data[12:] == frame
 
 
+def test_5_1_6_4_1_buffers_of_a_packet_become_used_together(bench: Bench) -> None:
+    """A driver that polls must not see the first one before the last one is there: Linux drops the packet then."""
+    wire = Wire()
+    device = VirtioNet("net", wire, bytes(6))
+    driver = bench.driver(bench.virtio(device)).start()
+    for _ in range(4):
+        driver.queues[0].add([], [2048])
+    seen: list[int] = []
+
+    class Watched(list[int]):
+        """The used ring's head: whoever writes the index is seen."""
+
+        def __setitem__(self, at: Any, value: Any) -> None:
+            seen.append(value)
+            head[at] = value
+
+    queue = device.queues[0]
+    head = queue._used_head
+    queue._used_head = Watched()  # type: ignore[assignment]
+    assert wire.frontend.receive(memoryview(os.urandom(5000)))
+    assert wire.frontend.receive(memoryview(os.urandom(500)))
+    assert [index for index in seen if index] == [3, 4]
+    assert len(driver.queues[0].returned()) == 4
+
+
 def test_5_1_6_3_1_without_merging_what_does_not_fit_is_dropped(bench: Bench) -> None:
     wire = Wire()
     device = VirtioNet("net", wire, bytes(6))
