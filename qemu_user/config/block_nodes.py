@@ -1,7 +1,8 @@
 """`-blockdev`: disks as QEMU's graph of nodes, a format over a file or an NBD server, in dotted keys or as JSON.
 
 A node is named by `node-name` and used by a `-device` (drive=NODE) or by another node (file=NODE); a device's becomes a Drive.
-Called by qemu_options.py. Drivers: raw, qcow2 over file, host_device, nbd.
+Called by qemu_options.py. Drivers: raw, qcow2 over file, host_device, nbd; throttle above them. Limits and certificates are
+`-object`s that nodes name.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from typing import Any
 from urllib.parse import quote
 
 from qemu_user.config.errors import ConfigError
-from qemu_user.config.keyvals import split_commas
-from qemu_user.config.machine_config import Drive
+from qemu_user.config.keyvals import KeyValues, parse_size, split_commas
+from qemu_user.config.machine_config import DISK_LIMITS, Drive
 
 Node = dict[str, Any]
-FORMATS, PROTOCOLS = ("raw", "qcow2"), ("file", "host_device", "nbd")
+FORMATS, FILTERS, PROTOCOLS = ("raw", "qcow2"), ("throttle",), ("file", "host_device", "nbd")
+OBJECTS = ("throttle-group", "tls-creds-x509")
+_DEEPEST = 4
+"""Nodes over each other."""
 _EVERYWHERE = ("driver", "node-name", "read-only", "auto-read-only", "discard", "cache", "detect-zeroes", "force-share")
 _KEYS = {
     "raw": ("file",),
@@ -23,7 +27,8 @@ _KEYS = {
               "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-size", "cache-clean-interval"),
     "file": ("filename", "aio", "locking", "drop-cache", "x-check-cache-dropped", "aio-max-batch"),
     "host_device": ("filename", "aio", "locking", "drop-cache", "x-check-cache-dropped", "aio-max-batch"),
-    "nbd": ("server", "export", "reconnect-delay", "open-timeout"),
+    "nbd": ("server", "export", "reconnect-delay", "open-timeout", "tls-creds", "tls-hostname"),
+    "throttle": ("file", "throttle-group"),
 }  # fmt: skip
 """What a driver may be told; what changes nothing here is taken and forgotten."""
 
@@ -34,6 +39,23 @@ class BlockNodes:
     def __init__(self) -> None:
         self._nodes: dict[str, tuple[Node, str]] = {}
         self._used: set[str] = set()
+        self._groups: dict[str, dict[str, int]] = {}
+        self._certificates: dict[str, str] = {}
+
+    def add_object(self, kind: str, values: KeyValues) -> None:
+        """One -object of OBJECTS. ConfigError."""
+        name = values.take("id")
+        if not name or name in self._groups or name in self._certificates:
+            raise ConfigError(f"-object {values.text}: needs an id= that no other object has")
+        if kind == "throttle-group":
+            limits = {limit: values.take(f"x-{limit}") or values.take(f"limits.{limit}") for limit in DISK_LIMITS}
+            self._groups[name] = {limit: parse_size(limit, text, "B") for limit, text in limits.items() if text}
+        else:
+            values.take_choice("endpoint", ("client",), "client")
+            values.take_choice("verify-peer", ("on", "yes", "true"), "on")
+            values.ignore("priority")
+            self._certificates[name] = values.take("dir")
+        values.done()
 
     def add(self, text: str) -> None:
         """One -blockdev. ConfigError."""
@@ -59,19 +81,24 @@ class BlockNodes:
         chain = [top]
         self._used.add(name)
         while (child := chain[-1].get("file")) is not None:
-            if len(chain) > len(FORMATS):
+            if len(chain) >= _DEEPEST:
                 raise ConfigError(f"-blockdev {text}: more nodes over each other than are supported")
             chain.append(self._child(child, text))
         bottom = chain[-1]
-        if bottom["driver"] in FORMATS:
+        if bottom["driver"] not in PROTOCOLS:
             raise ConfigError(f"-blockdev {text}: {bottom['driver']} needs file=NODE or file.driver=")
         formats = [node["driver"] for node in chain if node["driver"] in FORMATS]
         if formats.count("qcow2") and formats.index("qcow2") != len(formats) - 1:
             raise ConfigError(f"-blockdev {text}: qcow2 has to lie directly over the file")
+        drivers = [node["driver"] for node in chain]
+        if "throttle" in drivers and (drivers.count("throttle") > 1 or "qcow2" in drivers[: drivers.index("throttle")]):
+            raise ConfigError(f"-blockdev {text}: one throttle node, above the format: it limits what the guest asks for")
         settings: dict[str, Any] = {}
+        if "throttle" in drivers:
+            settings["limits"] = self._limits(chain[drivers.index("throttle")], text)
         file: Any = None
         if bottom["driver"] == "nbd":
-            file, settings["reconnect"] = _nbd(bottom, text), _number(bottom, "reconnect-delay", 10, text)
+            file, settings["reconnect"] = self._nbd(bottom, text), _number(bottom, "reconnect-delay", 10, text)
         else:
             file = bottom.get("filename")
             if not isinstance(file, str) or not file:
@@ -86,6 +113,23 @@ class BlockNodes:
             cache=_cache(chain, text),
             **settings,
         )
+
+    def _limits(self, node: Node, text: str) -> dict[str, int]:
+        name = node.get("throttle-group")
+        if not isinstance(name, str) or name not in self._groups:
+            raise ConfigError(f"-blockdev {text}: throttle-group={name}: no free -object throttle-group of that id before it")
+        return self._groups.pop(name)
+
+    def _nbd(self, node: Node, text: str) -> str:
+        address, name = _nbd(node, text), node.get("tls-creds")
+        if name is None:
+            return address
+        if not isinstance(name, str) or name not in self._certificates:
+            raise ConfigError(f"-blockdev {text}: tls-creds={name}: no -object tls-creds-x509 of that id before the device")
+        settings = {"tls-certificates": self._certificates[name], "tls-hostname": str(node.get("tls-hostname", ""))}
+        more = "&".join(f"{key}={quote(value, safe='/')}" for key, value in settings.items() if value)
+        secure = address.replace("nbd", "nbds", 1)
+        return f"{secure}{'&' if '?' in secure else '?'}{more}" if more else secure
 
     def _child(self, child: Any, text: str) -> Node:
         if isinstance(child, dict):
@@ -125,7 +169,7 @@ def _read(text: str) -> Node:
 def _check(node: Node, text: str) -> None:
     driver = node.get("driver")
     if driver not in _KEYS:
-        raise ConfigError(f"-blockdev {text}: driver={driver}: one of {', '.join((*FORMATS, *PROTOCOLS))}")
+        raise ConfigError(f"-blockdev {text}: driver={driver}: one of {', '.join(_KEYS)}")
     for key in node:
         if key not in (*_EVERYWHERE, *_KEYS[driver]):
             raise ConfigError(f"-blockdev {text}: {key}: no such setting of {driver} here")

@@ -169,10 +169,13 @@ class Builder:
             self.unplugged.add(name)
 
     def blockdev(self, text: str) -> None:
+        self._nodes().add(text)
+
+    def _nodes(self) -> BlockNodes:
         from qemu_user.config.block_nodes import BlockNodes
 
         self.nodes = self.nodes or BlockNodes()
-        self.nodes.add(text)
+        return self.nodes
 
     def pflash(self, text: str) -> None:
         values = KeyValues("--pflash", text, "file")
@@ -222,6 +225,9 @@ class Builder:
     def object(self, text: str) -> None:
         values = KeyValues("-object", text, "qom-type")
         kind = values.take("qom-type")
+        if kind in ("throttle-group", "tls-creds-x509"):
+            self._nodes().add_object(kind, values)
+            return
         if not kind.startswith("filter-"):
             return  # rng-random, memory-backend-..: what they are for is there without them
         if kind != "filter-dump":

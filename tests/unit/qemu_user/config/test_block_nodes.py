@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qemu_user.config.block_nodes import BlockNodes
 from qemu_user.config.errors import ConfigError
+from qemu_user.config.keyvals import KeyValues
 from qemu_user.config.machine_config import Drive
 from qemu_user.config.qemu_options import parse
 
@@ -61,7 +62,58 @@ def test_nbd() -> None:
     assert (unix.file, unix.reconnect) == ("nbd+unix:///?socket=/run/a%3Fb", 3)
 
 
+def objects(*texts: str) -> BlockNodes:
+    nodes = BlockNodes()
+    for text in texts:
+        values = KeyValues("-object", text, "qom-type")
+        nodes.add_object(values.take("qom-type"), values)
+    return nodes
+
+
+@pytest.mark.parametrize("limits", ["x-iops-total=500,x-bps-read=1M", "limits.iops-total=500,limits.bps-read=1M"])
+def test_throttle(limits: str) -> None:
+    nodes = objects(f"throttle-group,id=slow,{limits}", "throttle-group,id=other")
+    nodes.add("driver=qcow2,node-name=q,file.driver=file,file.filename=x,read-only=on")
+    nodes.add("driver=throttle,node-name=d,throttle-group=slow,file=q")
+    made = nodes.drive("d")
+    assert (made.limits, made.format, made.readonly) == ({"iops-total": 500, "bps-read": 1 << 20}, "qcow2", True)
+    nodes.add("driver=throttle,node-name=e,throttle-group=slow,file.driver=file,file.filename=y")
+    with pytest.raises(ConfigError, match="no free -object throttle-group"):
+        nodes.drive("e")
+    nodes.add("driver=raw,node-name=f,file.driver=throttle,file.throttle-group=other,file.file.driver=file,file.file.filename=z")
+    assert nodes.drive("f").limits == {}
+
+
+def test_tls() -> None:
+    nodes = objects("tls-creds-x509,id=t,dir=/pki/a b,endpoint=client,verify-peer=on,priority=NORMAL")
+    server = "server.type=inet,server.host=h,server.port=1"
+    nodes.add(f"driver=nbd,node-name=d,{server},export=e,tls-creds=t,tls-hostname=other")
+    assert nodes.drive("d").file == "nbds://h:1/e?tls-certificates=/pki/a%20b&tls-hostname=other"
+    nodes.add("driver=nbd,node-name=u,server.type=unix,server.path=/s,tls-creds=t,tls-hostname=other")
+    assert nodes.drive("u").file == "nbds+unix:///?socket=/s&tls-certificates=/pki/a%20b&tls-hostname=other"
+    nodes = objects("tls-creds-x509,id=system")
+    nodes.add(f"driver=nbd,node-name=d,{server},tls-creds=system")
+    assert nodes.drive("d").file == "nbds://h:1/"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("throttle-group,x-iops-total=1", "needs an id="), ("throttle-group,id=a,x-iops=1", "x-iops: no such setting"),
+        ("tls-creds-x509,id=a,endpoint=server", "endpoint=server"), ("tls-creds-x509,id=a,verify-peer=off", "verify-peer=off"),
+        ("throttle-group,id=a,x-iops-total=many", "expected a size"),
+    ],
+)  # fmt: skip
+def test_objects_that_are_refused(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        objects(text)
+
+
 REFUSED = [
+    ("driver=throttle,node-name=d,throttle-group=g,file.driver=file,file.filename=x", "throttle-group=g: no free"),
+    ("driver=throttle,node-name=d,throttle-group=g", "throttle needs file="),
+    ("driver=qcow2,node-name=d,file.driver=throttle,file.file.driver=file,file.file.filename=x", "above the format"),
+    ("driver=nbd,node-name=d,server.type=unix,server.path=/x,tls-creds=t", "tls-creds=t: no -object"),
     ("driver=qcow2,file.driver=file,file.filename=x", "node-name"),
     ("driver=vmdk,node-name=d", "driver=vmdk"),
     ("node-name=d", "driver=None"),
@@ -77,7 +129,7 @@ REFUSED = [
     ("driver=nbd,node-name=d,server.type=inet,server.host=h", "server.port"),
     ("driver=nbd,node-name=d,server=h", "server.type"),
     ("driver=nbd,node-name=d,server.type=unix,server.path=/x,reconnect-delay=soon", "expected a number"),
-    ("driver=raw,node-name=d,file.driver=raw,file.file.driver=raw,file.file.file.driver=file", "more nodes"),
+    ("driver=raw,node-name=d" + "".join(f",{'file.' * deep}driver=raw" for deep in range(1, 5)), "more nodes"),
     ("driver=raw,node-name=d,file=f,file.driver=file", "value of its own"),
     ('{"driver":', "not JSON"),
     ('{"driver":"raw","node-name":"d","file":[1]}', "no free -blockdev"),
@@ -111,6 +163,10 @@ def test_devices_use_nodes(tmp_path: Path) -> None:
     config, _ = parse(["-kernel", str(kernel), *node, *device])
     (disk,) = config.drives
     assert (disk.id, disk.file, disk.serial, disk.device) == ("n", "x", "S", "dev")
+    group = ["-object", "throttle-group,id=g,x-iops-total=7"]
+    above = ["-blockdev", "driver=throttle,node-name=t,throttle-group=g,file=n", "-device", "virtio-blk-pci,drive=t"]
+    config, _ = parse(["-kernel", str(kernel), *group, *node, *above])
+    assert config.drives[0].limits == {"iops-total": 7}
     with pytest.raises(ConfigError, match="no -device virtio-blk-pci,drive=n uses it"):
         parse(["-kernel", str(kernel), *node])
     with pytest.raises(ConfigError, match="no -blockdev node-name=n before it"):
