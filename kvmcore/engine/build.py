@@ -14,10 +14,10 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from kvmcore.engine import client_code, image, running
+from kvmcore.engine import client_code, image, running, templates
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.interpreter import emit
-from kvmcore.engine.link import link
+from kvmcore.engine.link import link, pieces
 from kvmcore.ir.llvm_text import Emitter
 
 #: What Python calls. Saves the host's MXCSR; a machine that is stopped lets nobody in.
@@ -40,7 +40,7 @@ in:
   %tp = getelementptr i8, ptr %sp, i64 {tlb}
   %t = load i64, ptr %tp
   %base = ptrtoint ptr @decode to i64
-  call preserve_nonecc void @enter(i64 %s, i64 poison, i64 poison,
+  call preserve_nonecc void @enter(i64 poison, i64 %s, i64 poison,
       i64 %base, i64 %ic, i64 %t, i64 poison, i64 poison)
   call void @llvm.x86.sse.ldmxcsr(ptr %hp)
   %left = atomicrmw xchg ptr %inp, i32 0 seq_cst
@@ -169,15 +169,21 @@ def build() -> bytes:
     emitter.raw(client_code.TEXT)
     for name, count in running.EXPORTS.items():
         emitter.raw(_EXPORT.format(name=name, parameters=", ".join(f"i64 %p{index}" for index in range(count))))
+    emitter.raw(_EXPORT.format(name="template_assemble", parameters="i64 %p0"))
+    emitter.raw(_EXPORT.format(name="template_install", parameters="i64 %p0, i64 %p1, i64 %p2, i64 %p3"))
     for size in (1, 2, 4, 8):
         emitter.raw(_FOR_REGIONS.format(size=size, region_status=offset("region_status")))
-    code, functions = compile_text(emitter.module())
+    code, functions = link(compile_text(emitter.module()))
     decode = functions["decode"]
-    return image.pack(code, {name: offset - decode for name, offset in functions.items()} | {"_decode_at": decode})
+    functions = {name: offset - decode for name, offset in functions.items()}
+    made = templates.trace_all()
+    table = templates.table(made, pieces(compile_text(made.text, "static")), functions)
+    code += bytes(-len(code) % image.PAGE)
+    return image.pack(code + table, functions | {"_decode_at": decode, "_templates_at": len(code) - decode})
 
 
-def compile_text(text: str) -> tuple[bytes, dict[str, int]]:
-    """LLVM IR text to a linked blob and its functions."""
+def compile_text(text: str, addresses: str = "pic") -> bytes:
+    """LLVM IR text to an object file."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()  # for system calls
@@ -185,7 +191,7 @@ def compile_text(text: str) -> tuple[bytes, dict[str, int]]:
         cpu=llvm.get_host_cpu_name(),
         features=llvm.get_host_cpu_features().flatten(),
         opt=2,
-        reloc="pic",
+        reloc=addresses,
         codemodel="small",
     )
     module = llvm.parse_assembly(text)
@@ -197,7 +203,7 @@ def compile_text(text: str) -> tuple[bytes, dict[str, int]]:
     passes.add_tail_call_elimination_pass()  # a routine's call of itself becomes a loop
     passes.add_simplify_cfg_pass()
     passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=1)))
-    return link(machine.emit_object(module))
+    return bytes(machine.emit_object(module))
 
 
 def main() -> int:

@@ -253,6 +253,18 @@ def interpret(h: HandlerHart) -> None:
     _run_apart(h, pc, select(short, raw & 0xFFFF, raw).zext(64), select(short, u64(2), u64(4)))
 
 
+def resume(h: HandlerHart) -> None:
+    """Out of template code; the interpreter does an instruction from its beginning. ip is the page's first record, a0 says
+    which one it is (16 bits, in bytes), and how many instructions have retired since ic was exact.
+    """
+    h.ip = h.ip + (param("a0") & 0xFFFF)
+    h.ic = h.ic + (param("a0") >> 16)
+    record = load(h.ip, 32).zext(64)
+    if record - 1 < load(h.machine("templates")) - 1:
+        h.dispatch(h.ip, h.ab, h.ic)
+    h.tail("interpret", h.pc)  # undecoded, or what has left
+
+
 def page_end(h: HandlerHart) -> None:
     """Behind the last record of a page. Code without a branch may go on for ever where many addresses lead to one page."""
     if h.ic >= h.get("limit"):

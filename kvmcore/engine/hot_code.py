@@ -23,11 +23,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvmcore.engine import hart_state, machine_state, warm_pages
+from kvmcore.engine.cold_code import ColdCode
 from kvmcore.engine.translation import (
     ENTRY,
     MAX_LATER,
     MAX_PAGES,
     PAGE,
+    TEMPLATES,
+    Assembled,
     BadMessage,
     Elsewhere,
     Hello,
@@ -81,6 +84,8 @@ class HotPage:
 
     heads: regions that are there or under way; wished: for later; heat: samples of other places; seen: where it was
     last (number of the virtual page, satp, the TLBs of the hart); asked: whether the translator was asked what it has of it.
+    cold: samples that the interpreter had on it; patience: how many let it be asked for; assembled: what it was asked for
+    (cold_code.py).
     """
 
     base: int
@@ -90,6 +95,9 @@ class HotPage:
     heat: dict[int, int] = field(default_factory=dict)
     seen: tuple[int, int, int] | None = None
     asked: bool = False
+    cold: int = 0
+    patience: int = 1
+    assembled: int = 0
 
 
 class HotCode:
@@ -101,7 +109,7 @@ class HotCode:
         self._sock: socket.socket | None = None
         self._next_try = 0.0
         self._secret = b""
-        self._arena = 0
+        self._arena = self._templates = 0
         self._pages: dict[int, HotPage] = {}
         """By the decoded page's address."""
         self._away: dict[bytes, HotPage] = {}
@@ -121,6 +129,9 @@ class HotCode:
         self._used: dict[bytes, None] = {}
         """Pages that regions of the index were installed in, in order."""
         self._next_wishes = time.monotonic() + _WISHES
+        self.cold = ColdCode(machine)
+        self._counted = False
+        """Whether samples were counted since the translator was asked for anything."""
         self.regions = self.ready_made = self.translated = self.nanoseconds = 0
         """Regions installed so far; those that were there already; those that the translator made for us, and its time."""
         self.host = Totals()
@@ -142,6 +153,10 @@ class HotCode:
                 self._machine.pool_grows()
             if hart.state.sample_count == hart_state.SAMPLES:
                 self._count(hart)
+                self._counted = True
+            if self._counted:
+                self._counted = False
+                self._watch()
                 self._ask()
                 if time.monotonic() > self._next_wishes:
                     self._wish()
@@ -162,8 +177,9 @@ class HotCode:
         with self._machine.gate:
             gone = self._pages.keys() if bases is None else bases
             for hart in self._machine.harts:
-                if self._sock is not None:
+                if self._sock is not None and hart.state.sample_count:
                     self._count(hart)
+                    self._counted = True
                 if bases is None or hart.state.fresh_page in gone:
                     hart.state.fresh_page = 0
             leaving = self._pages.keys() & gone
@@ -173,7 +189,7 @@ class HotCode:
             if bases is None:
                 self._mapped.clear()
             else:
-                self._machine.state.watch = int(bool(self._index))
+                self._watch()
 
     def came_back(self, bases: list[int]) -> None:
         """These pages have been decoded without a hart's entering them; none is in native code."""
@@ -207,6 +223,7 @@ class HotCode:
                 return
             page.seen = pc >> 12, satp, blocks
             self._note_mapped(*page.seen[:2], base)
+            self.cold.count(page, record, times)
             page.heat[offset] = heat = page.heat.get(offset, 0) + times
             if heat >= THRESHOLD:
                 self._heated(page, offset)
@@ -266,8 +283,10 @@ class HotCode:
                 self._hang_up()
                 return
             try:
-                if isinstance(message, Hello) and len(fds) == 2:
+                if isinstance(message, Hello) and len(fds) == 3:
                     self._begin_arena(message, *fds)
+                elif isinstance(message, Assembled):
+                    self._assembled(message)
                 elif isinstance(message, Regions):
                     self._install(message)
                 elif isinstance(message, Wanted):
@@ -278,25 +297,36 @@ class HotCode:
             finally:
                 fd_passing.close_all(fds)
 
-    def _begin_arena(self, hello: Hello, fd: int, index: int) -> None:
+    def _begin_arena(self, hello: Hello, templates: int, regions: int, index: int) -> None:
         """Everything translated so far is void: forget the decoded pages, and the records with them."""
-        if os.fstat(fd).st_size != self._image.arena_bytes:
+        sizes = [os.fstat(fd).st_size for fd in (templates, regions)]
+        if sizes != [self._image.template_bytes, self._image.arena_bytes]:
             self._hang_up()
             return
         with self._machine.quiesce():
             self._machine.forget_decoded()
-            self._image.map_arena(fd)
-            self._machine.state.regions = self._image.arena
-        self._secret, self._arena = hello.secret, hello.arena
+            self._image.map_templates(templates)
+            self._image.map_arena(regions)
+            self._machine.state.templates, self._machine.state.regions = self._image.templates, self._image.arena
+        self._secret, self._arena, self._templates = hello.secret, hello.arena, hello.templates
         self._index.clear()
         self._under_way.clear()
         for page in self._away.values():  # all of them are
             page.heads.clear()
-            page.asked = False
+            page.asked, page.patience, page.assembled = False, 1, 0
         entries = os.pread(index, self._image.arena_bytes, 0)
+        assembled: dict[bytes, int] = {}
         for identity, offset, at in ENTRY.iter_unpack(entries[: len(entries) // ENTRY.size * ENTRY.size]):
-            self._index.setdefault(identity, []).append((offset, at))
-        self._machine.state.watch = int(bool(self._index))
+            if offset == TEMPLATES:
+                assembled[identity] = at
+            else:
+                self._index.setdefault(identity, []).append((offset, at))
+        self.cold.begin(assembled)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Whether a page that is decoded anew may have code already, or something is to be asked for."""
+        self._machine.state.watch = int(not self._secret or bool(self._index) or self.cold.known or self._counted)
 
     # -- pages ---------------------------------------------------------------------------------------------------
     def _neighbour(self, place: tuple[int, int, int], number: int) -> int | None:
@@ -334,6 +364,7 @@ class HotCode:
         page = self._away.pop(identity, None) or HotPage(base, identity)
         page.base = base
         self._pages[base] = page
+        self.cold.install(page)
         found = self._index.get(identity)
         if found:
             self.ready_made += len(found)
@@ -347,7 +378,8 @@ class HotCode:
 
     # -- regions -------------------------------------------------------------------------------------------------
     def _ask(self) -> None:
-        """Have the hottest places translated."""
+        """Have pages that the interpreter runs assembled, and the hottest places translated."""
+        self.cold.ask(self._send)
         now = time.monotonic()
         for place, since in list(self._under_way.items()):
             if now - since > _PATIENCE:
@@ -377,6 +409,23 @@ class HotCode:
         if self._send(Translate(base, offset, pages, final)):
             self._under_way[place] = time.monotonic()
 
+    def _assembled(self, message: Assembled) -> None:
+        """Let the records lead to template code."""
+        self.host = message.host
+        if message.templates != self._templates:
+            return
+        for base, identity, place in message.pages:
+            self.cold.note(identity, place)
+            page = self._pages.get(base)
+            if page is not None and self._is(page, identity):
+                self.cold.install(page)
+
+    @staticmethod
+    def _is(page: HotPage, identity: bytes) -> bool:
+        """Whether a decoded page still has the bytes that somebody was told of."""
+        mark = ctypes.c_uint64.from_address(page.base + machine_state.PAGE_IDENTITY).value
+        return page.identity == identity and mark == mark_of(identity)
+
     def _install(self, message: Regions) -> None:
         """Let the records of the heads lead to the regions."""
         self.host = message.host
@@ -390,10 +439,8 @@ class HotCode:
             index = self._index.setdefault(message.identity, [])
             index += [region for region in message.regions if region not in index]
         page = self._pages.get(message.page)
-        if page is None or page.identity != message.identity:
-            return  # it had to go meanwhile; when it comes back it is in the index
-        if ctypes.c_uint64.from_address(page.base + machine_state.PAGE_IDENTITY).value != mark_of(page.identity):
-            return  # its bytes have changed since
+        if page is None or not self._is(page, message.identity):
+            return  # it had to go meanwhile, and when it comes back it is in the index; or its bytes have changed since
         if message.offset >= 0:
             page.heads.add(message.offset)
         self.ready_made += 0 if message.took else len(message.regions)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from kvmcore.engine import image
 
-#: Address space for translated regions, behind the image; records reach 4 GB.
-ARENA_BYTES = 48 << 20
+#: Address space for template code, behind the image, and for translated regions, behind that; records reach 4 GB.
+TEMPLATE_BYTES, ARENA_BYTES = 64 << 20, 48 << 20
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _NORESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
@@ -73,7 +73,7 @@ class Image:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
         self._room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._base = self._mmap(None, self._room + ARENA_BYTES, _PROT_NONE, _NORESERVE, -1)
+        self._base = self._mmap(None, self._room + TEMPLATE_BYTES + ARENA_BYTES, _PROT_NONE, _NORESERVE, -1)
         self._mprotect(mmap.PROT_READ | mmap.PROT_WRITE)
         ctypes.memmove(self._base, data[offset:], size)
         self._mprotect(mmap.PROT_READ | mmap.PROT_EXEC)
@@ -89,7 +89,14 @@ class Image:
         self.sleep_hart = ctypes.CFUNCTYPE(word, word, word, word)(self.address("python_sleep_hart"))
         self.deliver = ctypes.CFUNCTYPE(word, word, word)(self.address("python_deliver"))
         self._decode = ctypes.CFUNCTYPE(word, word, word)(self.address("decode_record"))
+        self.assemble = ctypes.CFUNCTYPE(word, word)(self.address("python_template_assemble"))
+        self._install = ctypes.CFUNCTYPE(word, word, word, word, word)(self.address("python_template_install"))
         self.ticks = ctypes.CFUNCTYPE(word)(self.address("ticks"))
+
+    @property
+    def table(self) -> int:
+        """Host address of the table of templates."""
+        return self._base + self.functions["_decode_at"] + self.functions["_templates_at"]
 
     def address(self, name: str) -> int:
         """Host address of a function of the image."""
@@ -118,17 +125,32 @@ class Image:
         raw = int.from_bytes(page[offset : offset + 4], "little")
         return int(self._decode(raw if raw & 3 == 3 else raw & 0xFFFF, offset))
 
-    arena_bytes = ARENA_BYTES
+    template_bytes, arena_bytes = TEMPLATE_BYTES, ARENA_BYTES
+
+    @property
+    def templates(self) -> int:
+        """Where template code is, relative to what records are relative to."""
+        return self._room - self.functions["_decode_at"]
 
     @property
     def arena(self) -> int:
         """Where translated regions are, relative to what records are relative to."""
-        return self._room - self.functions["_decode_at"]
+        return self.templates + TEMPLATE_BYTES
 
     def map_arena(self, fd: int) -> None:
-        """Map the translator's memory, readable and executable, behind the image. EngineError."""
-        protection = mmap.PROT_READ | mmap.PROT_EXEC
-        self._mmap(self._base + self._room, ARENA_BYTES, protection, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        """Map the translator's memory for regions, readable and executable. EngineError."""
+        self._map_code(self._base + self._room + TEMPLATE_BYTES, ARENA_BYTES, fd)
+
+    def map_templates(self, fd: int) -> None:
+        """The same of its memory for template code."""
+        self._map_code(self._base + self._room, TEMPLATE_BYTES, fd)
+
+    def _map_code(self, at: int, size: int, fd: int) -> None:
+        self._mmap(at, size, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_SHARED | _MAP_FIXED, fd)
+
+    def install_templates(self, page: int, place: int) -> None:
+        """Let the records of a decoded page lead to its template code, whose list of heads is at `place` of that memory."""
+        self._install(page, self._base + self._room + place, self.templates + place, self.arena)
 
     @classmethod
     def load(cls, path: Path | None = None) -> Image:

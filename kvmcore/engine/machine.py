@@ -101,7 +101,7 @@ class Machine:
         self.state.one = 1
         self.state.aplic_start = U64
         self._bus: ctypes.Array[ctypes.c_uint64] | None = None
-        self.state.regions = 1 << 32  # a record's offset has 32 bits: none
+        self.state.templates = self.state.regions = 1 << 32  # a record's offset has 32 bits: none
         self.hot_code: HotCode | None = None
 
     def translate(self, path: str) -> None:

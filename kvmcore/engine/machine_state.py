@@ -76,6 +76,7 @@ class MachineState(ctypes.Structure):
         ("time_mult", _U64),  # guest ticks per host tick, times 2**64 / 2**12
         ("time_base", _U64),  # guest time at host tick 0
         ("harts", _U64),
+        ("templates", _U64),  # what a record's handler offset is at least when it is no handler of the image
         ("regions", _U64),  # what a record's handler offset is at least when a region begins there
         ("watch", _U64),  # whether a hart leaves (PROFILE) when it enters a page that it has just decoded
         ("imsic_start", _U64),  # guest-physical address of the first IMSIC page

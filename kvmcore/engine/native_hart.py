@@ -254,14 +254,14 @@ class HandlerHart(Atomics):
     # -- going on --------------------------------------------------------------------------------------------
     def tail(self, handler: str, a0: Value | int = 0, a1: Value | int = 0, ic: Value | None = None) -> NoReturn:
         """Go to another handler with these registers."""
-        words = (self.s, self.ip, self.ab, self.base, ic if ic is not None else self.ic, self.tlb)
+        words = (self.ip, self.s, self.ab, self.base, ic if ic is not None else self.ic, self.tlb)
         tracer().effect("tail", (*words, as_value(a0, 64), as_value(a1, 64)), 0, (handler,))
         raise PathEnd
 
     def dispatch(self, ip: Value, ab: Value, ic: Value) -> NoReturn:
         """Run the record at `ip`."""
         handler = self.base + load(ip, 32).zext(64)
-        tracer().effect("tail", (self.s, ip, ab, self.base, ic, self.tlb, handler))
+        tracer().effect("tail", (ip, self.s, ab, self.base, ic, self.tlb, handler))
         raise PathEnd
 
     def go(self, target: Value, ic: Value) -> NoReturn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from kvmcore.engine import code_pages, hart_state, running, softmmu, tlb
+from kvmcore.engine import code_pages, hart_state, running, softmmu, template_assembler, tlb
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.native_hart import OK, PAGE_MASK, FunctionHart, HandlerHart, call, load, param, returns, store, tracer
 from kvmcore.ir.value import select, u64
@@ -177,6 +177,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     "instruction_bits": (2, code_pages.instruction_bits),
     **tlb.FUNCTIONS,
     **running.FUNCTIONS,
+    **template_assembler.FUNCTIONS,
 }
 
 #: name -> (function, whether pc is a0 rather than the record's place)
@@ -184,6 +185,7 @@ HANDLERS: dict[str, tuple[Callable[[HandlerHart], None], bool]] = {
     "decode": (code_pages.decode_here, False),
     "straddle": (code_pages.straddle, True),
     "interpret": (code_pages.interpret, True),
+    "resume": (code_pages.resume, False),
     "page_end": (code_pages.page_end, False),
     "fetch_miss": (code_pages.fetch_miss, True),
     "poll": (poll, True),

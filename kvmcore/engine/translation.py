@@ -18,21 +18,27 @@ from protocol.channel import fd_passing
 PAGE = 4096
 #: Of the index that comes with Hello: identity of the page, offset of the head in it, offset of the code in the arena.
 ENTRY = struct.Struct("<16sHxxI")
+#: Instead of the offset of a head: template code of the page, at its list of heads in that memory.
+TEMPLATES = 0xFFFF
 #: Bytes of Wishes at most, and heads in them.
 MAX_WISHES, MAX_LATER = 16 << 20, 1024
 MAX_PAGES_ELSEWHERE = 4096
 #: Pages that one request may hold: what fits a packet.
 MAX_PAGES = 8
+MAX_ASSEMBLED = 24
+WANTED = PAGE // 16
 _MAX_PACKET = 128 << 10
 
 
 class Hello(msgspec.Struct, tag="hello", array_like=True):
-    """Translator to VM, at the connection's start, and when it begins a new arena. With two descriptors: of the arena,
-    and of a memfd with what is in it already (ENTRY, one after the other)."""
+    """Translator to VM, at the connection's start, and when it begins a new arena. With three descriptors: of the memory for
+    template code, of the arena for regions, and of a memfd with what is in them already (ENTRY, one after the other)."""
 
     secret: bytes
     arena: int
     """Number of the arena; what was placed in an older one is void."""
+    templates: int
+    """The same of the memory for template code."""
 
 
 class Known(msgspec.Struct, tag="known", array_like=True):
@@ -94,6 +100,25 @@ class Totals(msgspec.Struct, array_like=True, frozen=True):
     """Regions that somebody has asked for or wished for."""
     arena: int = 0
     """Bytes of the arena that are taken."""
+    templates: int = 0
+    """Bytes of template code."""
+
+
+class Assemble(msgspec.Struct, tag="assemble", array_like=True):
+    """VM to translator: code of these pages was seen in the interpreter. Answered by Assembled.
+
+    pages: (page, content, which of its halfwords begin instructions that have been executed: WANTED bytes, a bit each).
+    """
+
+    pages: list[tuple[int, bytes, bytes]]
+
+
+class Assembled(msgspec.Struct, tag="assembled", array_like=True):
+    """Translator to VM: template code of pages, as (page, identity, place of its list of heads)."""
+
+    templates: int
+    pages: list[tuple[int, bytes, int]]
+    host: Totals = Totals()
 
 
 class Regions(msgspec.Struct, tag="regions", array_like=True):
@@ -120,7 +145,7 @@ class Wanted(msgspec.Struct, tag="wanted", array_like=True):
     numbers: list[int]
 
 
-Message = Hello | Known | Translate | Used | Later | Regions | Wanted
+Message = Hello | Known | Translate | Assemble | Assembled | Used | Later | Regions | Wanted
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 

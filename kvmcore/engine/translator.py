@@ -7,7 +7,6 @@ the GIL released). A crash costs speed, not VMs. The only process that imports L
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import mmap
 import os
@@ -16,19 +15,22 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvmcore.engine import image
 from kvmcore.engine.code_cache import CodeCache, secret
 from kvmcore.engine.idle_translator import Answer, IdleWork, Request, Wish
-from kvmcore.engine.loader import ARENA_BYTES, ensure_image
+from kvmcore.engine.loader import ARENA_BYTES, Image
 from kvmcore.engine.regions import Code, discover
+from kvmcore.engine.template_code import Assembler, TemplateMemory, sealed_memory
 from kvmcore.engine.translation import (
     ENTRY,
+    MAX_ASSEMBLED,
     MAX_PAGES,
     PAGE,
+    WANTED,
+    Assemble,
+    Assembled,
     BadMessage,
     Hello,
     Known,
@@ -61,11 +63,7 @@ class Arena:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.fd = os.memfd_create(f"softkvm-regions-{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, ARENA_BYTES)
-        self._memory = mmap.mmap(self.fd, ARENA_BYTES)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10  # F_SEAL_FUTURE_WRITE
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
+        self.fd, self._memory = sealed_memory(f"softkvm-regions-{number}", ARENA_BYTES)
         self.used = 0
         self.placed: dict[bytes, dict[int, int]] = {}
 
@@ -112,7 +110,10 @@ class Translator:
     def __init__(self, path: str, waiting: mmap.mmap | None = None) -> None:
         """`waiting`: 8 bytes, always how many regions have yet to be translated (little-endian)."""
         self._shown = waiting
-        self._offsets = _functions()
+        engine = Image.load()
+        self._offsets = engine.functions
+        self._assembler = Assembler(engine)
+        self._templates = TemplateMemory(1, self._assembler)
         self._secret = secret()
         self._cache = CodeCache(self._secret)
         self._asked: dict[bytes, dict[int, bytes]] = {}
@@ -146,6 +147,10 @@ class Translator:
                 key.data()
 
     @property
+    def _totals(self) -> Totals:
+        return Totals(self._compiled, self._nanoseconds, self._waiting, self._arena.used, self._templates.used)
+
+    @property
     def _waiting(self) -> int:
         return self._work.qsize() + len(self._idle)
 
@@ -162,9 +167,11 @@ class Translator:
         self._greet(client)
 
     def _greet(self, client: Client) -> None:
-        index = in_memory("softkvm-index", self._arena.index())
+        templates = self._templates.index()
+        index = in_memory("softkvm-index", self._arena.index() + templates)
         try:
-            self._send(client, Hello(self._secret, self._arena.number), [self._arena.fd, index])
+            hello = Hello(self._secret, self._arena.number, self._templates.number)
+            self._send(client, hello, [self._templates.fd, self._arena.fd, index])
         finally:
             os.close(index)
 
@@ -207,6 +214,8 @@ class Translator:
             self._later(fds[0])
         elif isinstance(message, Translate) and self._sound(message):
             self._translate(client, message)
+        elif isinstance(message, Assemble) and len(message.pages) <= MAX_ASSEMBLED:
+            self._assemble(client, message)
         else:
             self._drop(client)
 
@@ -221,6 +230,22 @@ class Translator:
             and 0 <= message.offset < PAGE
             and message.offset % 2 == 0
         )
+
+    def _assemble(self, client: Client, message: Assemble) -> None:
+        """Some 50 us a page."""
+        placed = []
+        for page, content, wanted in message.pages:
+            if len(content) != PAGE or len(wanted) != WANTED:
+                raise BadMessage("pages that there cannot be")
+            identity = identity_of(self._secret, content)
+            found = self._templates.place(identity, content, int.from_bytes(wanted, "little"))
+            if found is None:
+                old, self._templates = self._templates, TemplateMemory(self._templates.number + 1, self._assembler)
+                os.close(old.fd)
+                self._greet_all()
+                return
+            placed.append((page, identity, found.place))
+        self._send(client, Assembled(self._templates.number, placed, self._totals))
 
     def _known(self, client: Client, message: Known) -> None:
         identity = message.identity
@@ -238,8 +263,7 @@ class Translator:
         regions = list(self._arena.placed.get(identity, {}).items())
         if offset >= 0:
             regions = [(head, at) for head, at in regions if head == offset]
-        totals = Totals(self._compiled, self._nanoseconds, self._waiting, self._arena.used)
-        self._send(client, Regions(page, identity, self._arena.number, offset, regions, took, totals))
+        self._send(client, Regions(page, identity, self._arena.number, offset, regions, took, self._totals))
 
     def _translate(self, client: Client, message: Translate) -> None:
         identities = {number: identity_of(self._secret, content) for number, content in message.pages}
@@ -346,12 +370,9 @@ class Translator:
         old, self._arena = self._arena, Arena(self._arena.number + 1)
         os.close(old.fd)
         self._asked.clear()
-        for client in list(self._clients):
-            self._greet(client)
+        self._greet_all()
         return False
 
-
-def _functions() -> Mapping[str, int]:
-    """The image's functions, relative to what records are relative to."""
-    _, _, functions = image.unpack(ensure_image().read_bytes())
-    return functions
+    def _greet_all(self) -> None:
+        for client in list(self._clients):
+            self._greet(client)

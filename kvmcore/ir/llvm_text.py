@@ -13,8 +13,8 @@ from kvmcore.ir.trace import Block, Op
 from kvmcore.ir.value import Value
 
 #: The parameters that every handler has, in order. They live in machine registers for as long as guest code
-#: runs.
-HANDLER_PARAMETERS = ("s", "ip", "ab", "base", "ic", "tlb", "a0", "a1")
+#: runs. The hart's block is in the second one, r13: as a base it costs a byte less than r12.
+HANDLER_PARAMETERS = ("ip", "s", "ab", "base", "ic", "tlb", "a0", "a1")
 _HANDLER_TYPES = ", ".join(f"i64 %{name}" for name in HANDLER_PARAMETERS)
 
 _COMPARE = {"eq": "eq", "ne": "ne", "ult": "ult", "ule": "ule", "slt": "slt", "sle": "sle"}
@@ -39,7 +39,9 @@ def typed(value: Value) -> str:
 class Emitter:
     """Collects functions of one module. Declarations of what they use are added by `module()`."""
 
-    def __init__(self) -> None:
+    def __init__(self, likely_false: bool = False) -> None:
+        """likely_false: code goes straight on where a condition does not hold."""
+        self._likely_false = likely_false
         self._functions: list[str] = []
         self._declarations: set[str] = set()
         self._unnamed = 0
@@ -92,7 +94,8 @@ class Emitter:
                     f"  br i1 {literal(block.condition)}, label %b{block.if_true.number},"
                     f" label %b{block.if_false.number}"
                 )
-                waiting += [block.if_false, block.if_true]
+                successors = [block.if_false, block.if_true]
+                waiting += successors[::-1] if self._likely_false else successors
             elif not block.ops or block.ops[-1].opcode not in _ENDS:
                 raise ValueError("a path without an end")
         return "\n".join(lines) + "\n"

@@ -101,6 +101,7 @@ OWN_VM_STATISTICS = (
     Statistic("decoded_pages"),
     Statistic("decoded_pages_given_up"),
     _bytes("decoded_bytes"),
+    Statistic("assembled_pages"),
     Statistic("regions"),
     Statistic("regions_ready_made"),
     Statistic("regions_translated"),
@@ -109,6 +110,7 @@ OWN_VM_STATISTICS = (
     _nanoseconds("host_translation_ns"),
     Statistic("host_regions_waiting", _INSTANT | _NO_UNIT | _POW10),
     _bytes("host_arena_bytes"),
+    _bytes("host_template_bytes"),
 )
 """Of a VM: what its vCPUs have done together, its code, and what the host's translator last said of itself."""
 _EVERY_VCPU_STATISTIC = (*VCPU_STATISTICS, *ENGINE_STATISTICS)
@@ -223,6 +225,7 @@ _VM_FIGURES: dict[str, Callable[[Machine], int]] = {
     "decoded_pages": lambda machine: sum(hart.state.count_page for hart in machine.harts),
     "decoded_pages_given_up": lambda machine: machine.pages_given_up,
     "decoded_bytes": lambda machine: int(machine.state.pool_used),
+    "assembled_pages": lambda machine: machine.hot_code.cold.pages if machine.hot_code is not None else 0,
     "regions": lambda machine: _hot(machine, "regions"),
     "regions_ready_made": lambda machine: _hot(machine, "ready_made"),
     "regions_translated": lambda machine: _hot(machine, "translated"),
@@ -231,6 +234,7 @@ _VM_FIGURES: dict[str, Callable[[Machine], int]] = {
     "host_translation_ns": lambda machine: _host(machine, "nanoseconds"),
     "host_regions_waiting": lambda machine: _host(machine, "waiting"),
     "host_arena_bytes": lambda machine: _host(machine, "arena"),
+    "host_template_bytes": lambda machine: _host(machine, "templates"),
 }
 
 

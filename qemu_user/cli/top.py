@@ -112,6 +112,7 @@ def rates(before: dict[int, tuple[VmEntry, Sample]], after: dict[int, tuple[VmEn
             "mips": per_second("guest_instructions") / 1e6,
             **{name: per_second(*parts) for name, parts in RATES.items()},
             "guest_instructions": counters.get("guest_instructions", 0),
+            "assembled_pages": counters.get("assembled_pages", 0),
             "regions": counters.get("regions", 0), "regions_ready_made": counters.get("regions_ready_made", 0),
             "regions_translated": counters.get("regions_translated", 0),
             "translation_seconds": counters.get("translation_ns", 0) / 1e9,
@@ -123,6 +124,7 @@ def rates(before: dict[int, tuple[VmEntry, Sample]], after: dict[int, tuple[VmEn
     return {"time": time.time(), "vms": vms, "translator": {
         "regions": host.get("host_regions_translated", 0), "seconds": host.get("host_translation_ns", 0) / 1e9,
         "waiting": host.get("host_regions_waiting", 0), "arena_bytes": host.get("host_arena_bytes", 0),
+        "template_bytes": host.get("host_template_bytes", 0),
     }}  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"{time.strftime('%H:%M:%S', time.localtime(report['time']))}  {len(report['vms'])} VMs;  translator: "
         f"{translator['regions']} regions in {translator['seconds']:.1f} s, {translator['waiting']} waiting, "
-        f"{translator['arena_bytes'] / _MIB:.1f} MiB of code",
+        f"{translator['arena_bytes'] / _MIB:.1f} MiB of code; {translator['template_bytes'] / _MIB:.1f} MiB of template code",
         _COLUMNS,
     ]
     for vm in sorted(report["vms"], key=lambda vm: -vm["cpu_percent"]):

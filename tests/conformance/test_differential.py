@@ -12,6 +12,7 @@ import pytest
 
 from kvmcore.isa.table import INSTRUCTIONS
 from tests.framework import qemu_peer
+from tests.framework.assembled_peer import AssembledPeer
 from tests.framework.differential import Differential
 from tests.framework.engine_peer import EnginePeer
 from tests.framework.random_profiles import PROFILES
@@ -19,7 +20,7 @@ from tests.framework.random_programs import Program
 from tests.framework.translated_peer import TranslatedPeer
 
 PROGRAMS = 100
-TIER2_PROGRAMS = 25
+TIER2_PROGRAMS, BOTH_PROGRAMS = 25, 5
 REFERENCE_PROGRAMS, REFERENCE_LENGTH = 6, 8
 WITH_QEMU = [name for name, profile in PROFILES.items() if profile.qemu]
 
@@ -45,6 +46,16 @@ def reference() -> EnginePeer:
 @pytest.fixture(scope="module")
 def tier2() -> TranslatedPeer:
     return TranslatedPeer()
+
+
+@pytest.fixture(scope="module")
+def templates() -> AssembledPeer:
+    return AssembledPeer()
+
+
+@pytest.fixture(scope="module")
+def both() -> AssembledPeer:
+    return AssembledPeer(regions=True)
 
 
 def check(differential: Differential, programs: list[Program]) -> None:
@@ -75,6 +86,22 @@ def test_tier2_equals_tier1(profile: str, tier1: EnginePeer, tier2: TranslatedPe
     before = tier2.regions.installed
     check(Differential(tier1, tier2, ("tier 1", "tier 2")), programs)
     assert tier2.regions.installed > before
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_templates_equal_tier1(profile: str, tier1: EnginePeer, templates: AssembledPeer) -> None:
+    programs = [Program(seed, profile) for seed in range(PROGRAMS)]
+    before = templates.templates.installed
+    check(Differential(tier1, templates, ("tier 1", "templates")), programs)
+    assert templates.templates.installed > before
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_templates_and_regions_equal_tier1(profile: str, tier1: EnginePeer, both: AssembledPeer) -> None:
+    programs = [Program(seed, profile) for seed in range(BOTH_PROGRAMS)]
+    before = both.regions.installed
+    check(Differential(tier1, both, ("tier 1", "templates and tier 2")), programs)
+    assert both.regions.installed > before
 
 
 def test_every_instruction_is_generated() -> None:

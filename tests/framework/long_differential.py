@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 
+from tests.framework.assembled_peer import AssembledPeer
 from tests.framework.differential import Differential
 from tests.framework.engine_peer import EnginePeer
 from tests.framework.qemu_peer import QemuPeer
@@ -23,15 +24,20 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=1000, help="where to begin (default: 1000)")
     parser.add_argument("--profile", choices=list(PROFILES), action="append", help="default: all of them")
     parser.add_argument("--reference", action="store_true", help="compare the reference with tier 1 instead")
-    parser.add_argument("--tier2", action="store_true", help="compare tier 1 with tier 2 instead")
+    parser.add_argument("--tier2", action="store_true", help="compare tier 1 with tier 2 instead; with --templates, with both")
+    parser.add_argument("--templates", action="store_true", help="compare tier 1 with template code instead")
     parser.add_argument("--rounds", type=int, default=1, help="run each program so often on what it has left (inside only)")
     options = parser.parse_args()
-    inside = options.reference or options.tier2
+    translated = options.tier2 or options.templates
+    inside = options.reference or translated
     wanted = options.profile or [name for name in PROFILES if inside or PROFILES[name].qemu]
     length = 15 if options.reference else 60
     left: EnginePeer | QemuPeer
     right = EnginePeer()
-    if options.tier2:
+    if options.templates:
+        left, right = EnginePeer(rounds=options.rounds), AssembledPeer(rounds=options.rounds, regions=options.tier2)
+        names = ("tier 1", "templates")
+    elif options.tier2:
         left, right = EnginePeer(rounds=options.rounds), TranslatedPeer(rounds=options.rounds)
         names = ("tier 1", "tier 2")
     elif options.reference:
@@ -51,7 +57,7 @@ def main() -> int:
                 print(differential.minimise(failure), flush=True)
             bad += len(failures)
             more = _retired(left) - right.retired - before
-            if options.tier2 and not failures and differential.timeouts == timeouts and more:
+            if translated and not failures and differential.timeouts == timeouts and more:
                 print(f"{profile} {seed}: tier 1 counts {more} more instructions retired", flush=True)
                 bad += 1
         seed += batch

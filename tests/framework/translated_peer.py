@@ -103,12 +103,15 @@ class TranslatedPeer(EnginePeer):
             offsets = self.regions.decoded(base)
             if not offsets or self._content(gpa) != self.regions.content(base):
                 continue  # the first run has changed its own code
-            heads = set(choice.sample(offsets, min(self._heads, len(offsets))))
-            if gpa == case.pc & ~4095 and case.pc & 4095 in offsets:
-                heads.add(case.pc & 4095)
-            for offset in heads:
-                self.regions.install(base, offset)
+            self._translate(base, offsets, choice, case.pc & 4095 if gpa == case.pc & ~4095 else -1)
 
+    def _translate(self, base: int, offsets: list[int], choice: random.Random, first: int) -> None:
+        """One page, of which `offsets` were executed, `first` first of all."""
+        heads = set(choice.sample(offsets, min(self._heads, len(offsets))))
+        if first in offsets:
+            heads.add(first)
+        for offset in heads:
+            self.regions.install(base, offset)
 
     def _content(self, gpa: int) -> bytes:
         return self._memory[gpa - WINDOW : gpa - WINDOW + 4096]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -12,12 +13,25 @@ from pathlib import Path
 
 import pytest
 
-from kvmcore.engine import hart_state, hot_code
+from kvmcore.engine import hart_state, hot_code, machine_state
 from kvmcore.engine import image as image_file
 from kvmcore.engine.code_cache import CodeCache, secret
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.loader import Image, ensure_image
-from kvmcore.engine.translation import BadMessage, Later, Wishes, encode_wishes, in_memory, send
+from kvmcore.engine.translation import (
+    MAX_ASSEMBLED,
+    Assemble,
+    Assembled,
+    BadMessage,
+    Hello,
+    Later,
+    Message,
+    Wishes,
+    encode_wishes,
+    in_memory,
+    receive,
+    send,
+)
 from kvmcore.server.translator import WAITING_BYTES
 from protocol.channel import fd_passing
 from tests.framework.bare_guest import RAM, Guest
@@ -305,6 +319,107 @@ def test_wishes_that_cannot_be(translator: Process) -> None:
             assert data
         sock.close()
     run_until_regions(fresh(translator.path))
+
+
+# -- template code -----------------------------------------------------------------------------------------------
+
+MANY_PAGES = """
+    li s0, 0
+    li s1, {rounds}
+    la s2, pages
+    li s4, 4096
+round:
+    mv s3, s2
+    li s5, {pages}
+each:
+    jalr ra, 0(s3)
+    add s3, s3, s4
+    addi s5, s5, -1
+    bnez s5, each
+    addi s1, s1, -1
+    bnez s1, round
+    ecall
+    .balign 4096
+pages:
+"""
+FUNCTION = """
+    li t0, {times}
+again{number}:
+    addi s0, s0, {number}
+    andi t1, t0, 1
+    beqz t1, even{number}
+    addi s0, s0, 1
+even{number}:
+    addi t0, t0, -1
+    bnez t0, again{number}
+    ret
+    .balign 4096
+"""
+
+
+def test_pages_are_assembled_while_others_go(translator: Process) -> None:
+    """Two harts on more pages than the pool holds, so that pages go and come back, with and without template code."""
+    pages, times, rounds = 60, 2000, 60
+    functions = [FUNCTION.format(times=times, number=number) for number in range(pages)]
+    source = MANY_PAGES.format(rounds=rounds, pages=pages) + "".join(functions)
+    g = Guest(Image.load(), source, harts=2, pool_bytes=40 * machine_state.PAGE_STRIDE)
+    g.machine.translate(translator.path)
+    hot = g.machine.hot_code
+    assert hot is not None
+    assert g.run_all(120) == [ExitKind.ECALL] * 2
+    for hart in g.harts:
+        assert hart.state.x[8] == rounds * (times * sum(range(pages)) + pages * times // 2)
+    assert g.harts[0].state.icount == g.harts[1].state.icount
+    assert g.machine.pages_given_up > 0
+    assert hot.cold.pages > pages
+
+
+def talk(sock: socket.socket, message: Message | None = None) -> Message | None:
+    """Say something, if anything; what is said next. None: the translator has hung up."""
+    if message is not None:
+        send(sock, message)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            said, fds = receive(sock)
+        except BlockingIOError:
+            time.sleep(0.001)
+            continue
+        for fd in fds:
+            os.close(fd)
+        return said
+    raise AssertionError("nothing is said")
+
+
+def test_when_the_memory_is_full_a_new_one_begins(translator: Process) -> None:
+    sock = fd_passing.connect(translator.path)
+    first = talk(sock)
+    assert isinstance(first, Hello)
+    load = bytes.fromhex("83b58500")  # ld a1, 8(a1)
+    number, said = 0, first
+    while not (isinstance(said, Hello) and said.templates == first.templates + 1):
+        assert number < 4096
+        pages = [(0, (number + i).to_bytes(4, "little") + load * 1023, b"\xff" * 256) for i in range(MAX_ASSEMBLED)]
+        number += MAX_ASSEMBLED
+        said = talk(sock, Assemble(pages))
+        assert isinstance(said, Hello | Assembled)
+    answer = talk(sock, Assemble([(7, load * 1024, b"\xff" * 256)]))
+    assert isinstance(answer, Assembled)
+    assert answer.templates == said.templates
+    assert [page for page, _, _ in answer.pages] == [7]
+    sock.close()
+
+
+@pytest.mark.parametrize("page", [(0, bytes(4095), bytes(256)), (0, bytes(4096), bytes(255)), (0, b"", b"")])
+def test_pages_that_cannot_be(translator: Process, page: tuple[int, bytes, bytes]) -> None:
+    sock = fd_passing.connect(translator.path)
+    assert isinstance(talk(sock), Hello)
+    assert talk(sock, Assemble([page])) is None
+    sock.close()
+    sock = fd_passing.connect(translator.path)
+    assert isinstance(talk(sock), Hello)
+    assert talk(sock, Assemble([(0, bytes(4096), bytes(256))] * (MAX_ASSEMBLED + 1))) is None
+    sock.close()
 
 
 # -- the cache alone ---------------------------------------------------------------------------------------------

@@ -1,0 +1,224 @@
+"""Template code: exact, left by kicks and traps, with code that changes under it, beside regions, in a bounded memory."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from kvmcore.engine import machine_state
+from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.loader import TEMPLATE_BYTES
+from kvmcore.engine.template_code import Assembler, TemplateMemory
+from tests.framework.asm import assemble
+from tests.framework.assembled_peer import ALL, Templates
+from tests.framework.bare_guest import RAM, Guest
+from tests.framework.translated_peer import Regions
+
+
+def assembled(g: Guest) -> Templates:
+    """All that has been executed so far runs in template code from now on."""
+    templates = Templates(g.machine, g.machine.image)
+    for base in pages(g):
+        assert templates.install(base)
+    return templates
+
+
+def pages(g: Guest) -> list[int]:
+    state = g.machine.state
+    bases = range(state.pool, state.pool + state.pool_used, machine_state.PAGE_STRIDE)
+    return [base for base in bases if ctypes.c_uint64.from_address(base + machine_state.PAGE_HOST).value]
+
+
+def handler(g: Guest, base: int, offset: int) -> int:
+    """What a record leads to."""
+    at = base + machine_state.PAGE_RECORDS + offset // 2 * machine_state.RECORD
+    return ctypes.c_uint32.from_address(at).value
+
+
+def again(g: Guest) -> ExitKind:
+    g.harts[0].state.pc = RAM
+    return g.run()
+
+
+SUM = """
+    li a0, 0
+    li a1, 100000
+    li s0, 0x80800000
+loop:
+    ld a2, 8(s0)
+    add a0, a0, a1
+    add a0, a0, a2
+    andi t0, a1, 3
+    beqz t0, skip
+    sd a0, 16(s0)
+    call other
+skip:
+    addi a1, a1, -1
+    bnez a1, loop
+    ecall
+    .balign 4096
+other:
+    addi a0, a0, 3
+    ret
+"""
+
+
+def test_the_same_result_and_instructions_retired(guest) -> None:
+    g = guest(SUM)
+    assert g.run() == ExitKind.ECALL
+    result, steps = list(g.harts[0].state.x), g.harts[0].state.icount
+    assembled(g)
+    assert again(g) == ExitKind.ECALL
+    assert list(g.harts[0].state.x) == result
+    assert g.harts[0].state.icount == 2 * steps
+
+
+def test_it_is_template_code_that_runs(guest) -> None:
+    """Made of other bytes than the page has, so one sees."""
+    g = guest(SUM)
+    assert g.run() == ExitKind.ECALL
+    result = g.harts[0].state.x[10]
+    templates = Templates(g.machine, g.machine.image)
+    other = next(base for base in pages(g) if ctypes.c_uint64.from_address(base).value == RAM + 4096)
+    copy = other + machine_state.PAGE_COPY
+    ctypes.memmove(copy, assemble("addi a0, a0, 4\nret", 0).image, 4)
+    assert templates.install(other)
+    ctypes.memmove(copy, assemble("addi a0, a0, 3\nret", 0).image, 4)
+    assert again(g) == ExitKind.ECALL
+    assert g.harts[0].state.x[10] == result + 75000
+
+
+def test_a_kick_leaves_an_endless_loop(guest) -> None:
+    g = guest("loop: addi a0, a0, 1\n beqz x0, loop")
+    assert g.run(0.05) == ExitKind.KICK
+    assembled(g)
+    before = g.harts[0].state.icount
+    assert g.run(0.05) == ExitKind.KICK
+    state = g.harts[0].state
+    assert state.icount > before + 1000
+    assert state.x[10] == (state.icount + 1) // 2  # exact wherever it was
+
+
+def test_who_leaves_has_done_all_before_and_nothing_of_the_rest(guest) -> None:
+    g = guest(
+        """
+        li a0, 0
+        li a1, 0x80800000
+    loop:
+        addi a0, a0, 1
+        addi a0, a0, 1
+    access:
+        ld a2, 0(a1)
+        addi a0, a0, 16
+        slli a1, a1, 1
+        j loop
+    """
+    )
+    assert g.run() == ExitKind.MMIO_READ
+    state = g.harts[0].state
+    result, steps = list(state.x), state.icount
+    assert (state.pc, state.x[10]) == (g.program.symbols["access"], 20)
+    assembled(g)
+    assert again(g) == ExitKind.MMIO_READ
+    assert (state.pc, list(state.x), state.icount) == (g.program.symbols["access"], result, 2 * steps)
+
+
+CHANGES = """
+    li s0, 0
+    li s1, 40
+    li s2, 0
+    la s3, patched
+    la s6, new
+    lw s4, 0(s3)
+    lw s5, 0(s6)
+round:
+    li a1, 50
+inner:
+    call work
+    addi a1, a1, -1
+    bnez a1, inner
+    sw s5, 0(s3)
+    mv t0, s4
+    mv s4, s5
+    mv s5, t0
+    fence.i
+    addi s1, s1, -1
+    bnez s1, round
+    ecall
+    .balign 4096
+work:
+patched:
+    addi s2, s2, 1
+    ret
+    .balign 4
+new:
+    addi s2, s2, 7
+"""
+
+
+@pytest.mark.parametrize("harts", [1, 2])
+def test_code_that_changes(guest, harts: int) -> None:
+    """With another hart, pages are retired, not cleared."""
+    g = guest(CHANGES, harts=harts)
+    original = bytes(g.memory[: 1 << 16])
+    assert g.run() == ExitKind.ECALL
+    result, steps = g.harts[0].state.x[18], g.harts[0].state.icount
+    g.memory[: 1 << 16] = original
+    for hart in g.harts:
+        hart.flush_icache()
+    assembled(g)
+    assert again(g) == ExitKind.ECALL
+    assert g.harts[0].state.x[18] == result
+    assert g.harts[0].state.icount == 2 * steps
+
+
+def test_regions_stay_where_they_are(guest) -> None:
+    g = guest(SUM)
+    assert g.run() == ExitKind.ECALL
+    steps = g.harts[0].state.icount
+    first = next(base for base in pages(g) if ctypes.c_uint64.from_address(base).value == RAM)
+    offset = g.program.symbols["loop"] - RAM
+    assert Regions(g.machine, g.machine.image).install(first, offset)
+    region = handler(g, first, offset)
+    assembled(g)
+    assert handler(g, first, offset) == region >= g.machine.image.arena
+    assert g.machine.image.templates <= handler(g, first, 0) < g.machine.image.arena
+    assert again(g) == ExitKind.ECALL
+    assert g.harts[0].state.icount == 2 * steps
+
+
+@pytest.mark.parametrize("wanted", [0, ALL, 0x5555 << 700, (1 << 2047) | 1])
+def test_any_part_of_any_bytes(image, wanted: int) -> None:
+    """What a VM asks for need make no sense."""
+    assembler = Assembler(image)
+    branches = b"\x63\x00\x00\x80" * 1024, b"\x6f\xf0\xdf\xff" * 1024
+    for content in (bytes(4096), b"\xff" * 4096, bytes(range(256)) * 16, *branches):
+        code, heads = assembler.code(content, wanted, 0)
+        assert 8 <= heads + 8 <= len(code) <= 1 << 20
+        count = int.from_bytes(code[heads : heads + 4], "little")
+        places = [int.from_bytes(code[heads + 8 + 4 * i : heads + 12 + 4 * i], "little") for i in range(count)]
+        assert all(wanted >> (place >> 20) & 1 and place & 0xFFFFF < len(code) for place in places)
+        assert wanted or not places
+
+
+def test_more_of_a_page_is_more_code(image) -> None:
+    memory = TemplateMemory(1, Assembler(image))
+    content = assemble("addi a0, a0, 1\naddi a1, a1, 1\nret", 0).image.ljust(4096, b"\0")
+    first = memory.place(b"a" * 16, content, 0b1)
+    assert first is not None
+    place, used = first.place, memory.used
+    assert memory.place(b"a" * 16, content, 0b1) is first
+    assert memory.used == used
+    more = memory.place(b"a" * 16, content, 0b100)
+    assert more is not None
+    assert more.place > place
+    assert more.wanted == 0b101
+
+
+def test_a_full_memory_says_so(image) -> None:
+    memory = TemplateMemory(1, Assembler(image))
+    memory.used = TEMPLATE_BYTES - 64
+    content = assemble("addi a0, a0, 1\n" * 1000, 0).image.ljust(4096, b"\0")
+    assert memory.place(b"a" * 16, content, ALL) is None
+    assert memory.index() == b""
