@@ -23,6 +23,8 @@ from qemu_user.warm.request import TITLE_ROOM
 
 #: Seconds that a daemon that we started stays when nobody needs it.
 IDLE_TIMEOUT = 60
+_CALM, _CALM_AT_FIRST = 2.0, 5.0
+"""Seconds that whoever is at work needs the cores more than the parent of warm processes does."""
 _LOG = "kvmcore.log"
 _ANSWER_SECONDS = 10.0
 
@@ -51,8 +53,8 @@ def begin() -> Callable[[], str]:
     early = None
     if not _may_stay(where):
         early = _start(where, directory, fcntl.LOCK_NB)
-    elif not os.environ.get("SOFTKVM_ENDPOINT"):
-        warm_up(directory)
+    if not os.environ.get("SOFTKVM_ENDPOINT"):
+        warm_up(directory, _CALM_AT_FIRST if early else _CALM)
 
     def finish() -> str:
         if early is not None:
@@ -96,13 +98,14 @@ def _hello(where: str, **body: Any) -> Message | None:
         raise DaemonError(f"kvmcore at {where} does not answer: {error}") from error
 
 
-def warm_up(directory: Path) -> None:
-    """Whoever comes again may come once more: have a parent for warm processes, beside what we do. It inherits its lock."""
+def warm_up(directory: Path, calm: float) -> None:
+    """Have a parent for warm processes, which begins in `calm` seconds, beside what we do: our user may come again. It inherits
+    its lock."""
     try:
         with open(directory / "warm.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             subprocess.Popen(
-                [sys.executable, "-P", "-m", "qemu_user.warm", str(lock.fileno()), "-" * TITLE_ROOM],
+                [sys.executable, "-P", "-m", "qemu_user.warm", str(lock.fileno()), str(calm), "-" * TITLE_ROOM],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
                 pass_fds=[lock.fileno()], cwd="/",
             )  # fmt: skip

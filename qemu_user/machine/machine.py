@@ -18,6 +18,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from errno import EINTR
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -346,6 +347,19 @@ class Machine:
         self.vm.map_segment(_BITMAP_SEGMENT, absent.bitmap_size, absent.fd)
         self.memory.absent = absent
         self._set_ram_slot()
+
+    def rehearse(self) -> None:
+        """What arrives is in place but for the last of it: have every vCPU do a KVM_RUN that ends before it begins, so that the
+        one that the guest waits for finds its thread, its code and its tables in use. KvmError."""
+        for vcpu in self.vcpus:
+            vcpu.run_page[IMMEDIATE_EXIT] = 1
+            try:
+                vcpu.run()
+            except KvmError as error:
+                if error.errno != EINTR:
+                    raise
+            finally:
+                vcpu.run_page[IMMEDIATE_EXIT] = 0
 
     def complete_memory(self, stop: threading.Event | None = None, pause: float = 0.0) -> bool:
         """Bring all pages that have yet to come; False if `stop` came first."""

@@ -10,6 +10,7 @@ mean is the kind's business (messages.py). Everything that comes in is hostile: 
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import socket
@@ -102,6 +103,22 @@ def _unpack(data: bytes | memoryview, sequence: int) -> Frame:
     if length > MAX_PAYLOAD:
         raise ChannelError(f"a frame of {length} bytes")
     return Frame(kind, a, b, length)
+
+
+class Patience:
+    """What is left of so many seconds (None: no limit) of waiting; they count while we run: who was frozen, by a control group
+    or SIGSTOP, perhaps together with the other end, has not waited meanwhile. To be asked every _LOOK_SECONDS."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._left = math.inf if seconds is None else seconds
+        self._asked = time.monotonic()
+
+    def left(self) -> float:
+        """0: it is over."""
+        now = time.monotonic()
+        self._left = max(0.0, self._left - min(now - self._asked, 2 * _LOOK_SECONDS))
+        self._asked = now
+        return self._left
 
 
 class StreamChannel:
@@ -220,13 +237,13 @@ class StreamChannel:
         """Until the socket is ready; False when it is not in time."""
         poll = select.poll()
         poll.register(self._socket, events)
-        end = None if seconds is None else time.monotonic() + seconds
+        patience = Patience(seconds)
         while True:
-            left = _LOOK_SECONDS if end is None else min(_LOOK_SECONDS, max(end - time.monotonic(), 0))
+            left = min(_LOOK_SECONDS, patience.left())
             if poll.poll(left * 1000):
                 return True
             self.look()
-            if end is not None and time.monotonic() >= end:
+            if not patience.left():
                 return False
 
     def cut(self) -> None:
@@ -287,7 +304,7 @@ class ZmqChannel:
         return total
 
     def _put(self, message: bytes) -> None:
-        end = time.monotonic() + STALL_SECONDS
+        patience = Patience(STALL_SECONDS)
         while True:
             self._check()
             try:
@@ -297,7 +314,7 @@ class ZmqChannel:
                     self._socket.send(message, zmq.NOBLOCK)
                 return
             except zmq.Again:
-                if time.monotonic() >= end:
+                if not patience.left():
                     raise ChannelError(f"the other end takes nothing for {STALL_SECONDS:g} s") from None
                 self._socket.poll(int(_LOOK_SECONDS * 1000), zmq.POLLOUT)
                 self.look()
@@ -329,7 +346,7 @@ class ZmqChannel:
         return frame
 
     def _get(self, seconds: float | None) -> memoryview | None:
-        end = None if seconds is None else time.monotonic() + seconds
+        patience = Patience(seconds)
         while True:
             try:
                 if not self._is_router:
@@ -343,10 +360,10 @@ class ZmqChannel:
             except zmq.ZMQError as error:
                 raise ChannelError(f"the connection is gone: {error}") from error
             self._check()
-            left = _LOOK_SECONDS if end is None else min(_LOOK_SECONDS, max(end - time.monotonic(), 0))
+            left = min(_LOOK_SECONDS, patience.left())
             if not self._socket.poll(int(left * 1000)):
                 self.look()
-                if end is not None and time.monotonic() >= end:
+                if not patience.left():
                     return None
 
     def _is_ours(self, identity: zmq.Frame, frame: zmq.Frame) -> bool:

@@ -193,6 +193,7 @@ class Incoming:
             for transport in instance.machine.parts.transports:
                 transport.rehearse()
             instance.machine.interrupts.prepare()
+            instance.machine.rehearse()
             if "postcopy" in self._features:
                 self._door = Door(self._channel, instance.config.uuid, hello.generation)
             recover = self._door.path if self._door is not None else ""

@@ -53,10 +53,11 @@ def encode(sections: Iterable[Section], pack: bool = True) -> bytes:
     if len({part.name for part in parts}) != len(parts) or len(parts) > MAX_SECTIONS:
         raise SectionError("two sections of one name, or too many")
     head = _HEADER.pack(MAGIC, FORMAT, 0, len(parts))
-    return b"".join([head, _CRC.pack(zlib.crc32(head)), *(_encode(part, pack) for part in parts)])
+    return b"".join([head, _CRC.pack(zlib.crc32(head)), *(piece for part in parts for piece in _encode(part, pack))])
 
 
-def _encode(section: Section, pack: bool) -> bytes:
+def _encode(section: Section, pack: bool) -> list[bytes]:
+    """Its pieces: a payload, which may be large, is copied once only."""
     if len(section.payload) > MAX_SECTION:
         raise SectionError(f"section {section.name}: {len(section.payload)} bytes are too many")
     name, payload, flags = section.name.encode(), section.payload, 0
@@ -65,8 +66,7 @@ def _encode(section: Section, pack: bool) -> bytes:
         if len(packed) < len(payload):
             payload, flags = packed, _ZSTD
     head = _SECTION.pack(len(name), section.version, flags, len(payload), len(section.payload))
-    body = head + name + payload
-    return body + _CRC.pack(zlib.crc32(body))
+    return [head, name, payload, _CRC.pack(zlib.crc32(payload, zlib.crc32(head + name)))]
 
 
 def decode(data: bytes) -> dict[str, Section]:

@@ -1,14 +1,10 @@
-"""`python -m qemu_user.warm LOCK ...`: the warm parent (parent.py). It waits a moment before it imports anything: whoever had
-it started needs the cores more.
-"""
+"""`python -m qemu_user.warm LOCK SECONDS ...`: the warm parent (parent.py), which waits so long before it imports anything."""
 
 import sys
 import time
 
-_CALM_SECONDS = 2.0
-
 if __name__ == "__main__":
-    time.sleep(_CALM_SECONDS)
+    time.sleep(float(sys.argv[2]))
     from qemu_user.warm.parent import main
 
     sys.exit(main())

@@ -2,8 +2,8 @@
 make them need, and forks a process for each that asks.
 
 Only a process of the same user in the same circumstances (circumstances.py) is served, and none once a file that was imported
-has changed. Started by cli/daemon.py when it meets a daemon that was there already: its user comes again. It ends with that
-daemon and its children. It has one thread and no ZeroMQ context: never fork after one.
+has changed. Started by cli/daemon.py beside a daemon. It ends with that daemon and its children. It has one thread and no ZeroMQ
+context: never fork after one.
 """
 
 from __future__ import annotations

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,6 +61,29 @@ def test_scattered_pages_arrive_where_they_belong(ends: tuple[Channel, Channel],
     assert arrived == memory
     here.send(messages.ROUND, 7)
     assert (there.receive(10) or frame).a == 7
+
+
+@pytest.mark.parametrize("stopped", [0.0, 2.5])
+def test_who_was_frozen_has_not_waited(stopped: float) -> None:
+    """A second of patience, of which SIGSTOP takes nothing."""
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        ours.close()
+        frame = StreamChannel(theirs).receive(1.0)
+        os._exit(0 if frame is not None and frame.kind == messages.DONE else 1)
+    theirs.close()
+    time.sleep(0.3)
+    if stopped:
+        os.kill(child, signal.SIGSTOP)
+        time.sleep(stopped)
+        os.kill(child, signal.SIGCONT)
+    time.sleep(0.1 if stopped else 1.5)
+    channel = StreamChannel(ours)
+    with suppress(ChannelError):
+        channel.send(messages.DONE)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if stopped else 1)
+    channel.close()
 
 
 def test_a_payload_is_read_to_its_end_and_no_further(ends: tuple[Channel, Channel]) -> None:
