@@ -54,7 +54,7 @@ def begin() -> Callable[[], str]:
     if not _may_stay(where):
         early = _start(where, directory, fcntl.LOCK_NB)
     if not os.environ.get("SOFTKVM_ENDPOINT"):
-        warm_up(directory, _CALM_AT_FIRST if early else _CALM)
+        warm_up(where, early)
 
     def finish() -> str:
         if early is not None:
@@ -98,17 +98,27 @@ def _hello(where: str, **body: Any) -> Message | None:
         raise DaemonError(f"kvmcore at {where} does not answer: {error}") from error
 
 
-def warm_up(directory: Path, calm: float) -> None:
-    """Have a parent for warm processes, which begins in `calm` seconds, beside what we do: our user may come again. It inherits
-    its lock."""
+def warm_up(where: str, starting: _Starting | None) -> None:
+    """Have a parent for warm processes beside the daemon, which is at `where` or is just starting: our user may come again. It
+    inherits its lock, and a pidfd of the daemon, with which it ends."""
+    path = Path(where.removeprefix("ipc://"))
     try:
-        with open(directory / "warm.lock", "w") as lock:
+        with open(path.parent / "warm.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            subprocess.Popen(
-                [sys.executable, "-P", "-m", "qemu_user.warm", str(lock.fileno()), str(calm), "-" * TITLE_ROOM],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-                pass_fds=[lock.fileno()], cwd="/",
-            )  # fmt: skip
+            if starting is not None:
+                daemon = os.pidfd_open(starting.process.pid)
+            else:
+                with fd_passing.connect(str(path)) as sock:
+                    daemon = fd_passing.peer_pidfd(sock)
+            words = [str(lock.fileno()), str(daemon), str(_CALM if starting is None else _CALM_AT_FIRST), "-" * TITLE_ROOM]
+            try:
+                subprocess.Popen(
+                    [sys.executable, "-P", "-m", "qemu_user.warm", *words],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                    pass_fds=[lock.fileno(), daemon], cwd="/",
+                )  # fmt: skip
+            finally:
+                os.close(daemon)
     except OSError:
         pass  # there is one, or there cannot be one: commands are slower, no more
 

@@ -1,10 +1,13 @@
-"""`python -m qemu_user.warm LOCK SECONDS ...`: the warm parent (parent.py), which waits so long before it imports anything."""
+"""`python -m qemu_user.warm LOCK DAEMON SECONDS ...`: the warm parent (parent.py), which waits so long before it imports
+anything. LOCK: a descriptor that keeps others from being made; DAEMON: a pidfd of the daemon, with which it ends.
+"""
 
+import select
 import sys
-import time
 
 if __name__ == "__main__":
-    time.sleep(float(sys.argv[2]))
-    from qemu_user.warm.parent import main
+    lock, daemon = int(sys.argv[1]), int(sys.argv[2])
+    if not select.select([daemon], [], [], float(sys.argv[3]))[0]:
+        from qemu_user.warm.parent import main
 
-    sys.exit(main())
+        sys.exit(main(lock, daemon))

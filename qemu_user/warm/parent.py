@@ -2,8 +2,8 @@
 make them need, and forks a process for each that asks.
 
 Only a process of the same user in the same circumstances (circumstances.py) is served, and none once a file that was imported
-has changed. Started by cli/daemon.py beside a daemon. It ends with that daemon and its children. It has one thread and no ZeroMQ
-context: never fork after one.
+has changed. Started by cli/daemon.py beside a daemon. It ends with that daemon and its children. It has one thread and no
+ZeroMQ context: never fork after one.
 """
 
 from __future__ import annotations
@@ -40,22 +40,25 @@ _NEEDED = (
 )  # fmt: skip
 
 
-def preload() -> None:
-    """All that a usual VM imports."""
+def preload(daemon: int) -> bool:
+    """All that a usual VM imports; False: the daemon has ended meanwhile."""
     for name in _NEEDED:
         importlib.import_module(name)
+        if select.select([daemon], [], [], 0)[0]:
+            return False
     from qemu_user.management.commands import commands
     from qemu_user.migration import arrival
 
     arrival.preload()
     commands()
+    return True
 
 
 class Parent:
     """serve() until the daemon is gone; in a child it returns the request that the child is to fulfil."""
 
-    def __init__(self, folder: Path, lock: int) -> None:
-        """`lock`: a descriptor, ours from now on, that keeps others from being made."""
+    def __init__(self, folder: Path, lock: int, daemon: int) -> None:
+        """`lock`: a descriptor that keeps others from being made; `daemon`: a pidfd; both are ours from now on."""
         self._lock, self._retired = lock, False
         self._path, self._daemon_path = folder / SOCKET, folder / "kvmcore.sock"
         self._ours = circumstances.of(os.getpid())
@@ -72,7 +75,8 @@ class Parent:
             os.umask(umask)
         self._listener.listen(64)
         self._poll.register(self._listener, select.POLLIN)
-        self._daemon = -1
+        self._daemon = daemon
+        self._poll.register(daemon, select.POLLIN)
 
     def serve(self) -> Told | None:
         """What to be, in a child; None when it is over."""
@@ -104,7 +108,7 @@ class Parent:
         os.close(self._lock)
 
     def _watch_daemon(self) -> bool:
-        """Whether there is a daemon; its end is seen by the poll."""
+        """Whether there is a daemon, or another one in its place; its end is seen by the poll."""
         if self._daemon < 0:
             try:
                 with fd_passing.connect(str(self._daemon_path)) as sock:
@@ -282,11 +286,12 @@ def _marks(files: Iterable[str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def main() -> int:
-    """Serve; in children, what they are told to be. The first argument is the descriptor that holds the lock."""
+def main(lock: int, daemon: int) -> int:
+    """Serve; in children, what they are told to be. The arguments are Parent's."""
     process_title.set_words(["softkvm-warm"])
-    preload()
-    parent = Parent(Path(runtime_folder()), int(sys.argv[1]))
+    if not preload(daemon):
+        return 0
+    parent = Parent(Path(runtime_folder()), lock, daemon)
     gc.collect()
     gc.freeze()
     told = parent.serve()

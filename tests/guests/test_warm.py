@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -34,6 +34,13 @@ def product() -> Iterator[Product]:
 def device_process(product: Product, name: str) -> psutil.Process:
     rows = {row["name"]: row for row in json.loads(product.run("ps", "--format", "json").stdout)}
     return psutil.Process(rows[name]["pid"])
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def is_warm(process: psutil.Process) -> bool:
@@ -133,11 +140,10 @@ def test_job_control(product: Product) -> None:
         assert is_warm(device)
         terminal.type(b"\x1a")
         terminal.expect(b"Stopped")
-        assert device.status() == psutil.STATUS_STOPPED
+        wait_for(lambda: device.status() == psutil.STATUS_STOPPED)
         terminal.type(b"fg\r")
         terminal.expect(b"exit 5")
-        while device.status() == psutil.STATUS_STOPPED:  # then the terminal is its again
-            time.sleep(0.01)
+        wait_for(lambda: device.status() != psutil.STATUS_STOPPED)  # then the terminal is its again
         terminal.type(b"line\r")
         terminal.expect(b"line\r\nline\r")
         terminal.type(b"\x04")
@@ -161,9 +167,10 @@ def test_a_program_that_has_changed_is_not_run(product: Product, tmp_path: Path)
     environment = {**product.environment, "XDG_RUNTIME_DIR": str(runtime)}
     (runtime / "softkvm").mkdir(mode=0o700)
     os.symlink(product.runtime / "softkvm" / "kvmcore.sock", runtime / "softkvm" / "kvmcore.sock")
-    code = f"from qemu_user.warm import parent; parent._sources = lambda: parent._marks(['{module}']); parent.main()"
     lock = os.open(tmp_path, os.O_RDONLY)
-    with subprocess.Popen([sys.executable, "-c", code, str(lock)], env=environment, pass_fds=[lock]) as process:
+    code = f"from qemu_user.warm import parent; parent._sources = lambda: parent._marks(['{module}'])"
+    code += f"; import os; parent.main({lock}, os.pidfd_open(os.getppid()))"
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, pass_fds=[lock]) as process:
         socket = runtime / "softkvm" / "warm.sock"
         while not socket.exists():
             assert process.poll() is None
