@@ -3,6 +3,7 @@ kill -9."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -42,7 +43,8 @@ def host(tmp_path: Path) -> Iterator[dict[str, str]]:
     environment.pop("SOFTKVM_ENDPOINT", None)
     yield environment
     for process in belonging(tmp_path):
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # some end with the daemon
+            process.kill()
 
 
 def belonging(runtime: Path) -> list[psutil.Process]:
