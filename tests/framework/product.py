@@ -8,6 +8,7 @@ not fetch what is there. Used by tests/guests and tests/performance.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+
+from qemu_user.backends.chardev.attach import keys_frames
 
 ROOT = Path(__file__).resolve().parents[2]
 U_BOOT = Path("/usr/lib/u-boot/qemu-riscv64_smode/u-boot.bin")
@@ -144,3 +147,22 @@ def read_until(process: subprocess.Popen[bytes], text: bytes, seconds: float = 6
         assert data, f"ended without {text!r}: {seen.decode(errors='replace')}"
         seen += data
     return seen
+
+
+def on_console(product: Product, name: str, text: bytes, wanted: bytes, seconds: float = 60) -> bytes:
+    """Types into a VM's console until the answer comes."""
+    path = product.runtime / "softkvm" / "vms" / name / "console.sock"
+    with socket.socket(socket.AF_UNIX) as console:
+        console.connect(str(path))
+        console.settimeout(0.5)
+        seen, typed, end = b"", 0.0, time.monotonic() + seconds
+        while wanted not in seen:
+            assert time.monotonic() < end, f"no {wanted!r} in {seen!r}"
+            if time.monotonic() - typed > 5:
+                console.sendall(keys_frames(text))
+                typed = time.monotonic()
+            try:
+                seen += console.recv(65536)
+            except TimeoutError:
+                continue
+        return seen

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 
 from qemu_user.images.store import Store
 from tests.framework.fat import write_fat16
-from tests.framework.product import Product, have_image, read_until
+from tests.framework.product import Product, have_image, on_console, read_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.net, pytest.mark.timeout(900), pytest.mark.usefixtures("busybox", "edk2")]
 
@@ -37,6 +40,40 @@ def test_variables_stay(product: Product) -> None:
     variables = (product.runtime / "data/softkvm/vms/firmware/vars.fd").read_bytes()
     assert "kept".encode("utf-16-le") in variables
     assert b"edk2" in product.run("disks").stdout
+
+
+def test_the_shell_goes_on_after_a_restore_and_an_upgrade(product: Product) -> None:
+    """Firmware runs from the flash and writes to it: before a snapshot, in what is restored from it, and in new processes."""
+    product.environment["XDG_DATA_HOME"] = str(product.runtime / "data")
+    done = product.run("run", "edk2", "-d", "--name", "firmware", seconds=120)
+    assert done.returncode == 0, done.stderr.decode()
+    end = time.monotonic() + 300
+    while b"UEFI Interactive Shell" not in product.run("console", "--log", "firmware").stdout:
+        assert time.monotonic() < end
+        time.sleep(1)
+
+    def processes() -> list[int]:
+        return [row["pid"] for row in json.loads(product.run("ps", "--format", "json").stdout) if row["name"] == "firmware"]
+
+    def say(line: bytes, answer: bytes) -> None:
+        on_console(product, "firmware", line + b"\r\n", answer)
+
+    variable = b"setvar %s -guid 12345678-1234-1234-1234-123456789abc -bs -nv =0102"
+    say(b"", b"Shell>")
+    say(variable % b"early", b"Shell>")
+    for words in (("snapshot", "firmware", "one"), ("restore", "firmware", "one")):
+        assert (done := product.run(*words, seconds=120)).returncode == 0, done.stderr.decode()
+    say(variable % b"later", b"Shell>")
+    (before,) = processes()
+    assert (done := product.run("upgrade", "firmware", seconds=120)).returncode == 0, done.stderr.decode()
+    while processes() in ([before], []):  # the old one stays a moment, to be asked how it went
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    say(variable % b"last", b"Shell>")
+    say(b"dmpstore -guid 12345678-1234-1234-1234-123456789abc", b"later")
+    assert product.run("kill", "firmware").returncode == 0
+    variables = (product.runtime / "data/softkvm/vms/firmware/vars.fd").read_bytes()
+    assert all(name.encode("utf-16-le") in variables for name in ("early", "later", "last"))
 
 
 def test_linux_is_booted_from_a_disk(product: Product) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
-import time
 
 import pytest
 
-from qemu_user.backends.chardev.attach import keys_frames
-from tests.framework.product import Product, read_until
+from tests.framework.product import Product, on_console, read_until
 
 pytestmark = pytest.mark.net
 TICK = "n=0; while :; do echo tick $n; n=$((n+1)); sleep 0.05; done"
@@ -31,25 +28,6 @@ def ok(product: Product, *words: str) -> str:
 
 def statuses(product: Product) -> list[str]:
     return [row["name"] for row in json.loads(ok(product, "ps", "--format", "json"))]
-
-
-def on_console(product: Product, name: str, text: bytes, wanted: bytes, seconds: float = 60) -> bytes:
-    """Types into a VM's console until the answer comes."""
-    path = product.runtime / "softkvm" / "vms" / name / "console.sock"
-    with socket.socket(socket.AF_UNIX) as console:
-        console.connect(str(path))
-        console.settimeout(0.5)
-        seen, typed, end = b"", 0.0, time.monotonic() + seconds
-        while wanted not in seen:
-            assert time.monotonic() < end, f"no {wanted!r} in {seen!r}"
-            if time.monotonic() - typed > 5:
-                console.sendall(keys_frames(text))
-                typed = time.monotonic()
-            try:
-                seen += console.recv(65536)
-            except TimeoutError:
-                continue
-        return seen
 
 
 def test_snapshot_and_restore_of_linux(user: Product, busybox: None) -> None:
