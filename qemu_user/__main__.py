@@ -12,24 +12,35 @@ import signal
 import sys
 
 from qemu_user.config.errors import ConfigError
-from qemu_user.config.qemu_options import parse
+from qemu_user.config.qemu_options import built
 
 
 def main(argv: list[str]) -> int:
     """Run a VM to its end."""
     try:
-        config, endpoint = parse(argv)
+        builder = built(argv)
+        config, endpoint, process = builder.finish(), builder.endpoint, builder.process
+        from qemu_user import cgroup
+
+        limits = cgroup.parse(process.cgroup) if process.cgroup else None
     except ConfigError as error:
         sys.stderr.write(f"qemu_user: {error}\n")
         return 2
-    from qemu_user.confinement import confine
+    from qemu_user.confinement import confine, only_files
     from qemu_user.machine.machine import StartError
     from qemu_user.management.instance import Instance
     from qemu_user.management.registry import runtime_directory
 
     endpoint = endpoint or os.environ.get("SOFTKVM_ENDPOINT", f"ipc://{runtime_directory() / 'kvmcore.sock'}")
+    group: cgroup.VmCgroup | None = None
     try:
+        if limits is not None:
+            group = cgroup.VmCgroup(config.name, limits)
+        if process.only_files:
+            only_files(config, process.allow_files)
         instance = Instance(config, endpoint)
+        if group is not None:
+            instance.machine.vm_made = group.add
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda received, frame: instance.quit(128 + received))
         signal.signal(signal.SIGWINCH, lambda received, frame: instance.machine.window_changed())
@@ -37,9 +48,12 @@ def main(argv: list[str]) -> int:
         if lack := confine(instance.config):
             sys.stderr.write(f"qemu_user: {lack}\n")
         return instance.wait()
-    except StartError as error:
+    except (ConfigError, StartError, cgroup.CgroupError) as error:
         sys.stderr.write(f"qemu_user: {error}\n")
         return 1
+    finally:
+        if group is not None:
+            group.remove()
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ class VmCgroup:
         self._name = f"{_PREFIX}{name}-{os.getpid()}"
         self._own = _own_groups()
         self._folders: list[Path] = []
+        self._members: list[int] = []
+        """Descriptors of the folders' cgroup.procs: once --only-files holds they cannot be opened any more."""
         try:
             for parent, controllers in self._parents():
                 self._make(parent, controllers)
@@ -134,6 +136,7 @@ class VmCgroup:
         folder = parent / self._name
         folder.mkdir(mode=0o755)
         self._folders.append(folder)
+        self._members.append(os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC))
         limits = self._limits
         for name in controllers:
             if name == "memory":
@@ -150,21 +153,30 @@ class VmCgroup:
 
     def add(self, pid: int) -> None:
         """The process, with all its threads. OSError."""
-        for folder in self._folders:
-            _write(folder / "cgroup.procs", str(pid))
+        for members in self._members:
+            os.pwrite(members, str(pid).encode(), 0)
 
     def remove(self) -> None:
-        """We go back to where we were, and the group with its limits goes, once the VM's process has ended. Idempotent."""
+        """We go back to where we were, and the group with its limits goes, once the VM's process has ended. Idempotent.
+
+        With --only-files we may not, and it is left to the next VM's _sweep().
+        """
         until = time.monotonic() + _PATIENCE
+        for members in self._members:
+            os.close(members)
+        self._members.clear()
         for folder in self._folders:
             with suppress(OSError):
                 _write(folder.parent / "cgroup.procs", str(os.getpid()))
             while folder.exists():
-                with suppress(OSError):
+                try:
                     folder.rmdir()
                     break
-                if time.monotonic() > until:
+                except PermissionError:
                     break
+                except OSError:
+                    if time.monotonic() > until:
+                        break
                 time.sleep(0.02)
         self._folders.clear()
 

@@ -4,7 +4,7 @@ Called by the programs that are a VM (qemu_user/__main__.py, cli/run.py, migrati
 taken back. A device process goes on opening files, sockets and terminals for its user's commands, so it keeps those; it loses
 what no VM ever needs: starting programs, other users' rights, the kernel's administration, looking into other processes.
 Only a VM with a user network may go on starting programs, with the confinement of their own that passt makes: passt is started
-again when it dies.
+again when it dies. With --only-files another process does that (backends/net/launcher.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from errno import EPERM
 from pathlib import Path
 
 from protocol.channel import confinement
+from qemu_user.backends.net import launcher
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.management.registry import made_runtime_directory, runtime_directory
@@ -56,7 +57,7 @@ def rules(user_network: bool = False) -> confinement.Filter:
 
 
 def folders(config: MachineConfig, more: list[str]) -> dict[str, int]:
-    """What of the file system a VM's device process reaches with `run --only-files`: path -> Landlock's rights beneath it.
+    """What of the file system a VM's device process reaches with --only-files: path -> Landlock's rights beneath it.
 
     The folders of its disks, shares, sockets and captures, softkvm's own, and `more`, for everything; programs, libraries,
     /etc, /proc and the kernel's folder for reading; devices as they are.
@@ -78,10 +79,10 @@ def folders(config: MachineConfig, more: list[str]) -> dict[str, int]:
 
 def only_files(config: MachineConfig, more: list[str]) -> None:
     """From now on this thread, and those it starts, reach folders() alone. ConfigError."""
-    if any(net.kind == "user" for net in config.nets):
-        raise ConfigError("--only-files does not go with a user network: passt makes namespaces, which Landlock forbids")
     made_runtime_directory()
     try:
+        if any(net.kind == "user" for net in config.nets):
+            launcher.begin()  # passt makes namespaces, which Landlock forbids
         confinement.landlock(folders(config, more), network=True, signals=True)
     except OSError as error:
         raise ConfigError(f"--only-files: {error.strerror or error}; softkvm doctor says what this host has") from error
@@ -90,7 +91,8 @@ def only_files(config: MachineConfig, more: list[str]) -> None:
 def confine(config: MachineConfig) -> str:
     """Give it all up, in every thread; what is missing on this host, as a sentence, or ""."""
     try:
-        confinement.seccomp(rules(any(net.kind == "user" for net in config.nets)))
+        starts = any(net.kind == "user" for net in config.nets) and launcher.launcher is None
+        confinement.seccomp(rules(user_network=starts))
     except OSError as error:
         return f"the device process is not confined: {error.strerror or error}"
     return ""

@@ -164,7 +164,7 @@ def seccomp() -> tuple[Status, str]:
 def landlock() -> tuple[Status, str]:
     version = confinement.landlock_version()
     if version:
-        return GOOD, f"version {version}: VM processes do not see their user's files, device processes with run --only-files"
+        return GOOD, f"version {version}: VM processes do not see their user's files, device processes with --only-files"
     return MISSING, "not in this kernel, or switched off: VM processes may read their user's files (SECURITY.md)"
 
 

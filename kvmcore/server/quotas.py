@@ -32,8 +32,9 @@ class Quotas:
     connections: int = 256
     """To one ROUTER on ipc. Far below the descriptors there are: more may come in before we have seen that they do."""
     rate: int = 20_000
-    """Requests a second that the daemon takes of one session, on average over a second; the others are EAGAIN. In the process
-    of a VM the client spends its own VM's time, and may ask as fast as it can."""
+    """Requests a second that the daemon serves of one session, on average over a second; the others wait, as ioctl(2) takes its
+    time and does not fail, and are EAGAIN only if as many wait as may be in flight. In the process of a VM the client spends
+    its own VM's time, and may ask as fast as it can."""
     highest_descriptor: int = 1 << 20
     """Clients' descriptors get no higher number, which is as much as to say that there are no more: the rest is libzmq's."""
 

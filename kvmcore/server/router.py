@@ -30,6 +30,10 @@ log = logging.getLogger("kvmcore.router")
 _MESSAGES_PER_TURN = 256
 #: Bytes of answers that go into one message: a frame, less its header.
 _ROOM = envelope.MAX_FRAME - 64
+_MOST_WAITING = 4 << 20
+"""Bytes of one session's messages that wait until it may have more served."""
+_REST = 0.002
+"""Seconds more than it must, so that it is worth the while."""
 
 
 class Router:
@@ -44,7 +48,7 @@ class Router:
         quotas: Quotas,
         rate: int = 0,
     ) -> None:
-        """`rate`: requests a second that are taken of one session; 0: any number."""
+        """`rate`: requests a second that are served of one session, the others wait; 0: any number."""
         self.on_hello: Callable[[str, bytes], bytes] | None = None
         """Opens a session for the owner of a CURVE key, given the payload of HELLO (tcp); returns the extra."""
         self._loop = loop
@@ -55,6 +59,8 @@ class Router:
         self._peers: dict[bytes, int] = {}
         self._together: list[bytes] | None = None
         """Answers to the batch that is being served."""
+        self._resumed: ClientSession | None = None
+        """Whose messages that have waited are being served."""
         self._thread = threading.get_ident()
         loop.add_reader(int(sock.getsockopt(zmq.FD)), lambda: None)
         loop.add_every_turn(self._turn)
@@ -107,21 +113,55 @@ class Router:
             self._refuse(identity, request, EIO, "not a session of this process")
         elif session.in_flight >= self._quotas.in_flight:
             self._refuse(identity, request, EAGAIN, "too many requests in flight")
-        elif self._rate and not self._allowed(session):
-            self._refuse(identity, request, EAGAIN, f"more than {self._rate} requests a second")
+        elif self._rate and self._together is None and not self._allowed(session, 1):
+            self._keep_waiting(session, identity, frame, request)
         else:
             session.in_flight += 1
             dispatch(Ticket(self.finish, identity, session, request))
 
-    def _allowed(self, session: ClientSession) -> bool:
-        """Whether the session may have another request served now: a token bucket of one second."""
+    # -- clients that ask too fast: ioctl(2) never fails for that, it takes its time ------------------------------
+
+    def _allowance(self, session: ClientSession) -> float:
+        """Requests that the session may have served now: a token bucket of one second."""
         now = time.monotonic()
         session.allowance = min(self._rate, session.allowance + (now - session.allowed_at) * self._rate)
         session.allowed_at = now
-        if session.allowance < 1:
+        return session.allowance
+
+    def _allowed(self, session: ClientSession, requests: int) -> bool:
+        """Whether a message of so many requests may be served now. The last one may overdraw what there is."""
+        if (session.waiting and session is not self._resumed) or self._allowance(session) < 1:
             return False
-        session.allowance -= 1
+        session.allowance -= requests
         return True
+
+    def _keep_waiting(self, session: ClientSession, identity: bytes, frame: zmq.Frame, request: Request) -> None:
+        """The message is served when its turn comes. EAGAIN: too many wait already."""
+        if len(session.waiting) >= self._quotas.in_flight or session.bytes_waiting + len(frame) > _MOST_WAITING:
+            self._refuse(identity, request, EAGAIN, f"more than {self._rate} requests a second, and too many that wait")
+            return
+        session.waiting.append((identity, frame))
+        session.bytes_waiting += len(frame)
+        if len(session.waiting) == 1:
+            self._resume_later(session)
+
+    def _resume_later(self, session: ClientSession) -> None:
+        self._loop.call_later(max(1 - session.allowance, 0.0) / self._rate + _REST, lambda: self._resume(session))
+
+    def _resume(self, session: ClientSession) -> None:
+        """Serve what has waited, as far as the session may by now."""
+        self._resumed = session
+        try:
+            while session.waiting:
+                if self._allowance(session) < 1 and not session.dead:
+                    self._resume_later(session)
+                    return
+                identity, frame = session.waiting.popleft()
+                session.bytes_waiting -= len(frame)
+                if not session.dead:
+                    self._serve_frame(identity, frame, frame.bytes)
+        finally:
+            self._resumed = None
 
     def _serve_batch(self, identity: bytes, frame: zmq.Frame, batch: Request) -> None:
         """Requests in one message; each is checked as if it had come by itself."""
@@ -136,6 +176,9 @@ class Router:
         session = self._sessions.get(batch.session)
         if session is not None and not self._is_owner(identity, frame, session):
             session = None
+        if self._rate and session is not None and not self._allowed(session, len(frames)):
+            self._keep_waiting(session, identity, frame, batch)
+            return
         self._together = []
         try:
             if session is not None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections import deque
 from dataclasses import dataclass
 from errno import EINVAL, EMFILE, EOPNOTSUPP
+from typing import TYPE_CHECKING
 
 from kvmcore.server.handles import HandleTable
 from kvmcore.server.quotas import Quotas
@@ -23,6 +25,9 @@ from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing
 from protocol.channel.shared_memory import create_memfd, is_sealed
 from protocol.codec.session import Message, Op
+
+if TYPE_CHECKING:
+    import zmq
 
 MAX_HOT = 16 << 20
 MAX_KEPT = 64
@@ -68,7 +73,10 @@ class ClientSession:
         self._segments_left = quotas.segments
         self._highest_descriptor = quotas.highest_descriptor
         self.allowance = float(quotas.rate)
-        """Requests that are taken at once (router.py)."""
+        """Requests that are served at once (router.py)."""
+        self.waiting: deque[tuple[bytes, zmq.Frame]] = deque()
+        """Messages that came too fast, with their sender's identity."""
+        self.bytes_waiting = 0
         self.allowed_at = self.last_seen
 
     @staticmethod

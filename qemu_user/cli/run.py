@@ -312,12 +312,13 @@ def _boot(
             config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
         limits = cgroup.parse(options.cgroup) if options.cgroup else None
         endpoint = daemon()
+        group = cgroup.VmCgroup(name, limits) if limits is not None else None
+        if group is not None:
+            groups.callback(group.remove)
         if options.only_files:
             only_files(config, options.allow_files)
         instance = Instance(config, endpoint)
-        if limits is not None:
-            group = cgroup.VmCgroup(name, limits)
-            groups.callback(group.remove)
+        if group is not None:
             instance.machine.vm_made = group.add
     except (ConfigError, ImageError, StartError, cgroup.CgroupError) as error:
         return _fail(str(error)), False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
@@ -50,6 +51,16 @@ class Option(NamedTuple):
 _ENGINES = ("translator", "interpreter", "reference")
 
 
+@dataclass
+class ProcessOptions:
+    """What concerns the process that the VM lives in, not the VM: it does not go along when the VM moves."""
+
+    cgroup: str = ""
+    """As qemu_user.cgroup.parse wants it; "": no limits."""
+    only_files: bool = False
+    allow_files: list[str] = field(default_factory=list)
+
+
 class Builder:
     """What the options said so far; finish() joins drives, netdevs and chardevs with the devices that name
     them.
@@ -75,6 +86,7 @@ class Builder:
         self.qmp: list[Qmp] = []
         self.nographic = False
         self.endpoint = ""
+        self.process = ProcessOptions()
 
     # -- machine -----------------------------------------------------------------------------------
 
@@ -573,6 +585,14 @@ def _flag(field: str) -> Callable[[Builder, str], None]:
     return lambda builder, text: builder.fields.__setitem__(field, True)
 
 
+def _cgroup(builder: Builder, text: str) -> None:
+    builder.process.cgroup = text
+
+
+def _only_files(builder: Builder, text: str) -> None:
+    builder.process.only_files = True
+
+
 def _nothing(builder: Builder, text: str) -> None:
     pass
 
@@ -653,6 +673,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(("rng",), "on|off", "the entropy device (default on)", _rng),
     Option(("no-reboot",), "", "a reset of the guest ends the VM", _flag("no_reboot")),
     Option(("keep",), "", "the VM outlives this process: softkvm attach NAME goes on after a kill -9", _flag("keep")),
+    Option(("cgroup",), "memory=SIZE,..", "cpus=N, pids=N, parent=DIR: limits of the VM's two processes", _cgroup),
+    Option(("only-files",), "", "the device process reaches what the VM is made of alone", _only_files),
+    Option(("allow-files",), "DIR", "with only-files: DIR too", lambda builder, text: builder.process.allow_files.append(text)),
     Option(("no-shutdown",), "", "a shutdown of the guest stops it only", _flag("no_shutdown")),
     Option(("S",), "", "wait for `cont` before the first instruction", _flag("paused")),
 )
@@ -698,9 +721,14 @@ def parse(argv: list[str]) -> tuple[MachineConfig, str]:
     """(configuration, kvmcore endpoint or "") of a QEMU command line. ConfigError; argparse exits 2 on
     unknown options.
     """
+    builder = built(argv)
+    return builder.finish(), builder.endpoint
+
+
+def built(argv: list[str]) -> Builder:
+    """The same before finish(), with what concerns the process that the VM is to live in."""
     parser = argparse.ArgumentParser(
         prog="python -m qemu_user", allow_abbrev=False, description="Run one VM on a kvmcore daemon."
     )
     add_arguments(parser)
-    builder = collect(parser.parse_args(argv))
-    return builder.finish(), builder.endpoint
+    return collect(parser.parse_args(argv))

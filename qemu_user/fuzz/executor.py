@@ -605,7 +605,7 @@ def _travels(op: Op, place: Place) -> bool:
         return False
     match op.do:
         case "ioctl":
-            return op.name != "RUN" and op.extra.get("request") != _RUN
+            return op.name != "RUN" and op.extra.get("request") not in _UNNAMED
         case "map" | "unmap" | "eventfd":
             return True
         case "close":
@@ -618,6 +618,8 @@ def _travels(op: Op, place: Place) -> bool:
             return False
 
 
+_UNNAMED = {_RUN, *(BY_NAME[name].number for name in ("CREATE_VM", *rules.MAKES))}
+"""Requests that go by themselves when they are made up of numbers: what they make is none of the message's resources."""
 _BY_ITSELF = {control.CLOSE, control.CLOSE_VM, control.GOODBYE, control.BATCH, control.DUP}
 
 

@@ -134,5 +134,5 @@ class Leaks:
             return None
         self._suspicious = False
         self._before = now
-        self._grown += more
+        self._grown.append(", ".join(more))
         return Finding("leak", "; ".join(self._grown)) if len(self._grown) >= self._AGAIN else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from kvmcore.server.quotas import Quotas
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
 from protocol.channel import fd_passing
@@ -84,7 +84,7 @@ def test_descriptors_of_the_daemon_run_out() -> None:
         assert daemon.process.poll() is None
         for sock in crowd:
             sock.close()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             try:
                 assert serves(daemon)
@@ -121,7 +121,7 @@ def test_a_crowd_at_the_router() -> None:
             assert vm.check_extension(1) >= 0
             for sock in crowd:
                 sock.close()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             try:
                 assert serves(daemon)
@@ -172,20 +172,19 @@ def test_descriptors_that_clients_pass_leave_some_for_others() -> None:
         os.close(event)
 
 
-def test_a_session_that_asks_too_much_is_told_to_wait(daemon: Daemon) -> None:
+def test_a_session_that_asks_too_much_is_kept_waiting(daemon: Daemon) -> None:
     greedy, other = Kvm.open(daemon.endpoint), Kvm.open(daemon.endpoint)
     wire = Wire(greedy.link)
     errnos = set()
     version = BY_NAME["GET_API_VERSION"].number
-    end = time.monotonic() + 20
-    while errno.EAGAIN not in errnos:
-        assert time.monotonic() < end
+    begin = time.monotonic()
+    for _ in range(100):
         frames = [wire.frame(greedy.number, version) for _ in range(250)]
         wire.batch([frame for _, frame in frames])
         errnos |= {reply.errno for sequence, _ in frames if (reply := wire.wait(sequence))}
         assert other.api_version() == 12
-    assert errnos == {0, errno.EAGAIN}
-    time.sleep(0.2)
+    assert errnos == {0}
+    assert Quotas.rate * (time.monotonic() - begin + 1) + 250 >= 100 * 250  # a second's worth is there at the start
     assert greedy.api_version() == 12
     wire.close()
     greedy.close()
@@ -252,7 +251,7 @@ def test_a_client_that_dies_or_stands_still(daemon: Daemon, how: signal.Signals)
     finally:
         client.kill()
         client.wait()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while victims(daemon):
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -62,7 +62,7 @@ class Client:
 
     def attach(self, **other: Any) -> Vm:
         how = {**self.how, **other}
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while True:
             try:
                 return Kvm.attach_vm(how["door"], bytes.fromhex(how["session"]), how["incarnation"], how["vm"], how["pid"])
@@ -73,7 +73,7 @@ class Client:
 
 
 def gone(pid: int) -> bool:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > end:
             return False

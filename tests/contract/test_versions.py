@@ -65,11 +65,11 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OldProgram]
     program = OldProgram(tmp_path, f"ipc://{tmp_path}/softkvm/kvmcore.sock")
     yield program
     program.daemon.kill()
-    program.daemon.wait(10)
+    program.daemon.wait(60)
     for process in _daemons(tmp_path):
         with suppress(psutil.NoSuchProcess):
             process.kill()
-            process.wait(10)
+            process.wait(60)
 
 
 def _daemons(runtime: Path) -> list[psutil.Process]:
@@ -112,15 +112,15 @@ def test_an_old_daemon_makes_way_and_ends_with_its_last_vm(old: OldProgram) -> N
     client.stdin.flush()
     assert client.stdout.readline(), "the VM of the old one does not go on"
     client.kill()
-    client.wait(10)
-    assert old.daemon.wait(10) == 0
+    client.wait(60)
+    assert old.daemon.wait(60) == 0
     assert Kvm.open(old.endpoint).link.welcome["pid"] == kvm.link.welcome["pid"], "it has taken the new one's socket along"
     kvm.close()
 
 
 def test_one_that_does_not_make_way_is_named(old: OldProgram) -> None:
     old.daemon.kill()
-    old.daemon.wait(10)
+    old.daemon.wait(60)
     daemon = old.folder / "kvmcore" / "server" / "daemon.py"
     daemon.write_text(daemon.read_text().replace('.get("retire")', '.get("not yet known")'))
     old.serve()

@@ -79,7 +79,7 @@ def listed(host: dict[str, str]) -> dict[str, dict[str, int]]:
 
 def gone(pid: int) -> bool:
     """Whether a process ends within some seconds."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
             return False

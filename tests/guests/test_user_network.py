@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.channel.confinement import landlock_version
 from tests.framework.product import Product, read_until
 
 pytestmark = [
@@ -44,22 +45,27 @@ def ask(port: int, seconds: float = 60) -> bytes:
         time.sleep(0.2)
 
 
-def test_published_and_restarted(product: Product) -> None:
-    """-p reaches the guest; it still does when passt was killed, and the user is told."""
+@pytest.mark.parametrize("how", [[], ["--only-files"]], ids=["", "only-files"])
+def test_published_and_restarted(product: Product, how: list[str]) -> None:
+    """-p reaches the guest; it still does when passt was killed, and the user is told. --only-files: a launcher starts it."""
+    if how and not landlock_version():
+        pytest.skip("needs Landlock (Linux 5.13)")
     port = free_port()
-    guest = product.start("run", "--name", "web", "-p", f"127.0.0.1:{port}:80", "--", "sh", "-c", f"echo up; {SERVE}")
+    guest = product.start("run", *how, "--name", "web", "-p", f"127.0.0.1:{port}:80", "--", "sh", "-c", f"echo up; {SERVE}")
     read_until(guest, b"up\n", 120)
     assert ask(port) == b"hello from web\n"
-    again = product.run("run", "-p", f"127.0.0.1:{port}:80", "--", "true")
-    assert again.returncode == 125
-    assert b"of the host is in use already" in again.stderr
+    second = product.run("run", *how, "-p", f"127.0.0.1:{port}:80", "--", "true")
+    assert second.returncode == 125
+    assert b"of the host is in use already" in second.stderr
     (passt,) = product.named("passt")
     passt.send_signal(signal.SIGKILL)
     product.wait_gone(passt.pid)
     assert ask(port) == b"hello from web\n"
+    (again,) = product.named("passt")
     guest.kill()
     _, errors = guest.communicate()
     assert b"passt ended; it is started again" in errors
+    assert product.wait_gone(again.pid) == []
 
 
 def test_a_plan_of_ones_own_and_restricted(product: Product) -> None:

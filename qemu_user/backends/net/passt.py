@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from qemu_user.backends.errors import BackendBusy, BackendError
 from qemu_user.backends.io_loop import IoLoop
+from qemu_user.backends.net import launcher
+from qemu_user.backends.net.launcher import Launched
 from qemu_user.backends.net.restrict import allowed
 from qemu_user.backends.net.stream import SocketNet
 
@@ -136,7 +138,7 @@ class PasstNet(SocketNet):
         self._network = network
         self._restrict = network.restrict
         self._udp_ports = frozenset(forward.guest_port for forward in self._forwards if forward.protocol == "udp")
-        self._child = 0
+        self._child: Child | Launched | None = None
         self._errors = -1
         self._said = b""
         self._starts: list[float] = []
@@ -183,21 +185,16 @@ class PasstNet(SocketNet):
         with contextlib.suppress(OSError):
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BURST)
         errors, theirs_errors = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         # As root it would become nobody, which a container may not allow. It needs no privilege: it stays who
         # we are.
         who = ["--runas", f"{os.getuid()}:{os.getgid()}"] if os.getuid() == 0 else []
         ports = [word for forward in self._forwards for word in forward.option()]
-        command = [self._program, "-f", "-q", "-1", *who, *self._network.options(), *ports, "--fd", "3"]
-        actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((null, 0), (null, 1), (theirs_errors, 2))]
+        words = ["-f", "-q", "-1", *who, *self._network.options(), *ports, "--fd", "3"]
         try:
-            self._child = os.posix_spawn(
-                self._program,
-                command,
-                os.environ,
-                file_actions=[*actions, (os.POSIX_SPAWN_DUP2, theirs.fileno(), 3)],
-                setsid=True,
-            )
+            if launcher.launcher is not None:
+                self._child = launcher.launcher.start(words, theirs.fileno(), theirs_errors)
+            else:
+                self._child = Child(launcher.spawn(self._program, words, theirs.fileno(), theirs_errors))
         except OSError as error:
             ours.close()
             os.close(errors)
@@ -207,7 +204,6 @@ class PasstNet(SocketNet):
         finally:
             theirs.close()
             os.close(theirs_errors)
-            os.close(null)
         self._errors = errors
         loop.add_reader(errors, self._read_errors)
         self._use(ours)
@@ -229,7 +225,7 @@ class PasstNet(SocketNet):
             self._errors = -1
 
     def send(self, frame: list[memoryview]) -> bool:
-        if not self._child and not self._wanted:
+        if self._child is None and not self._wanted:
             self._wanted = time.monotonic()
         if self._restrict and not allowed(b"".join(frame)[:_HEAD], self._udp_ports):
             return True
@@ -242,9 +238,9 @@ class PasstNet(SocketNet):
         )
         self._said = b""
         self._close_errors()
-        child, self._child = self._child, 0
-        if child:
-            reap(child)
+        child, self._child = self._child, None
+        if child is not None:
+            child.reap()
         said = f" ({words})" if words else ""
         now = time.monotonic()
         self._starts = [start for start in self._starts if now - start < _RESTARTS_SECONDS]
@@ -267,9 +263,19 @@ class PasstNet(SocketNet):
         self._closed = True
         super().close()
         self._close_errors()
-        child, self._child = self._child, 0
-        if child:
-            reap(child)
+        child, self._child = self._child, None
+        if child is not None:
+            child.reap()
+
+
+class Child(NamedTuple):
+    """A passt that is a child of this process."""
+
+    pid: int
+
+    def reap(self) -> None:
+        """End it and wait for it."""
+        reap(self.pid)
 
 
 def reap(child: int) -> None:

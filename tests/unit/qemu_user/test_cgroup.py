@@ -37,6 +37,7 @@ def test_version_1_has_a_group_in_each_hierarchy(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "cpu" / folder / "cpu.cfs_quota_us").read_text() == "50000"
     assert (tmp_path / "pids" / folder / "pids.max").read_text() == "9"
     assert (tmp_path / "pids" / folder / "cgroup.procs").read_text() == str(os.getpid())
+    (tmp_path / "cpu" / folder / "cgroup.procs").write_text("")
     group.add(7)
     assert (tmp_path / "cpu" / folder / "cgroup.procs").read_text() == "7"
 

@@ -84,6 +84,6 @@ def test_random_changes(kernel, seed):
                 kernel.session.mm.unmap(gone.va, gone.size)
     runner.stopping = True
     cpu.kick()
-    runner.join(5)
+    runner.join(60)
     assert not runner.is_alive()
     assert not runner.unexpected

@@ -19,7 +19,6 @@ from kvmcore.server import confinement as kvmcore
 from protocol.channel import confinement
 from protocol.channel.confinement import READ, Filter, If
 from qemu_user import confinement as qemu_user
-from qemu_user.config.errors import ConfigError
 from qemu_user.config.machine_config import Drive, MachineConfig, Net, Share
 
 needs_seccomp = pytest.mark.skipif(not confinement.seccomp_available(), reason="this kernel has no seccomp filters")
@@ -79,14 +78,14 @@ def test_threads_that_exist_are_bound_too() -> None:
         go, found = threading.Event(), []
 
         def later() -> None:
-            go.wait(10)
+            go.wait(60)
             found.append(errno_of(lambda: os.unlink("/nowhere")))
 
         thread = threading.Thread(target=later)
         thread.start()
         confinement.seccomp(Filter(errnos={"unlink": EPERM}, otherwise=None))
         go.set()
-        thread.join(10)
+        thread.join(60)
         return int(found != [EPERM])
 
     assert in_child(work) == 0
@@ -132,7 +131,7 @@ def test_what_a_vm_process_still_may(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
         code = mmap.mmap(-1, mmap.PAGESIZE, prot=5, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         code.close()
         fd = os.memfd_create("test")
@@ -240,9 +239,6 @@ def test_a_device_process_reaches_what_its_vm_is_made_of(tmp_path: Path, monkeyp
         return 0 if set(refused) == {EACCES} and not errno_of(lambda: os.listdir("/etc")) else 1
 
     assert in_child(confined) == 0
-    user = MachineConfig(nets=(Net(kind="user"),))
-    with pytest.raises(ConfigError, match="user network"):
-        qemu_user.only_files(user, [])
 
 
 def test_a_host_without_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_loop_calls_and_survives_errors(loop: Loop, tmp_path: Path) -> None:
     loop.call_later(0.02, lambda: seen.append("later"))
     loop.call_soon(lambda: 1 / 0)
     loop.call_soon(lambda: seen.append("soon"))
-    end = time.monotonic() + 2
+    end = time.monotonic() + 60
     while len(seen) < 2 and time.monotonic() < end:
         loop.turn(0.05)
     assert seen == ["soon", "later"]
@@ -624,7 +624,7 @@ def test_who_arrives_waits_for_its_sources_ports(loop: Loop, monkeypatch: pytest
         assert f"port 127.0.0.1:{port} of the host is in use already" in warnings[0]
         assert not other.is_up
     loop.until(lambda: other.is_up)  # the source is gone
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

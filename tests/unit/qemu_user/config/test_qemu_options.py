@@ -9,7 +9,7 @@ import pytest
 from qemu_user.config.errors import ConfigError
 from qemu_user.config.keyvals import KeyValues, parse_size, split_commas
 from qemu_user.config.machine_config import Balloon, Boot, MachineConfig, Slot, Vsock
-from qemu_user.config.qemu_options import OPTIONS, parse
+from qemu_user.config.qemu_options import OPTIONS, ProcessOptions, built, parse
 
 
 @pytest.fixture
@@ -212,3 +212,9 @@ def test_commas_and_sizes() -> None:
 )
 def test_how_vcpus_run(kernel: str, line: str, accel: str) -> None:
     assert _parse(kernel, line).accel == accel
+
+
+def test_what_concerns_the_process_is_no_part_of_the_machine(kernel: str) -> None:
+    words = ["-kernel", kernel, "-cgroup", "memory=1G,pids=99", "-only-files", "-allow-files", "/a", "--allow-files", "/b"]
+    assert built(words).process == ProcessOptions("memory=1G,pids=99", only_files=True, allow_files=["/a", "/b"])
+    assert built(words).finish() == built(["-kernel", kernel]).finish()

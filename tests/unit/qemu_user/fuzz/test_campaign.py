@@ -67,7 +67,7 @@ def test_a_killed_vm_is_a_crash(daemon: Daemon) -> None:
     def start_and_kill():  # type: ignore[no-untyped-def]
         run = start()
         os.kill(run.pid, signal.SIGKILL)
-        psutil.wait_procs([psutil.Process(run.pid)] if psutil.pid_exists(run.pid) else [], timeout=10)
+        psutil.wait_procs([psutil.Process(run.pid)] if psutil.pid_exists(run.pid) else [], timeout=60)
         return run
 
     executor.start = start_and_kill  # type: ignore[method-assign]
