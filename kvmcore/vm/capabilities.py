@@ -48,7 +48,7 @@ class VmCaps:
         """
         offered = capabilities.value(self._vm.session.compat, number)
         dirty = self._vm.memory.dirty
-        if flags:
+        if flags and number != Cap.DIRTY_LOG_RING_ACQ_REL:  # whose flags Linux's generic code does not look at
             raise KvmError(EINVAL, reason=f"flags {flags:#x}")
         if number == Cap.MANUAL_DIRTY_LOG_PROTECT2:
             dirty.enable_manual(value, offered)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qemu_user.fuzz.campaign import Figures
     from qemu_user.fuzz.daemon import Daemon
     from qemu_user.fuzz.sequence import Op
 
@@ -100,6 +101,7 @@ def _fuzz(arguments: list[str]) -> int:
             device = options.target if (options.target or "").startswith("/") else "/dev/kvm"
             with Live() as live:
                 figures = run_real(device, seed, options, live.show)
+            print(_summary(figures, write(options.output)))
             return 1 if figures.findings else 0
         daemon = None if options.target else Daemon(coverage=options.coverage)
         corpus = Corpus(options.corpus, daemon.covered if daemon else lambda: 0)
@@ -125,9 +127,12 @@ def _fuzz(arguments: list[str]) -> int:
         left = daemon.close() if daemon is not None else []
     for line in left:
         print(f"softkvm fuzz: after the end, {line}", file=sys.stderr)
-    report = write(options.output)
-    print(f"{figures.sequences} sequences, {figures.operations} operations, {figures.findings} findings; {report}")
+    print(_summary(figures, write(options.output)))
     return 1 if figures.findings or left else 0
+
+
+def _summary(figures: Figures, report: Path) -> str:
+    return f"{figures.sequences} sequences, {figures.operations} operations, {figures.findings} findings; {report}"
 
 
 def _tell_branches(daemon: Daemon, output: Path) -> None:

@@ -167,7 +167,8 @@ class Model:
         return "EINVAL" if m.get("pio", 0) > 1 else None
 
     def _enable_cap(self, op: Op, m: dict[str, Any]) -> str | None:
-        return "EINVAL" if m.get("flags", 0) else None
+        ring = m.get("cap") in (Cap.DIRTY_LOG_RING, Cap.DIRTY_LOG_RING_ACQ_REL)  # whose flags nobody looks at
+        return "EINVAL" if m.get("flags", 0) and not ring else None
 
     def _irq_line(self, op: Op, m: dict[str, Any]) -> str | None:
         return None if self._aia else "ENXIO"

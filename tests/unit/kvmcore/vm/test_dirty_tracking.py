@@ -162,3 +162,10 @@ def test_ring_entries():
     assert struct.unpack_from("<I", theirs, 0) == (0,)
     assert not ring.full
     ring.close()
+
+
+def test_flags_of_a_ring_are_not_looked_at(kernel):
+    """Found by fuzzing Linux 6.18: its generic code checks the flags of the other capabilities alone."""
+    assert kernel.errno(kernel.vm, "ENABLE_CAP", cap=168, flags=1, args=[1, 0, 0, 0]) == EINVAL
+    assert kernel.errno(kernel.vm, "ENABLE_CAP", cap=223, flags=1, args=[65536, 0, 0, 0]) == 0
+    assert kernel.vm.memory.dirty.ring_bytes == 65536

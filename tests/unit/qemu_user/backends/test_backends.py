@@ -31,7 +31,7 @@ from qemu_user.backends.io_loop import IoLoop
 from qemu_user.backends.net.capture import CaptureFile
 from qemu_user.backends.net.dgram import DgramNet, MulticastNet
 from qemu_user.backends.net.dump import DumpedNet
-from qemu_user.backends.net.passt import Forward, PasstNet
+from qemu_user.backends.net.passt import Child, Forward, PasstNet
 from qemu_user.backends.net.restrict import allowed
 from qemu_user.backends.net.stream import StreamNet
 
@@ -645,7 +645,8 @@ def test_passt_is_started_again(loop: Loop) -> None:
     net.connect(front)
     net.start(loop)
     for death in range(1, 5):
-        child = net._child
+        assert isinstance(net._child, Child)
+        child = net._child.pid
         os.kill(child, signal.SIGKILL)
         loop.until(lambda death=death: len(warnings) == death)  # type: ignore[misc]
         assert front.log[-1] == "down"
@@ -656,7 +657,7 @@ def test_passt_is_started_again(loop: Loop) -> None:
             assert net.is_up
     assert warnings[-1].endswith("the guest has no network any more"), "not for ever"
     net.close()
-    assert net._child == 0
+    assert net._child is None
 
 
 def test_restrict_lets_answers_out_only() -> None:
@@ -692,7 +693,8 @@ def test_passt_answers_dhcp_and_is_reaped(loop: Loop) -> None:
     net = PasstNet("n")
     net.connect(front)
     net.start(loop)
-    child = net._child
+    assert isinstance(net._child, Child)
+    child = net._child.pid
     mac = b"\x52\x54\0\0\0\1"
     discover = struct.pack("!BBBBIHHIIII16s64s128sI", 1, 1, 6, 0, 7, 0, 0x8000, 0, 0, 0, 0, mac, b"", b"", 0x63825363)
     discover += b"\x35\1\1\xff"
