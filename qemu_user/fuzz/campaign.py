@@ -19,7 +19,7 @@ from protocol.abi.errors import KvmError
 from qemu_user.fuzz import transport
 from qemu_user.fuzz.corpus import Corpus
 from qemu_user.fuzz.daemon import Daemon
-from qemu_user.fuzz.executor import KINDS, Executor, Sequence
+from qemu_user.fuzz.executor import KINDS, UNKNOWN, Executor, Sequence
 from qemu_user.fuzz.grammar import Grammar
 from qemu_user.fuzz.model import Model
 from qemu_user.fuzz.oracles import Bystander, Leaks, judge
@@ -106,7 +106,8 @@ def finish(
                 figures.refused += bool(outcome.errno)
                 figures.reached[f"{op.name or op.do} {op.on[0]} {outcome.errno}"] += 1
             finding = finding or judge(op, outcome, step)
-            if (expected := model.expect(op)) is not None and expected != outcome.errno:
+            expected = model.expect(op) if outcome.reason != UNKNOWN else None
+            if expected is not None and expected != outcome.errno:
                 finding = finding or Finding(
                     "model", f"{op}: {outcome.errno or 0}, the rules say {expected or 0} ({outcome.reason})", step
                 )

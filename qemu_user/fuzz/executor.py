@@ -40,6 +40,8 @@ _RUN = BY_NAME["RUN"].number
 _BRIEFLY = envelope.FLAG_INLINE_PAGE | envelope.FLAG_BRIEF
 _MOST_BYTES = envelope.MAX_FRAME * 3 // 4
 """Of the requests in one message."""
+UNKNOWN = "nobody can kick it any more"
+"""Why it is not known what came of an operation."""
 _NOWHERE = 0x7FFF_FFFF
 """A number that no resource has."""
 _MADE = {"vm": "vm", "vcpu": "vcpu", "device": "device", "memfd": "guest_memfd", "file": "stats"}
@@ -568,8 +570,8 @@ class Sequence:
                 wire.send(frame)
                 kicked = wire.wait(kick)
                 if kicked is not None and kicked.errno and (reply := wire.wait(sequence, 0.5)) is None:
-                    # Another thread has closed the vCPU under this RUN, which now ends with the VM, as in Linux.
-                    raise KvmError(kicked.errno, op.name, "nobody can kick it any more")
+                    # It has been closed under this RUN, by another thread or later in the message, which ends with the VM.
+                    raise KvmError(kicked.errno, op.name, UNKNOWN)
                 if reply is not None:
                     break
                 patience = 0.1  # another thread's RUN may have taken the kick

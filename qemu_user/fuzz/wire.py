@@ -54,12 +54,20 @@ class Wire:
         return sequence, envelope.encode_request(request)
 
     def send(self, frame: bytes) -> None:
-        """Gone: nobody takes it."""
-        try:
-            self._socket.send(frame)
-        except zmq.ZMQError as error:
-            self.failed = True
-            raise Gone(str(error)) from error
+        """Gone, Hang: nobody takes it."""
+        patience = self.deadline
+        while True:
+            try:
+                return self._socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:
+                if patience <= 0:
+                    self.failed = True
+                    raise Hang(f"nothing is taken for {self.deadline:g} s") from None
+                self._socket.poll(int(1000 * _SLICE), zmq.POLLOUT)
+                patience -= _SLICE
+            except zmq.ZMQError as error:
+                self.failed = True
+                raise Gone(str(error)) from error
 
     def batch(self, frames: list[bytes]) -> None:
         """Several frames in one message; wait() gives their replies as if each had been sent by itself. Gone."""
