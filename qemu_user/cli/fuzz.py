@@ -187,7 +187,7 @@ def _minimize(arguments: list[str]) -> int:
     from qemu_user.fuzz.campaign import perform
     from qemu_user.fuzz.daemon import Daemon
     from qemu_user.fuzz.executor import Executor
-    from qemu_user.fuzz.minimize import as_test, minimize
+    from qemu_user.fuzz.minimize import as_test, minimize, same_fault
     from qemu_user.fuzz.sequence import Finding, load, save
 
     parser = argparse.ArgumentParser(
@@ -206,7 +206,7 @@ def _minimize(arguments: list[str]) -> int:
             executor = Executor(daemon.endpoint)
             finding = perform(executor, candidate, None, daemon.complaints)
             executor.close()
-        if finding is None or finding.oracle != seen[0].oracle:
+        if finding is None or not same_fault(finding, seen[0]):
             return False
         seen[0] = finding
         print(f"\r{len(candidate)} operations ", end="", file=sys.stderr, flush=True)

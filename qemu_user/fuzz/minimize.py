@@ -16,6 +16,17 @@ Shows = Callable[[list[Op]], bool]
 """Whether a sequence shows the finding."""
 
 
+_LOGGED = ("log", "internal error")
+"""The same fault, seen in the log or in the answer, whichever comes first."""
+
+
+def same_fault(one: Finding, other: Finding) -> bool:
+    """Whether two findings are of one fault: the oracle's, and of logs the last line, which names the exception."""
+    if one.oracle == other.oracle == "log":
+        return one.text.strip().splitlines()[-1:] == other.text.strip().splitlines()[-1:]
+    return one.oracle == other.oracle or (one.oracle in _LOGGED and other.oracle in _LOGGED)
+
+
 def minimize(ops: list[Op], shows: Shows) -> list[Op]:
     """A sequence of which nothing can be left out. ValueError: the given one does not show the finding."""
     if not shows(ops):

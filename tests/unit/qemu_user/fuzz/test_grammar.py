@@ -13,7 +13,7 @@ from protocol.codec import coverage_marks
 from qemu_user.fuzz import guest_code, rules, setups
 from qemu_user.fuzz.branches import NOT_WATCHED, branches, taken
 from qemu_user.fuzz.grammar import GENERIC, Grammar
-from qemu_user.fuzz.minimize import minimize
+from qemu_user.fuzz.minimize import minimize, same_fault
 from qemu_user.fuzz.oracles import Bystander
 from qemu_user.fuzz.sequence import Finding, Op, load, save
 from tests.framework.asm import assemble
@@ -61,6 +61,15 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=r"not a"):
         load(path)
+
+
+def test_one_fault_in_the_answer_and_in_the_log() -> None:
+    answer, log = Finding("internal error", "RUN: EIO"), Finding("log", "Traceback\nZeroDivisionError: division by zero")
+    assert same_fault(answer, log)
+    assert same_fault(log, Finding("log", "elsewhere\nZeroDivisionError: division by zero\n"))
+    assert not same_fault(log, Finding("log", "Traceback\nKeyError: 3"))
+    assert not same_fault(answer, Finding("model", "RUN: EIO"))
+    assert same_fault(Finding("model", "a"), Finding("model", "b"))
 
 
 def test_minimize_leaves_what_it_takes() -> None:
