@@ -150,21 +150,22 @@ def _tell_branches(daemon: Daemon, output: Path) -> None:
 def _replay(arguments: list[str]) -> int:
     from qemu_user.fuzz.campaign import perform
     from qemu_user.fuzz.daemon import Daemon
-    from qemu_user.fuzz.executor import Executor
+    from qemu_user.fuzz.executor import Executor, Kind
     from qemu_user.fuzz.sequence import load
 
     parser = argparse.ArgumentParser(prog="softkvm fuzz replay", description="Perform a sequence again.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--target", metavar="ENDPOINT", help="ipc:///path of a daemon that runs (default: a private one)")
     options = parser.parse_args(arguments)
-    _, ops = load(options.file)
+    head, ops = load(options.file)
     for number, op in enumerate(ops):
         print(f"{number:4} {op}")
     if ops and ops[0].do == "device":
         return _replay_device(ops[0])
     daemon = None if options.target else Daemon()
     try:
-        executor = Executor(options.target or daemon.endpoint)  # type: ignore[union-attr]
+        endpoint = options.target or daemon.endpoint  # type: ignore[union-attr]
+        executor = Executor(endpoint, kinds=(Kind.of(head),))
         finding = perform(executor, ops, None, daemon.complaints if daemon else lambda: "")
         executor.close()
     finally:
@@ -186,7 +187,7 @@ def _replay_device(op: Op) -> int:
 def _minimize(arguments: list[str]) -> int:
     from qemu_user.fuzz.campaign import perform
     from qemu_user.fuzz.daemon import Daemon
-    from qemu_user.fuzz.executor import Executor
+    from qemu_user.fuzz.executor import Executor, Kind
     from qemu_user.fuzz.minimize import as_test, minimize, same_fault
     from qemu_user.fuzz.sequence import Finding, load, save
 
@@ -200,10 +201,11 @@ def _minimize(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     head, ops = load(options.file)
     seen = [Finding(str(head.get("oracle", "")), str(head.get("text", "")))]
+    kind = Kind.of(head)
 
     def shows(candidate: list[Op]) -> bool:
         with Daemon() as daemon:
-            executor = Executor(daemon.endpoint)
+            executor = Executor(daemon.endpoint, kinds=(kind,))
             finding = perform(executor, candidate, None, daemon.complaints)
             executor.close()
         if finding is None or not same_fault(finding, seen[0]):
@@ -215,10 +217,10 @@ def _minimize(arguments: list[str]) -> int:
     smallest = minimize(ops, shows)
     print(file=sys.stderr)
     target = options.output or options.file.with_suffix(".min.jsonl")
-    save(target, smallest, seen[0], seed=head.get("seed"), sequence=head.get("sequence"))
+    save(target, smallest, seen[0], seed=head.get("seed"), sequence=head.get("sequence"), **kind.header)
     name = "".join(c if c.isalnum() else "_" for c in options.file.stem).strip("_").lower()
     test = target.with_name(f"test_{name}.py")
-    test.write_text(as_test(smallest, seen[0], name))
+    test.write_text(as_test(smallest, seen[0], name, kind.header))
     print(f"{len(ops)} -> {len(smallest)} operations: {target}, {test}")
     return 0
 

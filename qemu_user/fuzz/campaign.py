@@ -260,7 +260,8 @@ class Campaign:
         self.figures.findings += 1
         digest = hashlib.sha256(kind.encode()).hexdigest()[:8]
         path = self.directory / "findings" / f"{finding.oracle.replace(' ', '-')}-{what or 'run'}-{digest}.jsonl"
-        save(path, ops, finding, seed=self.figures.seed, sequence=self.figures.sequences - 1)
+        kind_of_session = self._executor.kind.header
+        save(path, ops, finding, seed=self.figures.seed, sequence=self.figures.sequences - 1, **kind_of_session)
 
     def close(self) -> None:
         """Leave the target as it was."""

@@ -79,10 +79,21 @@ class Kind(NamedTuple):
 
     compat: Compat
     accel: str
-    sequences: int
+    sequences: int = 500
+
+    @classmethod
+    def of(cls, header: dict[str, Any]) -> Kind:
+        """What a finding's header says of the session that it was seen in. ValueError."""
+        return cls(Compat(header.get("compat", USUAL.compat.value)), str(header.get("accel", USUAL.accel)))
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What of() reads; nothing for what is usual."""
+        words = {"compat": (self.compat.value, USUAL.compat.value), "accel": (self.accel, USUAL.accel)}
+        return {name: value for name, (value, usual) in words.items() if value != usual}
 
 
-USUAL = Kind(Compat.DEFAULT, "interpreter", 500)
+USUAL = Kind(Compat.DEFAULT, "interpreter")
 KINDS = (
     USUAL, Kind(Compat.LINUX_6_12, "interpreter", 50), Kind(Compat.STRICT, "interpreter", 25),
     Kind(Compat.DEFAULT, "reference", 50),

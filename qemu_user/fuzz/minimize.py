@@ -57,6 +57,10 @@ def _simplify(ops: list[Op], shows: Shows) -> list[Op]:
             candidate = [*ops[:index], replace(ops[index], members=members), *ops[index + 1 :]]
             if shows(candidate):
                 ops = candidate
+        if ops[index].arg:
+            candidate = [*ops[:index], replace(ops[index], arg=0), *ops[index + 1 :]]
+            if shows(candidate):
+                ops = candidate
         if ops[index].tail:
             candidate = [*ops[:index], replace(ops[index], tail=""), *ops[index + 1 :]]
             if shows(candidate):
@@ -64,8 +68,8 @@ def _simplify(ops: list[Op], shows: Shows) -> list[Op]:
     return ops
 
 
-def as_test(ops: list[Op], finding: Finding, name: str) -> str:
-    """A pytest module that performs the sequence on a daemon of its own and wants no finding."""
+def as_test(ops: list[Op], finding: Finding, name: str, kind: dict[str, Any]) -> str:
+    """A pytest module that performs the sequence on a daemon of its own and wants no finding. `kind`: Kind.header."""
     lines = "\n".join(f"    {json.dumps(op.to_json())!r}," for op in ops)
     words = " ".join(finding.text.split())[:300].replace("\\", "/").replace('"', "'")
     return f'''"""Found by softkvm fuzz, oracle "{finding.oracle}": {words}"""
@@ -76,7 +80,7 @@ import json
 
 from qemu_user.fuzz.campaign import perform
 from qemu_user.fuzz.daemon import Daemon
-from qemu_user.fuzz.executor import Executor
+from qemu_user.fuzz.executor import Executor, Kind
 from qemu_user.fuzz.sequence import Op
 
 OPS = (
@@ -86,7 +90,7 @@ OPS = (
 
 def test_{name}() -> None:
     with Daemon() as daemon:
-        executor = Executor(daemon.endpoint)
+        executor = Executor(daemon.endpoint, kinds=(Kind.of({json.dumps(kind)}),))
         try:
             assert perform(executor, [Op.from_json(json.loads(line)) for line in OPS], None, daemon.complaints) is None
         finally:

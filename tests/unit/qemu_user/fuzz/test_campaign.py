@@ -20,11 +20,12 @@ from qemu_user.fuzz import transport
 from qemu_user.fuzz.campaign import Campaign, perform
 from qemu_user.fuzz.corpus import Corpus
 from qemu_user.fuzz.daemon import Daemon
-from qemu_user.fuzz.executor import Executor, Outcome
+from qemu_user.fuzz.executor import KINDS, Executor, Kind, Outcome
 from qemu_user.fuzz.grammar import Grammar
+from qemu_user.fuzz.minimize import as_test
 from qemu_user.fuzz.oracles import Bystander, judge
 from qemu_user.fuzz.report import write
-from qemu_user.fuzz.sequence import Op, load, save
+from qemu_user.fuzz.sequence import Finding, Op, load, save
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +167,20 @@ def test_coverage_grows_with_what_is_done(tmp_path: Path) -> None:
         assert not corpus.consider([], new_state=False)
         executor.close()
         assert 0 < before < once < refused
+
+
+def test_a_finding_is_performed_again_in_its_kind_of_session(daemon: Daemon, tmp_path: Path) -> None:
+    assert [Kind.of(kind.header)[:2] for kind in KINDS] == [kind[:2] for kind in KINDS]
+    assert KINDS[0].header == {}
+    memfd = [Op("ioctl", ("vm", 0), "CREATE_GUEST_MEMFD", members={"size": 4096})]
+    for header, errno in (({}, ""), ({"compat": "6.12"}, "EINVAL")):
+        executor = Executor(daemon.endpoint, kinds=(Kind.of(header),))
+        run = executor.start()
+        assert [outcome.errno for outcome in run.perform_all(memfd)] == [errno]
+        run.close()
+        executor.close()
+    save(tmp_path / "f.jsonl", memfd, compat="none of ours")
+    assert fuzz.main(["replay", str(tmp_path / "f.jsonl")]) == 2
+    test = as_test(memfd, Finding("model", "x"), "x", {"compat": "6.12"})
+    compile(test, "test_x.py", "exec")
+    assert 'Kind.of({"compat": "6.12"})' in test
