@@ -36,12 +36,13 @@ _TICKS = 1e7
 Row = dict[str, Any]
 
 
-def command(*load: str) -> str:
-    """What the guest runs: the probe as a sampler, and `load`, its other modes."""
+def command(*load: str, idle: bool = False) -> str:
+    """What the guest runs: the probe as a sampler, for some seconds only if the guest is to be `idle` then; and `load`, its
+    other modes."""
     packed = base64.b64encode(gzip.compress(_PROBE.read_bytes(), 9, mtime=0)).decode()
     lines = [f"echo {packed} | base64 -d | gunzip >/tmp/probe", "chmod +x /tmp/probe"]
     lines += [f"ip addr add {GUEST}/24 dev eth0 2>/dev/null; ip link set eth0 up", f"ping -c 3 -W 1 {HOST} >/dev/null"]
-    lines += [f"{mode} &" for mode in ("/tmp/probe sample 0", *load)]
+    lines += [f"{mode} &" for mode in ("timeout 3 /tmp/probe sample 0" if idle else "/tmp/probe sample 0", *load)]
     return "\n".join([*lines, "sleep 100000"])
 
 
@@ -129,12 +130,13 @@ class Host:
         assert process.stderr is not None
         return process.stderr.readline().decode().split()[-1]
 
-    def boot(self, name: str, memory: int, disk: Path, wire: Wire, *load: str, cpus: int = 1) -> None:
-        """A guest that is watched, booted and settled; `disk` is new."""
+    def boot(self, name: str, memory: int, disk: Path, wire: Wire, *load: str, cpus: int = 1, idle: bool = False) -> None:
+        """A guest that is watched (at its start only if it is to be `idle`), booted and settled; `disk` is new."""
         disk.write_bytes(bytes(_DISK))
+        script = command(*load, idle=idle)
         words = (
             "run", "--name", name, "--memory", str(memory >> 20), "--smp", str(cpus), "--drive", f"file={disk},format=raw",
-            "--netdev", f"stream,id=n0,addr.type=unix,addr.path={wire.path}", "busybox", "--", "sh", "-c", command(*load),
+            "--netdev", f"stream,id=n0,addr.type=unix,addr.path={wire.path}", "busybox", "--", "sh", "-c", script,
         )  # fmt: skip
         nothing = subprocess.DEVNULL
         process = subprocess.Popen(self._command(*words), env=self._environment, stdin=nothing, stdout=nothing)

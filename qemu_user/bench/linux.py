@@ -260,9 +260,9 @@ def idle(tell: Tell) -> float:
             if entry is None or not entry.vm_pid:
                 raise BenchError("the idle VM is not there")
             time.sleep(2)
-            before, start = _cpu(client.pid) + _cpu(entry.vm_pid), time.monotonic()
+            before, start = _cpu(entry.pid) + _cpu(entry.vm_pid), time.monotonic()
             time.sleep(_IDLE_SECONDS)
-            return (_cpu(client.pid) + _cpu(entry.vm_pid) - before) / (time.monotonic() - start)
+            return (_cpu(entry.pid) + _cpu(entry.vm_pid) - before) / (time.monotonic() - start)
         finally:
             client.stdin.close()
             try:

@@ -126,7 +126,7 @@ def _large(rounds: int, memory: int, put: Put) -> None:
 
 def _copies(rounds: int, memory: int, put: Put) -> None:
     with _Place() as place:
-        place.one.boot("bench", memory, place.disk, place.wire)
+        place.one.boot("bench", memory, place.disk, place.wire, idle=True)
         place.one.keep("bench", "s")
         put("restore", [place.one.restore("bench", "s") for _ in range(rounds)])
         put("20 clones", [place.one.clone("bench", 20)])

@@ -7,6 +7,7 @@ not fetch what is there. Used by tests/guests and tests/performance.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -100,6 +101,11 @@ class Product:
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
         return [process for process in found if process.pid != os.getpid()]
+
+    def device_process(self, name: str) -> int:
+        """The process that has a VM's devices: not always the command that was started (qemu_user/warm)."""
+        (pid,) = [row["pid"] for row in json.loads(self.run("ps", "--format", "json").stdout) if row["name"] == name]
+        return int(pid)
 
     def named(self, name: str) -> list[psutil.Process]:
         """Our processes whose name (as ps shows it) or command line begins with `name`."""

@@ -32,8 +32,7 @@ def product() -> Iterator[Product]:
 
 
 def device_process(product: Product, name: str) -> psutil.Process:
-    rows = {row["name"]: row for row in json.loads(product.run("ps", "--format", "json").stdout)}
-    return psutil.Process(rows[name]["pid"])
+    return psutil.Process(product.device_process(name))
 
 
 def wait_for(what: Callable[[], bool]) -> None:

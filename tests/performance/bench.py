@@ -92,7 +92,7 @@ def memory_of_a_vm(product: Product, mebibytes: int) -> dict[str, Any]:
     read_until(client, b"filled\n", 120)
     (vm,) = product.named("kvmcore-vm memory")
     used = guest_pages(vm.pid)
-    parts = {"vm_process": pss(vm.pid), "qemu_user": pss(client.pid)}
+    parts = {"vm_process": pss(vm.pid), "qemu_user": pss(product.device_process("memory"))}
     total = sum(parts.values())
     client.kill()
     client.wait(10)
@@ -124,7 +124,7 @@ def idle_cpu(product: Product, seconds: float) -> dict[str, float]:
     read_until(client, b"up\n", 120)
     (vm,) = product.named("kvmcore-vm idle")
     time.sleep(2)
-    processes = [vm, psutil.Process(client.pid)]
+    processes = [vm, psutil.Process(product.device_process("idle"))]
     before = [process.cpu_times() for process in processes]
     time.sleep(seconds)
     after = [process.cpu_times() for process in processes]
