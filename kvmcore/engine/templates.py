@@ -231,6 +231,23 @@ def _goes_on(block: Block, done: bool) -> bool:
     return any(ways)
 
 
+def _asks_about_symbols(block: Block, symbols: frozenset[int | str]) -> bool:
+    """Whether an operand is compared with a constant: to LLVM the address of a symbol is never 0."""
+    known = set(symbols)
+    for op in block.ops:
+        named = {arg.key[1] for arg in op.args if arg.const is None}
+        if op.opcode == "address" or (op.opcode in ("trunc", "zext", "sext") and op.args[0].key[1] in known):
+            assert op.result is not None
+            known.add(op.result.key[1])
+        elif op.opcode in _COMPARISONS and any(arg.const is not None for arg in op.args) and named & known:
+            return True
+    successors = [successor for successor in (block.if_true, block.if_false) if successor is not None]
+    return any(_asks_about_symbols(successor, frozenset(known)) for successor in successors)
+
+
+_COMPARISONS = frozenset(("eq", "ne", "ult", "ule", "slt", "sle"))
+
+
 def _touches_memory(block: Block) -> bool:
     """Whether there is an access of the guest's, which need not be aligned."""
     if any(op.opcode in ("load", "store") and op.attrs == ("volatile", 1) for op in block.ops):
@@ -288,6 +305,10 @@ def trace_all() -> Made:
                     root = _trace(handler, near, ways)
                     if ways["rs1"] == assembler.ZERO and _touches_memory(root):
                         continue  # an address that is all immediate: LLVM makes it relative to the code
+                    if _asks_about_symbols(root, frozenset()):
+                        if not any(ways.values()):
+                            raise NoTemplate("LLVM would answer for it")
+                        continue
                     key = _shape(root) + repr(handler.places)
                     if key not in known:
                         known[key] = count

@@ -89,6 +89,21 @@ def test_it_is_template_code_that_runs(guest) -> None:
     assert g.harts[0].state.x[10] == result + 75000
 
 
+def test_an_immediate_may_be_nothing(guest) -> None:
+    """As the address of a symbol it could not."""
+    cases = [f"{name} s{index + 2}, x0, {number}" for name in ("slti", "sltiu") for index, number in enumerate((0, 1, -1))]
+    cases[3:] = [case.replace(f"s{i + 2},", f"s{i + 5},") for i, case in enumerate(cases[3:])]
+    g = guest("\n".join([*cases, "addi a2, x0, 0", "ori a3, x0, 0", "slli a4, a2, 0", "ecall"]))
+    assert g.run() == ExitKind.ECALL
+    result = list(g.harts[0].state.x)
+    assert result[18:24] == [0, 1, 0, 0, 1, 1]
+    assembled(g)
+    for number in (*range(18, 24), 12, 13, 14):
+        g.harts[0].state.x[number] = 77
+    assert again(g) == ExitKind.ECALL
+    assert list(g.harts[0].state.x) == result
+
+
 def test_a_kick_leaves_an_endless_loop(guest) -> None:
     g = guest("loop: addi a0, a0, 1\n beqz x0, loop")
     assert g.run(0.05) == ExitKind.KICK
