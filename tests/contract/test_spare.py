@@ -23,8 +23,12 @@ def daemon() -> Iterator[Daemon]:
 
 
 def spares(daemon: Daemon) -> list[psutil.Process]:
-    found = psutil.Process(daemon.process.pid).children(recursive=True)
-    return [process for process in found if process.name() == "kvmcore-spare"]
+    found = []
+    for process in psutil.Process(daemon.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # others come and go
+            if process.name() == "kvmcore-spare":
+                found.append(process)
+    return found
 
 
 def the_spare(daemon: Daemon) -> psutil.Process:
