@@ -106,7 +106,7 @@ def _fuzz(arguments: list[str]) -> int:
         daemon = None if options.target else Daemon(coverage=options.coverage)
         corpus = Corpus(options.corpus, daemon.covered if daemon else lambda: 0)
         campaign = Campaign(
-            options.output, seed, daemon, options.target or daemon.endpoint,  # type: ignore[union-attr]
+            options.output, seed, daemon, daemon.endpoint if daemon else options.target,
             attacks=not options.no_attacks, corpus=corpus,
         )  # fmt: skip
         try:
@@ -164,7 +164,7 @@ def _replay(arguments: list[str]) -> int:
         return _replay_device(ops[0])
     daemon = None if options.target else Daemon()
     try:
-        endpoint = options.target or daemon.endpoint  # type: ignore[union-attr]
+        endpoint = daemon.endpoint if daemon else options.target
         executor = Executor(endpoint, kinds=(Kind.of(head),))
         finding = perform(executor, ops, None, daemon.complaints if daemon else lambda: "")
         executor.close()
