@@ -64,7 +64,7 @@ def folders(config: MachineConfig, more: list[str]) -> dict[str, int]:
     """
     reading = {*(path for path in sys.path if path), sys.prefix, sys.base_prefix, str(Path(__file__).parents[1])}
     reading |= {"/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys"}
-    files = [config.boot.kernel, config.boot.initrd, config.boot.dtb]
+    files = [config.boot.kernel, config.boot.initrd, *config.boot.initrd_files, config.boot.dtb]
     reading |= {os.path.dirname(os.path.realpath(file)) for file in files if file}
     disks = [file for drive in config.drives for file in (drive.file, *drive.members)]
     written = [*disks, *(flash.file for flash in config.flash), *(qmp.path for qmp in config.qmp)]

@@ -308,7 +308,7 @@ def _boot(
             return _fail(f"{useless[0]} goes with an image that has a disk, as debian"), False
         config, _ = parse([*words, *_devices(options), "-nographic"])
         if not options.bare:
-            modules = b"".join(image.extra(name).read_bytes() for name in extras)
+            modules = tuple(str(image.extra(name)) for name in extras)
             config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
         limits = cgroup.parse(options.cgroup) if options.cgroup else None
         endpoint = daemon()
@@ -392,7 +392,7 @@ def _free_name() -> str:
 
 
 def _with_ports(
-    config: MachineConfig, command: list[str], verbose: bool, control: int, modules: bytes, system: dict[str, str]
+    config: MachineConfig, command: list[str], verbose: bool, control: int, modules: tuple[str, ...], system: dict[str, str]
 ) -> MachineConfig:
     """The image's devices: console, and the ports that /init speaks over. `system`: settings for one on a disk."""
     import msgspec
@@ -421,7 +421,7 @@ def _with_ports(
                  for number, name in enumerate(_PORTS, 1)]  # fmt: skip
     else:
         ports = [ConsolePort(id=4, name="org.softkvm.control", chardev="control")]
-    boot = msgspec.structs.replace(config.boot, initrd_extra=settings(conf) + modules)
+    boot = msgspec.structs.replace(config.boot, initrd_files=modules, initrd_extra=settings(conf))
     return msgspec.structs.replace(
         config, boot=boot, chardevs=tuple(chardevs), serial="", console="console", ports=tuple(ports),
         no_reboot=bool(command), panic_ends=True,

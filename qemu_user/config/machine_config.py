@@ -50,8 +50,10 @@ class Boot(Part, frozen=True, kw_only=True):
     kernel: str = ""
     """A flat Image, an ELF, or U-Boot's u-boot.bin."""
     initrd: str = ""
+    initrd_files: tuple[str, ...] = ()
+    """Files with cpio archives, put behind the initrd."""
     initrd_extra: bytes = b""
-    """A cpio archive put behind the initrd (or standing alone)."""
+    """A cpio archive put behind them (or standing alone)."""
     append: str = ""
     dtb: str = ""
     """A device tree to use instead of ours."""
@@ -311,7 +313,8 @@ def _check_basics(config: MachineConfig) -> None:
 
 
 def _check_boot(boot: Boot, memory: int, flash: bool) -> None:
-    for what, path in (("kernel", boot.kernel), ("initrd", boot.initrd), ("dtb", boot.dtb)):
+    more = (("initrd", path) for path in boot.initrd_files)
+    for what, path in (("kernel", boot.kernel), ("initrd", boot.initrd), *more, ("dtb", boot.dtb)):
         if not path:
             continue
         try:

@@ -130,12 +130,16 @@ def load_initrd(boot: Boot, memory: GuestMemory, kernel: Loaded, limit: int) -> 
 
     Returns (start, end), (0, 0) without one. BootError.
     """
-    if not boot.initrd and not boot.initrd_extra:
+    files = [boot.initrd, *boot.initrd_files] if boot.initrd else [*boot.initrd_files]
+    if not files and not boot.initrd_extra:
         return 0, 0
+    file = boot.initrd
     try:
-        size = os.stat(boot.initrd).st_size if boot.initrd else 0
-        padded = -(-size // 4) * 4  # archives of an initrd start at multiples of 4
-        total = padded + len(boot.initrd_extra)
+        places, total = [], 0
+        for file in files:
+            places.append((file, total, size := os.stat(file).st_size))
+            total += -(-size // 4) * 4  # archives of an initrd start at multiples of 4
+        extra, total = total, total + len(boot.initrd_extra)
         wanted = kernel.entry + min(memory.size // 2, INITRD_DISTANCE)
         lowest, highest = _page_up(kernel.end), (limit - total) & -PAGE
         if highest < lowest:
@@ -144,15 +148,16 @@ def load_initrd(boot: Boot, memory: GuestMemory, kernel: Loaded, limit: int) -> 
                 "give more with -m"
             )
         start = min(max(_page_up(wanted), lowest), highest)
-        if boot.initrd:
-            fd = os.open(boot.initrd, os.O_RDONLY | os.O_CLOEXEC)
+        for file, at, size in places:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                _read_into(boot.initrd, fd, 0, memory.view(start, size))
+                _read_into(file, fd, 0, memory.view(start + at, size))
             finally:
                 os.close(fd)
-        memory.write(start + size, bytes(padded - size) + boot.initrd_extra)
+            memory.write(start + at + size, bytes(-size % 4))
+        memory.write(start + extra, boot.initrd_extra)
     except OSError as error:
-        raise BootError(f"initrd {boot.initrd}: {error.strerror}") from error
+        raise BootError(f"initrd {file}: {error.strerror}") from error
     return start, start + total
 
 

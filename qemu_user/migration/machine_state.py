@@ -25,7 +25,8 @@ from qemu_user.migration.sections import Section
 if TYPE_CHECKING:
     from qemu_user.machine.machine import Machine
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
+"""Version 1 has no `boot.initrd_files`; it is read as it is."""
 _LONGEST_ABSENCE = 60.0
 """Seconds: a machine that was away longer finds its clock as it left it, as after QEMU's loadvm."""
 
@@ -51,7 +52,7 @@ def config_section(config: MachineConfig) -> Section:
 def read_config(sections: Mapping[str, Section]) -> MachineConfig:
     """The configuration in a container, checked but for its files (they are another host's). StateError."""
     section = find(sections, "config")
-    require(section.version == CONFIG_VERSION, f"config: version {section.version} is not known here")
+    require(1 <= section.version <= CONFIG_VERSION, f"config: version {section.version} is not known here")
     try:
         return msgspec.msgpack.decode(section.payload, type=MachineConfig).validate(files=False)
     except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:

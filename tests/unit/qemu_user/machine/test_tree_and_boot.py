@@ -153,6 +153,15 @@ def test_initrd_and_what_is_appended(memory: GuestMemory, tmp_path: Path) -> Non
     assert start >= kernel.end
     assert end <= limit
     assert memory.read(start, end - start) == b"12345\0\0\0more"
+    module = tmp_path / "module"
+    module.write_bytes(b"6")
+    whole = Boot(initrd=str(initrd), initrd_files=(str(module), str(initrd)), initrd_extra=b"more")
+    memory.write(start, b"x" * 64)
+    start, end = boot.load_initrd(whole, memory, kernel, limit)
+    assert memory.read(start, end - start) == b"12345\0\0\0" b"6\0\0\0" b"12345\0\0\0more"
+    (tmp_path / "module").unlink()
+    with pytest.raises(boot.BootError, match="module"):
+        boot.load_initrd(whole, memory, kernel, limit)
     assert boot.load_initrd(Boot(), memory, kernel, limit) == (0, 0)
     with pytest.raises(boot.BootError, match="do not fit"):
         boot.load_initrd(Boot(initrd_extra=bytes(64 << 20)), memory, kernel, limit)
