@@ -31,8 +31,10 @@ class HandleTable:
         self._entries: dict[int, Handle | HostFile] = {}
         self._retired: set[int] = set()
         self._drawn: list[int] = []
-        self._made: dict[str, list[int]] | None = None
-        """Of the batch that is being served: what it has made, by kind (control.made)."""
+        self._made: dict[int, int] | None = None
+        """Of the batch that is being served: what it has made, by the number that stands for it (control.made)."""
+        self._counts: dict[str, int] = {}
+        """How many of each kind."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -49,7 +51,9 @@ class HandleTable:
                     break
             self._entries[number] = handle
         if self._made is not None:
-            self._made.setdefault(handle.kind, []).append(number)
+            count = self._counts.get(handle.kind, 0)
+            self._made[control.made(handle.kind, count)] = number
+            self._counts[handle.kind] = count + 1
         handle.opened()
         return number
 
@@ -61,7 +65,7 @@ class HandleTable:
 
     def batch_begins(self) -> None:
         """From now on numbers may say "what this batch has made"."""
-        self._made = {}
+        self._made, self._counts = {}, {}
 
     def batch_ends(self) -> None:
         """No longer."""
@@ -76,24 +80,19 @@ class HandleTable:
 
     def handle(self, number: int) -> Handle:
         """As lookup(), for numbers that must be handles, or stand for one that the batch has made."""
-        entry = self._entries.get(number)
+        entry = self._entries.get(self.resolve(number) if number >> 31 else number)
         if isinstance(entry, Handle):
             return entry
-        if number >> 31:
-            entry = self._entries.get(self.resolve(number))
-            if isinstance(entry, Handle):
-                return entry
         raise not_found(number)
 
     def resolve(self, number: int) -> int:
         """The number that control.made() stands for; any other one itself. EBADF."""
         if not number >> 31:
             return number
-        kind, position = control.made_what(number)
-        made = (self._made or {}).get(kind, ())
-        if position >= len(made):
+        real = self._made.get(number) if self._made is not None else None
+        if real is None:
             raise not_found(number)
-        return made[position]
+        return real
 
     def close(self, number: int) -> None:
         """close(2): EBADF if it is not open."""

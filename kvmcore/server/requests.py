@@ -54,15 +54,12 @@ class Ticket:
         self.request = request
         self._finish = finish
 
-    def answer(self, ret: int, extra: bytes = b"", copies: tuple[tuple[int, bytes], ...] = ()) -> None:
-        """Success: what ioctl(2) returns, and whatever goes with it."""
-        self._send(ret, 0, extra, copies)
-
     def fail(self, errno: int, extra: bytes = b"", copies: tuple[tuple[int, bytes], ...] = ()) -> None:
         """Failure. What had been copied out before stays copied out, as in Linux (GET_REG_LIST's E2BIG)."""
-        self._send(-1, errno, extra, copies)
+        self.answer(-1, extra, copies, errno)
 
-    def _send(self, ret: int, errno: int, extra: bytes, copies: tuple[tuple[int, bytes], ...]) -> None:
+    def answer(self, ret: int, extra: bytes = b"", copies: tuple[tuple[int, bytes], ...] = (), errno: int = 0) -> None:
+        """Success, unless there is an errno: what ioctl(2) returns, and whatever goes with it."""
         seq = self.request.seq
         try:
             frame = envelope.reply_frame(seq, ret, errno, copies, extra)
@@ -135,7 +132,7 @@ def _perform(ticket: Ticket, handle: Handle) -> None:
             current.pop()
         if inline:
             mm.lay_over(())
-    copies = tuple([(segment.va, bytes(segment.data)) for segment in inline if segment.dirty])
+    copies = tuple([(segment.va, bytes(segment.data)) for segment in inline if segment.dirty]) if inline else ()
     if errno:
         ticket.fail(errno, reason.encode()[:512], copies)
     elif not isinstance(result, Deferred):

@@ -85,12 +85,6 @@ def made(kind: str, position: int) -> int:
     return _MADE | MADE.index(kind) << 16 | position
 
 
-def made_what(number: int) -> tuple[str, int]:
-    """(kind, position) of such a number; ("", 0) if it is none."""
-    kind = number >> 16 & 0x7FFF
-    return (MADE[kind], number & 0xFFFF) if number >> 31 == 1 and kind < len(MADE) else ("", 0)
-
-
 def is_control(request: int) -> bool:
     """True for the requests of this module (KVM's own have type 0xAE)."""
     return request >> 8 & 0xFF == CONTROL

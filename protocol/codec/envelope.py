@@ -41,6 +41,7 @@ _REPLY = struct.Struct("<IHHQiIHHI")
 _COPY = struct.Struct("<QII")
 _REQUEST_SIZE = _REQUEST.size
 _unpack_request = _REQUEST.unpack_from
+_pack_reply = _REPLY.pack
 _new = tuple.__new__
 _LENGTH = struct.Struct("<I")
 
@@ -162,9 +163,9 @@ def encode_reply(reply: Reply) -> bytes:
 
 def reply_frame(seq: int, ret: int, errno: int, copies: tuple[tuple[int, bytes], ...] = (), extra: bytes = b"") -> bytes:
     """encode_reply() of a Reply that nobody else needs."""
-    head = _REPLY.pack(REPLY_MAGIC, VERSION, 0, seq, ret, errno, len(copies), 0, len(extra))
+    head = _pack_reply(REPLY_MAGIC, VERSION, 0, seq, ret, errno, len(copies), 0, len(extra))
     if not copies:
-        return _checked(head + extra)
+        return _checked(head + extra) if extra else head
     parts = [head, *[_COPY.pack(va, len(data), 0) for va, data in copies], *[data for _, data in copies], extra]
     return _checked(b"".join(parts))
 
@@ -191,22 +192,23 @@ def decode_reply(frame: bytes | memoryview) -> Reply:
 
 def encode_batch(frames: list[bytes]) -> bytes:
     """Frames one behind the other, each behind its length: the payload of BATCH, the extra of its reply."""
-    return b"".join([part for frame in frames for part in (_LENGTH.pack(len(frame)), frame)])
+    pack = _LENGTH.pack
+    return b"".join([part for frame in frames for part in (pack(len(frame)), frame)])
 
 
 def decode_batch(data: bytes, most: int) -> list[bytes]:
     """The frames, which are not looked at yet. FrameError: lengths that do not add up, or more than `most`."""
     frames: list[bytes] = []
-    at = 0
-    while at < len(data):
-        if len(frames) == most or len(data) - at < _LENGTH.size:
+    at, size, unpack = 0, len(data), _LENGTH.unpack_from
+    while at < size:
+        if len(frames) == most or size - at < 4:
             raise FrameError(f"not a batch of at most {most} frames")
-        (length,) = _LENGTH.unpack_from(data, at)
-        at += _LENGTH.size
-        if length > len(data) - at:
+        at += 4
+        end = at + unpack(data, at - 4)[0]
+        if end > size:
             raise FrameError("a frame of the batch is cut off")
-        frames.append(data[at : at + length])
-        at += length
+        frames.append(data[at:end])
+        at = end
     return frames
 
 

@@ -79,7 +79,7 @@ class Kind(NamedTuple):
 
     compat: Compat
     accel: str
-    sequences: int = 500
+    sequences: int = 1000
 
     @classmethod
     def of(cls, header: dict[str, Any]) -> Kind:
@@ -95,8 +95,8 @@ class Kind(NamedTuple):
 
 USUAL = Kind(Compat.DEFAULT, "interpreter")
 KINDS = (
-    USUAL, Kind(Compat.LINUX_6_12, "interpreter", 50), Kind(Compat.STRICT, "interpreter", 25),
-    Kind(Compat.DEFAULT, "reference", 50),
+    USUAL, Kind(Compat.LINUX_6_12, "interpreter", 100), Kind(Compat.STRICT, "interpreter", 50),
+    Kind(Compat.DEFAULT, "reference", 100),
 )  # fmt: skip
 """Taken in turn by campaigns."""
 
@@ -193,6 +193,8 @@ class Sequence:
         """Segments that are mapped and empty, for the sequence's first operations."""
         self._used: set[int] = set()
         """Segments that the sequence has mapped before."""
+        self._again: dict[int, int] = {}
+        """Segments that the message maps with other memory -> the requests' numbers."""
         self._events: set[int] = set()
         self._closed: list[int] = []
         self._vm_closed = False
@@ -301,6 +303,8 @@ class Sequence:
     def _send(self, frames: list[bytes]) -> None:
         """Put a message together, beginning with `frames`: the operations from here on that can be in it."""
         size = sum(map(len, frames))
+        if not self._waiting:
+            self._again.clear()
         while self._at < len(self._ops) and len(frames) < control.MAX_BATCH and size < _MOST_BYTES:
             op = self._ops[self._at]
             if not _travels(op, self.place) or self._needs_answer(op):
@@ -328,7 +332,7 @@ class Sequence:
 
     def _needs_answer(self, op: Op) -> bool:
         """Whether an operation cannot be put into words before an earlier one of the message is answered."""
-        if op.do == "map" and int(op.arg) % SEGMENTS in self._used and self._waiting:
+        if op.do == "map" and int(op.arg) % SEGMENTS in self._again:
             return True
         if op.on[0] == "file" and "file" in self._coming:
             return True  # a vCPU's may be made later than its turn in the message, behind a RUN
@@ -356,7 +360,7 @@ class Sequence:
             except KvmError as error:
                 yield Outcome(-1, error.name, reason=error.reason)
                 continue
-            self._keep(op, outcome)
+            self._keep(op, outcome, number)
             yield outcome
 
     def _frame(self, op: Op) -> tuple[int, bytes]:
@@ -389,6 +393,9 @@ class Sequence:
             self._ready.discard(index)
             self._used.add(index)
             return 0, b""
+        if index in self._used and self._waiting:
+            self._again[index], frame = self._slot.map_again(self.wire, index)
+            return self._again[index], frame
         if index not in self._slot.mapped:
             self._slot.clear(index)
         self._used.add(index)
@@ -399,12 +406,15 @@ class Sequence:
         head[run_page.IMMEDIATE_EXIT] = int(op.extra.get("immediate", 0))
         return self.wire.frame(self.number(*op.on), _RUN, int(op.arg), payload=bytes(head), flags=flags)
 
-    def _keep(self, op: Op, outcome: Outcome) -> None:
-        """Note what the operation has made or ended; the outcome says 0 for a handle's number."""
+    def _keep(self, op: Op, outcome: Outcome, number: int = 0) -> None:
+        """Note what the operation, request `number`, has made or ended; the outcome says 0 for a handle's number."""
         if outcome.errno:
             return
         if op.do == "map":
-            self._slot.mapped.add(int(op.arg) % SEGMENTS)
+            index = int(op.arg) % SEGMENTS
+            self._slot.mapped.add(index)
+            if self._again.get(index) == number:
+                self._slot.mapped_again(index)
         elif op.do == "unmap":
             self._slot.mapped.discard(int(op.arg) % SEGMENTS)
         elif op.do == "close" and op.on[0] == "eventfd":

@@ -88,12 +88,15 @@ class Slot:
         self.mapped: set[int] = set()
         """Segments that are there."""
         self._memory: dict[int, int] = {}
+        self._spare: dict[int, int] = {}
+        """Memory that is mapped next, where it is not known yet whether what was mapped has been unmapped."""
         self._events: list[int] = []
         self._closing: list[int] = []
         self._ended: list[int] = []
         """Eventfds that are too many; and those whose numbers are ours until the server has answered that they are closed."""
         for index in range(rules.MAPS):  # all that most sequences need, so that what is left over is the same after each
             self._memory_of(index)
+            self._spare_of(index)
         for _ in range(_EVENTS):
             self._events.append(self._new_event())
 
@@ -118,15 +121,37 @@ class Slot:
 
     def map(self, wire: Wire, index: int) -> tuple[int, bytes]:
         """The request that maps a segment."""
+        return self._map(wire, index, self._memory_of(index))
+
+    def map_again(self, wire: Wire, index: int) -> tuple[int, bytes]:
+        """The request that maps other memory there, all zeros: for a segment that requests which are on their way may unmap. If
+        it is granted, mapped_again() is to be called; only then may it be made again.
+        """
+        _punch(self._spare_of(index))
+        return self._map(wire, index, self._spare_of(index))
+
+    def mapped_again(self, index: int) -> None:
+        """The segment's memory is the other one now."""
+        self._memory[index], self._spare[index] = self._spare[index], self._memory[index]
+
+    def _map(self, wire: Wire, index: int, fd: int) -> tuple[int, bytes]:
         segment = control.SEGMENT.pack(rules.MAP_SIZE, 0, PROT_READ | PROT_WRITE)
-        return wire.frame(self._memory_of(index), control.MAP, self.base + index * rules.MAP_SIZE, payload=segment)
+        return wire.frame(fd, control.MAP, self.base + index * rules.MAP_SIZE, payload=segment)
 
     def _memory_of(self, index: int) -> int:
-        if index not in self._memory:
-            fd = create_memfd("fuzz", rules.MAP_SIZE)
+        return self._memory[index] if index in self._memory else self._new_memory(self._memory, index)
+
+    def _spare_of(self, index: int) -> int:
+        return self._spare[index] if index in self._spare else self._new_memory(self._spare, index)
+
+    def _new_memory(self, kept: dict[int, int], index: int) -> int:
+        fd = kept[index] = create_memfd("fuzz", rules.MAP_SIZE)
+        try:
             self._pass(fd)
-            self._memory[index] = fd
-        return self._memory[index]
+        except BaseException:
+            del kept[index]
+            raise
+        return fd
 
     def unmap(self, wire: Wire, index: int) -> tuple[int, bytes]:
         """The request that unmaps it."""
@@ -136,7 +161,7 @@ class Slot:
     def clear(self, index: int) -> None:
         """Make the memory of a segment all zeros again."""
         if index in self._memory:
-            _fallocate(self._memory[index], _PUNCH_HOLE | _KEEP_SIZE, 0, rules.MAP_SIZE)
+            _punch(self._memory[index])
 
     def event(self, value: int) -> int:
         """An eventfd with this count, passed to the session under its number here. KvmError: EMFILE."""
@@ -172,13 +197,19 @@ class Slot:
 
     def close(self) -> None:
         """Give descriptors back."""
-        for fd in (*self._memory.values(), *self._events, *self._closing, *self._ended):
+        for fd in (*self._memory.values(), *self._spare.values(), *self._events, *self._closing, *self._ended):
             os.close(fd)
         self._closing, self._ended = [], []
         self._memory.clear()
+        self._spare.clear()
         self._events.clear()
 
 
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _punch(memory: int) -> None:
+    """All zeros again."""
+    _fallocate(memory, _PUNCH_HOLE | _KEEP_SIZE, 0, rules.MAP_SIZE)

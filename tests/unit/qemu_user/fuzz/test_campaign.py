@@ -16,7 +16,7 @@ from protocol.abi.ioctls import BY_NAME
 from protocol.client import Kvm
 from protocol.codec import control
 from qemu_user.cli import fuzz
-from qemu_user.fuzz import transport
+from qemu_user.fuzz import rules, transport
 from qemu_user.fuzz.campaign import Campaign, perform
 from qemu_user.fuzz.corpus import Corpus
 from qemu_user.fuzz.daemon import Daemon
@@ -144,6 +144,33 @@ def test_a_sequence_leaves_nothing(daemon: Daemon, close_vm: bool) -> None:
     assert [outcome.errno for outcome in again.perform_all(ops[7:8])] == [""]
     again.close()
     executor.close()
+
+
+def test_memory_is_mapped_again_in_one_message(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory that was written is unmapped and mapped again it is all zeros, and nobody has waited for the answers."""
+    vm, gpa = ("vm", 0), 0x8000_0000
+    region = {"slot": 0, "guest_phys_addr": gpa, "memory_size": rules.MAP_SIZE, "userspace_addr": {"map": 0}}
+    ops = [
+        Op("map", vm, arg=0), Op("ioctl", vm, "SET_USER_MEMORY_REGION", members=region),
+        Op("control", vm, arg=gpa, tail="ff" * 8, extra={"request": control.WRITE_GPA}),
+        Op("unmap", vm, arg=0), Op("map", vm, arg=0), Op("map", vm, arg=0),
+    ]  # fmt: skip
+    executor = Executor(daemon.endpoint)
+    messages: list[int] = []
+    for done, refused in ((ops, "EEXIST"), (ops[:2], "")):  # the second one has the memory of the first
+        run = executor.start()
+        batch = run.wire.batch
+        monkeypatch.setattr(run.wire, "batch", lambda frames, batch=batch: messages.append(len(frames)) or batch(frames))
+        assert [outcome.errno for outcome in run.perform_all(done)] == [""] * (len(done) - 1) + [refused]
+        sequence, frame = run.wire.frame(run.made["vm"][0], control.READ_GPA, gpa, payload=control.LENGTH.pack(8))
+        run.wire.send(frame)
+        reply = run.wire.wait(sequence)
+        assert reply is not None
+        assert reply.extra == bytes(8)
+        run.close()
+        monkeypatch.undo()
+    executor.close()
+    assert len(messages) == 3  # the third map is a message of its own: both memories may be in use
 
 
 def test_replay_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
