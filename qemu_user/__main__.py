@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     group: cgroup.VmCgroup | None = None
     try:
         if limits is not None:
-            group = cgroup.VmCgroup(config.name, limits)
+            group = cgroup.VmCgroup(config.name, limits, kept=process.only_files)
         if process.only_files:
             only_files(config, process.allow_files)
         instance = Instance(config, endpoint)

@@ -8,6 +8,8 @@ daemon's and serves all VMs: it is not in the group.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,17 +79,20 @@ def parse(text: str) -> Limits:
 class VmCgroup:
     """The group of VM `name`, with its limits set. We are in it until remove()."""
 
-    def __init__(self, name: str, limits: Limits, root: Path = ROOT) -> None:
-        """CgroupError."""
+    def __init__(self, name: str, limits: Limits, root: Path = ROOT, *, kept: bool = False) -> None:
+        """`kept`: another process is to remove it, when this one has ended, for --only-files forbids us that. CgroupError."""
         self._root, self._limits = root, limits
         self._name = f"{_PREFIX}{name}-{os.getpid()}"
         self._own = _own_groups()
         self._folders: list[Path] = []
+        self._keeper: subprocess.Popen[bytes] | None = None
         self._members: list[int] = []
         """Descriptors of the folders' cgroup.procs: once --only-files holds they cannot be opened any more."""
         try:
             for parent, controllers in self._parents():
                 self._make(parent, controllers)
+            if kept:
+                self._begin_keeper()
             self.add(os.getpid())
         except OSError as error:
             self.remove()
@@ -156,11 +161,24 @@ class VmCgroup:
         for members in self._members:
             os.pwrite(members, str(pid).encode(), 0)
 
-    def remove(self) -> None:
-        """We go back to where we were, and the group with its limits goes, once the VM's process has ended. Idempotent.
+    def _begin_keeper(self) -> None:
+        """Not in the group, which could not go then."""
+        theirs, _ = os.pipe()  # our end stays open as long as we live
+        command = [sys.executable, "-P", "-m", "qemu_user.cgroup_keeper", str(theirs), *map(str, self._folders)]
+        null = subprocess.DEVNULL
+        try:
+            self._keeper = subprocess.Popen(
+                command, pass_fds=(theirs,), stdin=null, stdout=null, stderr=null, start_new_session=True
+            )
+        finally:
+            os.close(theirs)
 
-        With --only-files we may not, and it is left to the next VM's _sweep().
+    def remove(self) -> None:
+        """We go back to where we were, and the group with its limits goes, once the VM's process has ended; one that is `kept`
+        goes when we have ended. Idempotent.
         """
+        if self._keeper is not None:
+            return
         until = time.monotonic() + _PATIENCE
         for members in self._members:
             os.close(members)
@@ -171,8 +189,6 @@ class VmCgroup:
             while folder.exists():
                 try:
                     folder.rmdir()
-                    break
-                except PermissionError:
                     break
                 except OSError:
                     if time.monotonic() > until:

@@ -312,7 +312,7 @@ def _boot(
             config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
         limits = cgroup.parse(options.cgroup) if options.cgroup else None
         endpoint = daemon()
-        group = cgroup.VmCgroup(name, limits) if limits is not None else None
+        group = cgroup.VmCgroup(name, limits, kept=options.only_files) if limits is not None else None
         if group is not None:
             groups.callback(group.remove)
         if options.only_files:

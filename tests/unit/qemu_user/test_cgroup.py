@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,37 @@ def test_on_this_host() -> None:
     if status == 77:
         pytest.skip("this host's control groups cannot be written to")
     assert status == 0
+
+
+@pytest.mark.parametrize("ends", ["os._exit(0)", "os.kill(os.getpid(), 9)"])
+def test_a_group_that_we_may_not_remove_goes_with_us(ends: str) -> None:
+    """As with --only-files: the keeper is not in the group, sees our end, and removes it once nobody is inside."""
+    code = f"""if True:
+        import os, sys
+        from qemu_user.cgroup import CgroupError, Limits, VmCgroup
+        try:
+            group = VmCgroup("kept", Limits(pids=1000), kept=True)
+        except CgroupError:
+            sys.exit(77)
+        group.remove()
+        print(*group._folders, sep="\\n", flush=True)
+        sys.stdin.read(1)
+        {ends}
+    """
+    command = [sys.executable, "-P", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        if process.poll() == 77 or folder == Path():
+            pytest.skip("this host's control groups cannot be written to")
+        assert (folder / "cgroup.procs").read_text().split() == [str(process.pid)]
+        process.stdin.close()
+        process.wait()
+    until = time.monotonic() + 60
+    while folder.exists():
+        assert time.monotonic() < until, "nobody removes the group"
+        time.sleep(0.02)
 
 
 def test_what_is_lacking_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
