@@ -171,7 +171,8 @@ class Eventfds:
                 return False
             at = 8 + last * run_page.COALESCED_ENTRY_SIZE
             run_page.COALESCED_ENTRY.pack_into(ring, at, addr, len(data), pio, data)
-            run_page.U32.pack_into(ring, 4, (last + 1) % run_page.COALESCED_MAX)
+            # One store: pack_into() clears its target first, and to the client, which may look now, 0 is an index.
+            ring[4:8] = run_page.U32.pack((last + 1) % run_page.COALESCED_MAX)
         finally:
             machine.unlock_ring()
         return True

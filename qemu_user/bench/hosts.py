@@ -70,7 +70,7 @@ class Watch:
         time.sleep(0.05)
         self._seen: dict[int, int] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._collect)
+        self._thread = threading.Thread(target=self._collect, daemon=True)
         self._thread.start()
         return self
 

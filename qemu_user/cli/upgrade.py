@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         host = Host(uri, options.endpoint)
     except HostError as error:
         return fail("upgrade", error)
-    thread = threading.Thread(target=host.serve)
+    thread = threading.Thread(target=host.serve, daemon=True)
     thread.start()
     try:
         for name in options.name:

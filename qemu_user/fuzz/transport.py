@@ -250,7 +250,7 @@ def _race(kvm: Kvm, endpoint: str, rng: Random) -> None:
         finally:
             twin.release()
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

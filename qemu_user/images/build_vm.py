@@ -63,8 +63,8 @@ def run(
             hear(line)
 
         readers = [
-            threading.Thread(target=_read, args=(ends["stdout-read"], told)),
-            threading.Thread(target=_read, args=(ends["control-read"], words.append)),
+            threading.Thread(target=_read, args=(ends["stdout-read"], told), daemon=True),
+            threading.Thread(target=_read, args=(ends["control-read"], words.append), daemon=True),
         ]
         for reader in readers:
             reader.start()

@@ -67,3 +67,14 @@ def test_tables_know_nothing_of_io() -> None:
 def test_a_vm_process_loads_no_llvm() -> None:
     program = "import kvmcore.server.vm_process, kvmcore.engine.machine, sys; sys.exit('llvmlite' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_nobody_waits_for_a_forgotten_thread() -> None:
+    """Python waits for threads that are not daemons, and for a pool's: a failed test would keep pytest from ending."""
+    for path in (*FILES, *sorted((ROOT / "tests").rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("threading.Thread", "Thread"):
+                daemon = [ast.unparse(word.value) for word in node.keywords if word.arg == "daemon"]
+                assert daemon == ["True"], f"{_id(path)}:{node.lineno}: a thread without daemon=True"
+        if path.is_relative_to(ROOT / "tests"):
+            assert "concurrent.futures" not in imports(path), f"{_id(path)}: a pool of threads"

@@ -66,7 +66,7 @@ class Guest:
         def work(number: int) -> None:
             results[number] = self.run(seconds, number)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(self.harts))]
+        threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(self.harts))]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from tests.framework.product import Product, have_image, read_until
+from tests.framework.product import Product, read_until
 
-pytestmark = [pytest.mark.net, pytest.mark.skipif(not have_image(), reason="needs the image (softkvm pull busybox)")]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240), pytest.mark.usefixtures("busybox")]
 
 
 def test_top(product: Product) -> None:

@@ -44,7 +44,7 @@ def test_the_host_calls_the_guest(product: Product, tools: Path) -> None:
             sock.sendall(b"CONNECT 7000\n")
             stream = sock.makefile("rb")
             assert stream.readline().startswith(b"OK ")
-            sender = threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)))
+            sender = threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)), daemon=True)
             sender.start()
             assert stream.read() == data
             sender.join()

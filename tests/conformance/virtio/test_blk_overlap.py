@@ -157,7 +157,7 @@ def test_an_error_is_that_requests_own(disk: Disk, monkeypatch: pytest.MonkeyPat
 
 
 def _later(call: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     return thread
 

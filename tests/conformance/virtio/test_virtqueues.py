@@ -295,7 +295,7 @@ def test_rings_that_change_while_they_are_read(bench: Bench) -> None:
             driver.put(table + 16 * choice.randrange(8), choice.randbytes(16))
             driver.put(table + 16 * choice.randrange(8) + 12, struct.pack("<HH", choice.getrandbits(3), choice.randrange(9)))
 
-    thread = threading.Thread(target=spoil)
+    thread = threading.Thread(target=spoil, daemon=True)
     thread.start()
     broken = 0
     try:

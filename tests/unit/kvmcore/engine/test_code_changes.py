@@ -208,7 +208,7 @@ def test_patching_while_others_execute(guest):
 
 def test_memory_slots_may_change_under_running_harts(guest):
     g = guest("1: addi t0, t0, 1\n j 1b", harts=2)
-    thread = threading.Thread(target=g.run_all, args=(1.0,))
+    thread = threading.Thread(target=g.run_all, args=(1.0,), daemon=True)
     thread.start()
     for number in range(50):
         with g.machine.quiesce():

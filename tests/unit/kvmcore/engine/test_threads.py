@@ -41,7 +41,7 @@ def test_no_kick_is_lost(guest):
             assert hart.run() == ExitKind.KICK
             seen.release()
 
-    thread = threading.Thread(target=runner)
+    thread = threading.Thread(target=runner, daemon=True)
     thread.start()
     for _ in range(300):
         hart.kick()
@@ -64,7 +64,7 @@ def test_kicks_and_quiesce_do_not_eat_each_other(guest):
             with g.machine.quiesce():
                 pass
 
-    threads = [threading.Thread(target=runner), threading.Thread(target=disturber)]
+    threads = [threading.Thread(target=runner, daemon=True), threading.Thread(target=disturber, daemon=True)]
     for thread in threads:
         thread.start()
     try:
@@ -82,7 +82,7 @@ def test_nobody_runs_inside_quiesce(guest):
     g = guest(f"li t0, {COUNTER}\n slli t1, a0, 3\n add t0, t0, t1\n 1: ld t2, 0(t0)\n"
         "addi t2, t2, 1\n sd t2, 0(t0)\n j 1b",
               harts=3)  # fmt: skip
-    thread = threading.Thread(target=g.run_all, args=(1.5,))
+    thread = threading.Thread(target=g.run_all, args=(1.5,), daemon=True)
     thread.start()
     for _ in range(20):
         with g.machine.quiesce():
@@ -145,7 +145,7 @@ def test_store_conditional_needs_the_reserved_address_and_size(guest):
 
 def test_requested_flushes_are_done_soon(guest):
     g = guest(SPIN)
-    thread = threading.Thread(target=g.run, args=(3.0,))
+    thread = threading.Thread(target=g.run, args=(3.0,), daemon=True)
     thread.start()
     hart = g.harts[0]
     for request in (hart.flush_tlb, hart.flush_icache):
@@ -209,7 +209,7 @@ def test_an_msi_to_a_running_hart_needs_no_exit(guest):
     )
     interrupt_file(g, 1)
     g.machine.set_imsics({IMSIC: g.harts[0], IMSIC + 4096: g.harts[1]})
-    threads = [threading.Thread(target=g.run, args=(20.0, 0)), threading.Thread(target=g.run, args=(20.0, 1))]
+    threads = [threading.Thread(target=g.run, args=(20.0, hart), daemon=True) for hart in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -270,7 +270,7 @@ def test_no_msi_is_lost_on_the_way_to_sleep(guest):
                 return
             g.harts[1].sleep(seen, 10_000_000_000)
 
-    threads = [threading.Thread(target=g.run, args=(20.0, 0)), threading.Thread(target=second)]
+    threads = [threading.Thread(target=g.run, args=(20.0, 0), daemon=True), threading.Thread(target=second, daemon=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -295,7 +295,7 @@ def test_a_loop_of_pauses_gives_the_core_away_and_goes_on(guest):
             seen.set()
         g[COUNTER] = 1
 
-    thread = threading.Thread(target=host)
+    thread = threading.Thread(target=host, daemon=True)
     thread.start()
     assert g.run(20) == ExitKind.ECALL
     thread.join()

@@ -60,7 +60,7 @@ def test_memory_changes_while_it_runs() -> None:
     with g.machine.quiesce():
         g.machine.set_slots([*views, SlotView(0x81000000, 4096, g.address + 0x10000)])
     result: list[ExitKind] = []
-    thread = threading.Thread(target=lambda: result.append(g.run()))
+    thread = threading.Thread(target=lambda: result.append(g.run()), daemon=True)
     thread.start()
     time.sleep(0.05)
     with g.machine.quiesce():

@@ -162,7 +162,7 @@ def test_ioctls_between_and_behind_runs(kernel, ended):
     cpu = machine.cpus[0]
     done = []
     assert cpu.try_now(lambda: done.append("idle"))
-    thread = threading.Thread(target=lambda: done.append(client.run()))
+    thread = threading.Thread(target=lambda: done.append(client.run()), daemon=True)
     thread.start()
     while not cpu.hart.running:
         time.sleep(0.001)
@@ -316,7 +316,7 @@ def test_slots_and_the_bus_change_under_native_exits(kernel, ended):
             for slot in range(1, 9):
                 assert kernel.region(slot, 0x9000_0000 + (slot << 20), 0, 0x7000_0000_0000) == 0
 
-    thread = threading.Thread(target=change)
+    thread = threading.Thread(target=change, daemon=True)
     thread.start()
     while thread.is_alive():
         assert client.run() == (Exit.MMIO, 0)

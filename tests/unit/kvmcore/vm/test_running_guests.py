@@ -348,7 +348,7 @@ def test_dirty_log_while_running(kernel):
         kernel.ioctl(kernel.vm, "GET_DIRTY_LOG", bytes(SIZE // 4096 // 8), slot=0, dirty_bitmap=POINTEE)
         return int.from_bytes(kernel.pointee, "little")
 
-    runner = threading.Thread(target=machine.run)
+    runner = threading.Thread(target=machine.run, daemon=True)
     runner.start()
     page = 1 << 0x100
     for _ in range(20):
@@ -371,7 +371,7 @@ def test_memslot_deleted_under_a_running_vcpu(kernel):
         j 1b
     """)  # fmt: skip
     assert kernel.region(1, 0x9000_0000, 0x1000, HVA + 0x20_0000) == 0
-    runner = threading.Thread(target=machine.run)
+    runner = threading.Thread(target=machine.run, daemon=True)
     runner.start()
     machine.ram[0x200000:0x200004] = b"\xff" * 4
     while bytes(machine.ram[0x200000:0x200004]) != bytes(4):  # until the guest stores

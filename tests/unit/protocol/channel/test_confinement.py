@@ -81,7 +81,7 @@ def test_threads_that_exist_are_bound_too() -> None:
             go.wait(60)
             found.append(errno_of(lambda: os.unlink("/nowhere")))
 
-        thread = threading.Thread(target=later)
+        thread = threading.Thread(target=later, daemon=True)
         thread.start()
         confinement.seccomp(Filter(errnos={"unlink": EPERM}, otherwise=None))
         go.set()
@@ -127,7 +127,7 @@ def test_what_a_vm_process_still_may(tmp_path: Path) -> None:
     def work() -> int:
         kvmcore.calls()
         done = []
-        threads = [threading.Thread(target=done.append, args=(number,)) for number in range(3)]
+        threads = [threading.Thread(target=done.append, args=(number,), daemon=True) for number in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:

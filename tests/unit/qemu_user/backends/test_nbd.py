@@ -196,7 +196,7 @@ def test_requests_of_several_threads(tmp_path: Path, serve: Callable[..., Server
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -239,7 +239,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_nothing(tmp_path: Path, se
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=guest)
+    thread = threading.Thread(target=guest, daemon=True)
     thread.start()
     for _ in range(5):
         time.sleep(random.uniform(0.05, 0.2))

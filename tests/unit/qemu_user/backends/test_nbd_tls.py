@@ -94,7 +94,7 @@ def test_data_both_ways_by_several_threads(serve: Serve, certificates: Path, ima
                 disk.read(offset, [memoryview(back)[:77], memoryview(back)[77:]])
                 assert back == data
 
-        threads = [threading.Thread(target=work, args=piece) for piece in pieces]
+        threads = [threading.Thread(target=work, args=piece, daemon=True) for piece in pieces]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -108,7 +108,7 @@ def test_looks_that_cannot_be_afforded_are_refused(loop: IoLoop, monkeypatch: py
 def test_other_threads_do_not_look(loop: IoLoop) -> None:
     queue = Queue(loop)
     answers: list[bool] = []
-    thread = threading.Thread(target=lambda: answers.append(queue.watch()))
+    thread = threading.Thread(target=lambda: answers.append(queue.watch()), daemon=True)
     thread.start()
     thread.join()
     assert answers == [False]

@@ -362,8 +362,8 @@ def test_requests_of_several_threads(tmp_path: Path) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    threads.append(threading.Thread(target=churn))
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(4)]
+    threads.append(threading.Thread(target=churn, daemon=True))
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -238,7 +238,7 @@ def test_a_folder_swapped_for_a_link_leads_nowhere(folder: Path) -> None:
             os.unlink(folder / "trap")
             os.rename(folder / "kept", folder / "trap")
 
-    thread = threading.Thread(target=swap)
+    thread = threading.Thread(target=swap, daemon=True)
     thread.start()
     try:
         seen = tries = 0

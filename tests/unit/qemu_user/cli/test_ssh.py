@@ -45,7 +45,7 @@ def serve(path: Path, answers: list[Answer]) -> threading.Thread:
                 with connection:
                     answer(connection, connection.recv(64))
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
 

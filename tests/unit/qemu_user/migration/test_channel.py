@@ -49,7 +49,7 @@ def test_scattered_pages_arrive_where_they_belong(ends: tuple[Channel, Channel],
     view = memoryview(memory)
     parts = [view[first * PAGE : (first + pages) * PAGE] for first, pages in runs]
     payload = [messages.runs_header(runs), *parts]
-    sender = threading.Thread(target=here.send, args=(messages.RUNS, count), kwargs={"payload": payload})
+    sender = threading.Thread(target=here.send, args=(messages.RUNS, count), kwargs={"payload": payload}, daemon=True)
     sender.start()
     frame = there.receive(10)
     assert frame is not None

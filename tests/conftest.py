@@ -1,0 +1,62 @@
+"""pytest ends when its tests have, with a status that says what came of them, whatever they have left behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.framework.leftovers import Leftovers
+
+_GRACE_SECONDS = 120.0
+"""After a test's own time limit, which interrupts Python, for tests that it does not interrupt."""
+_left = Leftovers()
+_told: list[str] = []
+_output = -1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _output
+    capture = config.pluginmanager.getplugin("capturemanager")
+    assert capture is not None
+    with capture.global_and_fixture_disabled():
+        _output = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End the run, with everybody's stacks, when a test goes on far beyond its time limit."""
+    marker = item.get_closest_marker("timeout")
+    limit = float(marker.args[0] if marker and marker.args else item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(limit + _GRACE_SECONDS, exit=True, file=_output)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    _told.extend(_left.clear())
+    if _told and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _told:
+        terminalreporter.section("left behind by tests", red=True)
+        for line in _told:
+            terminalreporter.line(line)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Python waits for its threads: not for one that a failed test has left."""
+    if _left.threads():
+        status = config.pluginmanager.getplugin("session")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(getattr(status, "exitstatus", 1)))
