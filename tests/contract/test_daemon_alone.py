@@ -44,7 +44,7 @@ def test_work_for_later_keeps_it_only_while_it_can_be_reached() -> None:
         socket = Path(daemon.endpoint.removeprefix("ipc://"))
         kvm = Kvm.open(daemon.endpoint)
         vm = kvm.create_vm()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 240
         while not list(socket.parent.glob("kv-*/t-*")):  # the translator starts after the VM
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -58,4 +58,4 @@ def test_work_for_later_keeps_it_only_while_it_can_be_reached() -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             daemon.process.wait(4)
         socket.unlink()
-        daemon.process.wait(40)
+        daemon.process.wait(120)

@@ -116,7 +116,7 @@ def test_a_guest_without_shared_memory(place: Place) -> None:
         vm.irqfd(0, 1)
     assert caught.value.errno == EOPNOTSUPP
     vm.close()
-    place.wait_for_no_vm(10)
+    place.wait_for_no_vm(60)
     kvm.close()
 
 
@@ -139,7 +139,7 @@ def test_without_encryption_nothing_comes_in(place: Place) -> None:
     host, port = place.endpoint.removeprefix("tcp://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as sock:
         sock.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48))
-        sock.settimeout(5)
+        sock.settimeout(60)
         while sock.recv(4096):  # libzmq's greeting, then the end
             pass
 
@@ -154,7 +154,7 @@ def test_two_clients_with_one_key_have_sessions_of_their_own(place: Place) -> No
     vm.close()
     first.close()
     second.close()
-    place.wait_for_no_vm(10)
+    place.wait_for_no_vm(60)
 
 
 CLIENT = """
@@ -180,7 +180,7 @@ def test_a_killed_client_is_known_by_its_silence(place: Place) -> None:
         assert client.stdout.readline() == b"up\n"
         assert place.vm_processes()
         client.kill()
-    place.wait_for_no_vm(control.LEASE_SECONDS + 10)
+    place.wait_for_no_vm(control.LEASE_SECONDS + 60)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_killed_client_is_known_by_its_silence(place: Place) -> None:
 )
 def test_wrong_command_lines(listen: list[str], said: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvmcore", "--listen", f"ipc://{tmp_path}/s", "--listen", *listen]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert done.returncode == 2
     assert said in done.stderr
 

@@ -50,7 +50,7 @@ class Guest:
         data = assemble(code, address).image
         self.memory[address - RAM : address - RAM + len(data)] = data
 
-    def run(self, seconds: float = 10.0, number: int = 0) -> ExitKind:
+    def run(self, seconds: float = 60.0, number: int = 0) -> ExitKind:
         """Run a hart until it leaves; KICK if it has not after `seconds`."""
         timer = threading.Timer(seconds, self.harts[number].kick)
         timer.start()
@@ -59,7 +59,7 @@ class Guest:
         finally:
             timer.cancel()
 
-    def run_all(self, seconds: float = 30.0) -> list[ExitKind]:
+    def run_all(self, seconds: float = 60.0) -> list[ExitKind]:
         """Run every hart on a thread of its own until each has left."""
         results = [ExitKind.NONE] * len(self.harts)
 

@@ -57,7 +57,7 @@ class Daemon:
         """SIGTERM, and the directory goes."""
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -114,7 +114,7 @@ def _run(
     hosts[at].softkvm("pause", "vm")
     reports = _progress(folder)
     hosts[at].softkvm("kill", "vm")
-    first.wait(30)
+    first.wait(60)
     other.kill()
     other.wait()
     checked = subprocess.run(["/sbin/e2fsck", "-p", files], capture_output=True, text=True, check=False)

@@ -118,7 +118,7 @@ class Product:
                 continue
         return found
 
-    def wait_gone(self, *pids: int, seconds: float = 15) -> list[int]:
+    def wait_gone(self, *pids: int, seconds: float = 60) -> list[int]:
         """Waits until the processes are gone; those that are not."""
         end = time.monotonic() + seconds
         left = list(pids)
@@ -135,7 +135,7 @@ def _dead(pid: int) -> bool:
         return True
 
 
-def read_until(process: subprocess.Popen[bytes], text: bytes, seconds: float = 60) -> bytes:
+def read_until(process: subprocess.Popen[bytes], text: bytes, seconds: float = 120) -> bytes:
     """Reads the process's stdout until `text` has come; what was read. AssertionError when it does not
     come."""
     assert process.stdout is not None
@@ -155,7 +155,7 @@ def read_until(process: subprocess.Popen[bytes], text: bytes, seconds: float = 6
     return seen
 
 
-def on_console(product: Product, name: str, text: bytes, wanted: bytes, seconds: float = 60) -> bytes:
+def on_console(product: Product, name: str, text: bytes, wanted: bytes, seconds: float = 120) -> bytes:
     """Types into a VM's console until the answer comes."""
     path = product.runtime / "softkvm" / "vms" / name / "console.sock"
     with socket.socket(socket.AF_UNIX) as console:

@@ -96,7 +96,7 @@ class QemuPeer:
         self._batch += 1
         self._ram[mailbox + 8 : mailbox + 16] = len(cases).to_bytes(8, "little")
         self._ram[mailbox : mailbox + 8] = self._batch.to_bytes(8, "little")
-        deadline = time.monotonic() + 10 + len(cases) * self._limit / _TICKS_PER_SECOND
+        deadline = time.monotonic() + 60 + len(cases) * self._limit / _TICKS_PER_SECOND
         while int.from_bytes(self._ram[mailbox + 40 : mailbox + 48], "little") != self._batch:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"QEMU stopped answering (exit status {self._process.returncode})")

@@ -37,7 +37,7 @@ class RunningSwitch:
     def stop(self) -> int:
         """Its exit status."""
         self.process.terminate()
-        return self.process.wait(10)
+        return self.process.wait(60)
 
     def verb(self, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         """softkvm switch ARGUMENTS."""
@@ -51,7 +51,7 @@ class RunningSwitch:
         """A port's row in show."""
         return next(port for port in self.show()["ports"] if port["name"] == name)
 
-    def until(self, port: str, seconds: float = 20, **wanted: object) -> dict[str, Any]:
+    def until(self, port: str, seconds: float = 60, **wanted: object) -> dict[str, Any]:
         """Wait until a port is there whose row has these values."""
         end = time.monotonic() + seconds
         while True:
@@ -68,7 +68,7 @@ class Client:
     def __init__(self, switch: RunningSwitch, name: str = "", settings: str = "", path: str | Path = "") -> None:
         self.header = bool(name)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)
         self.socket.connect(str(path or switch.directory / ("port.sock" if name else "qemu.sock")))
         self.welcome = Welcome()
         if name:
@@ -113,4 +113,4 @@ class Client:
         except TimeoutError:
             return True
         finally:
-            self.socket.settimeout(20)
+            self.socket.settimeout(60)

@@ -58,7 +58,7 @@ def test_free_memory_goes_back_and_the_target_is_followed(product: Product) -> N
         filled = _guest_memory(product)
         assert filled > 100 * MIB
         go_on()
-        read_until(running, b"removed\n", 30)
+        read_until(running, b"removed\n", 120)
         _until(lambda: _guest_memory(product) < filled - 40 * MIB)  # whole blocks of 2 MiB only
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
             control.connect(str(next(product.runtime.rglob("control.sock"))))

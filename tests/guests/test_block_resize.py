@@ -29,7 +29,7 @@ def test_the_guest_sees_the_new_size(product: Product, tmp_path: Path, kind: str
     """
     running = product.start("run", "--smp", "2", "--drive", f"file={disk},id=data", "--", "sh", "-c", script)
     try:
-        assert read_until(running, b"up\n", 90) == b"2048\nup\n"
+        assert read_until(running, b"up\n", 120) == b"2048\nup\n"
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
             control.connect(str(next(product.runtime.rglob("control.sock"))))
             lines = control.makefile("rwb")

@@ -57,7 +57,7 @@ def test_u_boot(product: Product) -> None:
         time.sleep(0.1)
     process.stdin.write(b"poweroff\n")
     process.stdin.flush()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 @pytest.mark.net
@@ -80,7 +80,7 @@ def test_two_operating_systems_at_once(product: Product, busybox: None) -> None:
         read_until(boot, b"\nu-boot %d" % number)
     assert len(product.named("kvmcore-vm")) == 2
     linux.stdin.close()
-    assert linux.wait(30) == 0
+    assert linux.wait(60) == 0
     boot.stdin.write(b"echo still here\n")
     boot.stdin.flush()
     read_until(boot, b"\nstill here")

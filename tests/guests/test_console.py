@@ -23,16 +23,16 @@ def test_several_consoles_and_the_log(product: Product) -> None:
         typist.stdin.write(b"echo $((%s))\n" % sum_)  # type: ignore[union-attr]
         typist.stdin.flush()  # type: ignore[union-attr]
         for reader in (first, second, looking, following):
-            assert b"666" not in read_until(reader, shown, 90)
+            assert b"666" not in read_until(reader, shown, 120)
     second.stdin.write(b"seq 1 300; echo done$((1+1))\n")
     second.stdin.flush()
     for reader in (first, second, looking):
-        assert b"299\r\n300\r\n" in read_until(reader, b"done2\r\n", 90)
+        assert b"299\r\n300\r\n" in read_until(reader, b"done2\r\n", 120)
     tail = product.run("console", "--log", "--tail", "2", "sh").stdout
     assert tail.count(b"\n") <= 2
     assert product.run("kill", "sh").returncode == 0
     for reader in (first, second, looking, following):
-        reader.communicate(timeout=30)
+        reader.communicate(timeout=60)
         assert reader.returncode == 0
     kept = product.run("console", "--log", "sh")
     assert (kept.returncode, b"done2\r\n" in kept.stdout) == (0, True)

@@ -21,11 +21,11 @@ def test_tcp_between_two_guests(product: Product, header: str) -> None:
     send = f"ip addr add 10.0.0.2/24 dev eth0; {make}; nc 10.0.0.1 9 </f"
     server = product.start("run", "--netdev", f"{cable},server=on", "--", "sh", "-c", listen)
     try:
-        read_until(server, b"ready\n", 90)
+        read_until(server, b"ready\n", 120)
         client = product.run("run", "--netdev", cable, "--", "sh", "-c", send)
         assert client.returncode == 0, client.stderr
         assert len(client.stdout.split()) == 2
-        assert read_until(server, b"-\n", 30) == client.stdout
+        assert read_until(server, b"-\n", 120) == client.stdout
     finally:
         server.kill()
         server.communicate()
@@ -39,7 +39,7 @@ def test_the_cable_can_be_pulled(product: Product) -> None:
     unix = socket.AF_UNIX, socket.SOCK_STREAM
     assert running.stdin is not None
     try:
-        read_until(running, b"up\n", 90)
+        read_until(running, b"up\n", 120)
         with socket.socket(*unix) as peer, socket.socket(*unix) as control:
             peer.connect(str(path))
             control.connect(str(next(product.runtime.rglob("control.sock"))))
@@ -56,7 +56,7 @@ def test_the_cable_can_be_pulled(product: Product) -> None:
                 assert command("set_link", name="n0", up=up) == {"return": {}}
                 running.stdin.write(b"look\n")
                 running.stdin.flush()
-                read_until(running, carrier, 30)
+                read_until(running, carrier, 120)
             assert "DeviceNotFound" in str(command("set_link", name="nope", up=False))
     finally:
         running.kill()

@@ -53,7 +53,7 @@ def bad_mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a Mirror."""
     monkeypatch.setattr(Mirror, "upstream", mirror())
     try:
-        urllib.request.urlopen(f"{Mirror.upstream}/dists/trixie/InRelease", timeout=30).close()
+        urllib.request.urlopen(f"{Mirror.upstream}/dists/trixie/InRelease", timeout=60).close()
     except OSError as error:
         pytest.skip(f"Debian's archive cannot be reached: {error}")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)

@@ -56,6 +56,6 @@ def test_tcp_to_qemu(product: Product, tmp_path: Path, cable: str) -> None:
     wait = "i=0; until ping -c 1 -W 1 10.0.0.1 >/dev/null || [ $i = 40 ]; do i=$((i+1)); done"
     script = f"ip addr add 10.0.0.2/24 dev eth0; {wait}; {make}; nc 10.0.0.1 9 </f"
     said = QemuGuest(tmp_path, theirs, ["sh", "-c", script]).run(150)
-    assert read_until(server, b"-\n", 60).decode().split()[0] in said
+    assert read_until(server, b"-\n", 120).decode().split()[0] in said
     server.kill()
     server.communicate()

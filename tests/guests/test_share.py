@@ -47,12 +47,12 @@ def test_changes_of_either_side_are_seen_at_the_next_open(product: Product, tmp_
     running = product.start("run", "--share", f"{tmp_path}:data", "--", "sh", "-c", script)
     assert running.stdin is not None
     try:
-        assert read_until(running, b"end\n", 90) == b"one\nend\n"
+        assert read_until(running, b"end\n", 120) == b"one\nend\n"
         for word in (b"two", b"SIX", b"longer than before"):
             shared.write_bytes(word + b"\n")
             running.stdin.write(word + b"\n")
             running.stdin.flush()
-            assert read_until(running, b"end\n", 30) == word + b"\nend\n"
+            assert read_until(running, b"end\n", 120) == word + b"\nend\n"
             assert (tmp_path / "answer").read_bytes() == word + b"\n"
     finally:
         running.kill()

@@ -54,7 +54,7 @@ def test_vms_of_both_kinds_and_vlans(product: Product) -> None:
         make = "dd if=/dev/urandom of=/f bs=64k count=32 2>/dev/null; md5sum </f; nc 10.0.0.1 9 </f"
         client = product.run("run", "--name", "b", *NETDEV, "--", *on("10.0.0.2", make))
         assert client.returncode == 0, client.stderr
-        assert read_until(server, b"-\n", 60).split()[0] == client.stdout.split()[0]
+        assert read_until(server, b"-\n", 120).split()[0] == client.stdout.split()[0]
         if shutil.which("qemu-system-riscv64") is None:
             pytest.skip("needs qemu-system-riscv64 (apt install qemu-system-misc)")
         with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def test_the_host_through_a_tap(namespace: str, offloads: str) -> None:
             )
             done = subprocess.run([*inside, "python3", "-c", program], capture_output=True, text=True, timeout=120, check=False)
             assert done.returncode == 0, done.stderr
-            assert read_until(guest, b"-\n", 60).decode().split()[0] == done.stdout.strip()
+            assert read_until(guest, b"-\n", 120).decode().split()[0] == done.stdout.strip()
             assert guest.wait(60) == 0
             subprocess.run([*inside, "ip", "link", "del", "t0"], check=True)
             end = [port["name"] for port in switch.show()["ports"]]
@@ -144,7 +144,7 @@ def test_places_for_qemu(product: Product, tmp_path: Path, port: str, netdev: st
         make = "dd if=/dev/urandom of=/f bs=64k count=8 2>/dev/null; md5sum </f; nc 10.0.0.1 9 </f"
         said = QemuGuest(tmp_path, netdev, on("10.0.0.2", f"{PING.format('10.0.0.1')}; {make}")).run(150)
         assert "reached 10.0.0.1" in said
-        assert read_until(server, b"-\n", 60).decode().split()[0] in said
+        assert read_until(server, b"-\n", 120).decode().split()[0] in said
         server.kill()
         server.communicate()
 
@@ -164,7 +164,7 @@ def test_a_vm_is_handed_over_and_found_again(product: Product) -> None:
         before = switch.port("mover/n0")["peer"]
         moved = product.run("migrate", "mover", uri)
         assert moved.returncode == 0, moved.stderr
-        read_until(client, b"sent\n", 60)
+        read_until(client, b"sent\n", 120)
         row = switch.until("mover/n0#2", addresses=1)
         assert row["peer"] != before
         assert row["rx_frames"] > 0

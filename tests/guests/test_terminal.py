@@ -44,7 +44,7 @@ def test_a_shell_on_a_terminal(product: Product) -> None:
         terminal.expect(b"end the VM")
         assert not terminal.restored
         terminal.type(b"\x01x")
-        terminal.process.wait(30)
+        terminal.process.wait(60)
         assert terminal.restored
     assert running(product) == []
 
@@ -53,7 +53,7 @@ def test_exit_status_of_the_shell(product: Product) -> None:
     with Terminal(product.command("run"), product.environment) as terminal:
         terminal.expect(b"# ")
         terminal.type(b"exit\r")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(60) == 0
         assert terminal.restored
 
 
@@ -68,20 +68,20 @@ def test_console_comes_and_goes(product: Product) -> None:
         terminal.type(b"\x01?")
         terminal.expect(b"leave the console")
         terminal.type(b"\x01d")
-        assert terminal.process.wait(10) == 0
+        assert terminal.process.wait(60) == 0
         assert terminal.restored
     with Terminal(product.command("console", "bg"), product.environment) as terminal:
         terminal.expect(b"# ")
         terminal.type(b"echo $x\r")
         terminal.expect(b"\nleft-behind")
         terminal.process.send_signal(signal.SIGTERM)
-        assert terminal.process.wait(10) == 128 + signal.SIGTERM
+        assert terminal.process.wait(60) == 128 + signal.SIGTERM
         assert terminal.restored
     with Terminal(product.command("console", "bg"), product.environment) as terminal:
         terminal.expect(b"# ")
         assert product.run("kill", "bg").returncode == 0
         terminal.expect(b"VM bg has ended")
-        assert terminal.process.wait(10) == 0
+        assert terminal.process.wait(60) == 0
         assert terminal.restored
     assert running(product) == []
 

@@ -42,7 +42,7 @@ def test_top(product: Product) -> None:
     assert [line.split()[0] for line in lines[1:]] == ["NAME", "works", "sleeps"]
     for client in vms.values():
         client.kill()
-        client.wait(10)
+        client.wait(60)
 
 
 def test_intervals_that_cannot_be(product: Product) -> None:

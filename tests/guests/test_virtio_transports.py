@@ -55,7 +55,7 @@ def test_disk_works_over_every_transport(product: Product, tmp_path: Path, optio
         read_until(process, b"# ", 120)
         process.stdin.write(SCRIPT.encode())
         process.stdin.flush()
-        said = read_until(process, b"DONE", 60)
+        said = read_until(process, b"DONE", 120)
     finally:
         process.kill()
         process.communicate()
@@ -71,13 +71,13 @@ def test_u_boot_finds_the_disk_on_pci(product: Product, tmp_path: Path) -> None:
     running = product.start("run", "--kernel", str(U_BOOT), "--drive", f"file={disk}")
     assert running.stdin is not None
     try:
-        read_until(running, b"autoboot", 60)
+        read_until(running, b"autoboot", 120)
         running.stdin.write(b"\n")
         running.stdin.flush()
-        read_until(running, b"=> ", 60)
+        read_until(running, b"=> ", 120)
         running.stdin.write(b"virtio scan; virtio read 0x82000000 0 1; md.l 0x82000000 1\n")
         running.stdin.flush()
-        assert b"1 blocks read: OK" in (said := read_until(running, b"82000000: 12345678", 60)), said
+        assert b"1 blocks read: OK" in (said := read_until(running, b"82000000: 12345678", 120)), said
     finally:
         running.kill()
         running.communicate()
@@ -108,7 +108,7 @@ def test_a_killed_vm_process_is_told_in_one_sentence(product: Product, tmp_path:
         read_until(process, b"# ", 120)
         process.stdin.write(b"while :; do echo busy; done\n")
         process.stdin.flush()
-        read_until(process, b"busy\r\nbusy\r\n", 30)
+        read_until(process, b"busy\r\nbusy\r\n", 120)
         (victim,) = product.named("kvmcore-vm victim")
         victim.kill()
         _, errors = process.communicate(timeout=60)

@@ -37,7 +37,7 @@ def test_the_host_calls_the_guest(product: Product, tools: Path) -> None:
     running = product.start("run", "--vsock", str(path), "--share", f"{tools}:tools:ro", "--", "sh", "-c", script)
     data = os.urandom(1_000_000)
     try:
-        read_until(running, b"listening\n", 90)
+        read_until(running, b"listening\n", 120)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(60)
             sock.connect(str(path))
@@ -48,7 +48,7 @@ def test_the_host_calls_the_guest(product: Product, tools: Path) -> None:
             sender.start()
             assert stream.read() == data
             sender.join()
-        assert running.wait(30) == 0
+        assert running.wait(60) == 0
     finally:
         running.kill()
         running.communicate()
@@ -71,7 +71,7 @@ def test_the_guest_calls_the_host(product: Product, tools: Path) -> None:
         server.start()
         script = "/mnt/tools/vsock connect 98; dd if=/dev/zero bs=1000 count=500 2>/dev/null | /mnt/tools/vsock connect 99"
         done = product.run("run", "--vsock", str(path), "--share", f"{tools}:tools:ro", "--", "sh", "-c", script)
-        server.join(30)
+        server.join(60)
     assert received == [bytes(500_000)]
     assert done.stdout == b"answer " * 20000
     assert b"connect: Connection reset" in done.stderr, "nobody listens on port 98"

@@ -36,7 +36,7 @@ def device_process(product: Product, name: str) -> psutil.Process:
 
 
 def wait_for(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not what():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -78,7 +78,7 @@ def test_signals_reach_the_command(product: Product) -> None:
     process.send_signal(signal.SIGUSR1)
     read_until(process, b"usr1\n")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 7
+    assert process.wait(60) == 7
 
 
 def test_the_end_of_one_is_that_of_the_other(product: Product) -> None:
@@ -88,7 +88,7 @@ def test_the_end_of_one_is_that_of_the_other(product: Product) -> None:
     assert product.wait_gone(device.pid, vm) == []
     process, device = start(product, "one", "echo up; sleep 1000")
     device.kill()
-    assert process.wait(20) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
 
 
 def test_a_vm_in_the_background(product: Product) -> None:
@@ -115,7 +115,7 @@ def test_who_has_given_rights_up_is_not_given_them_back(product: Product) -> Non
         assert device_process(product, "confined").pid == process.pid
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def test_only_files_and_its_end(product: Product, tmp_path: Path) -> None:
@@ -178,6 +178,6 @@ def test_a_program_that_has_changed_is_not_run(product: Product, tmp_path: Path)
         assert subprocess.run(ask, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == 0
         module.write_text("changed")
         assert subprocess.run(ask, env=environment, check=False).returncode == 9
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         assert not socket.exists()
     os.close(lock)

@@ -33,7 +33,7 @@ def busybox() -> None:
 def goes_on(tmp_path: Path) -> Callable[[str], int]:
     """goes_on(name): waits until the guest has done some more rounds under that name; how many there are."""
 
-    def wait(name: str, more: int = 3, seconds: float = 30) -> int:
+    def wait(name: str, more: int = 3, seconds: float = 60) -> int:
         wanted = memory_guest.rounds(tmp_path, name) + more
         end = time.monotonic() + seconds
         while (done := memory_guest.rounds(tmp_path, name)) < wanted:

@@ -81,7 +81,7 @@ class HostUnderTest:
         log = (self.shared / f"{name}.log").open("ab")
         child = subprocess.Popen([sys.executable, "-P", "-m", "qemu_user", *words], env=environment, stderr=log)
         self._children.append(child)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while self.status(name) != "running":
             assert child.poll() is None, (self.shared / f"{name}.log").read_text()
             assert time.monotonic() < end
@@ -94,7 +94,7 @@ class HostUnderTest:
     def status(self, name: str) -> str:
         """The run state of the VM here; "" if there is none that answers."""
         try:
-            with QmpClient(str(self.control(name)), timeout=20) as client:
+            with QmpClient(str(self.control(name)), timeout=60) as client:
                 return str(client.execute("query-status")["status"])
         except (OSError, EOFError):
             return ""
@@ -103,7 +103,7 @@ class HostUnderTest:
         """VMs that are listed here."""
         return [row["name"] for row in json.loads(self.softkvm("ps", "--format", "json").stdout)]
 
-    def wait_for_names(self, names: list[str], seconds: float = 15) -> None:
+    def wait_for_names(self, names: list[str], seconds: float = 60) -> None:
         """Until just these VMs are listed here: a source is there a moment longer, to be asked how it went."""
         end = time.monotonic() + seconds
         while (listed := self.names()) != names:
@@ -128,7 +128,7 @@ class HostUnderTest:
             except psutil.NoSuchProcess:
                 continue
         for child in self._children:
-            child.wait(10)
+            child.wait(60)
             if child.stderr is not None:
                 child.stderr.close()
         shutil.rmtree(self.runtime)

@@ -31,7 +31,7 @@ def kill_device_process(host: HostUnderTest) -> None:
     pid = row(host)["pid"]
     (process,) = [process for process in host.processes() if process.pid == pid]
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
 
 
 @pytest.mark.parametrize("cpus", [1, 2])
@@ -60,7 +60,7 @@ def test_upgrade_hands_over_to_new_processes(host: HostUnderTest, goes_on: Calla
     before = row(host)
     done = host.softkvm("upgrade", "vm")
     assert done.returncode == 0, done.stderr.decode()
-    assert old.wait(10) == 0
+    assert old.wait(60) == 0
     host.wait_for_names(["vm"])
     goes_on("vm")
     after = row(host)

@@ -78,7 +78,7 @@ def test_moves_under_load(
         assert done.returncode == 0, done.stderr.decode()
         load.goes_on()
         source, target, uri, other = target, source, other, uri
-    load.process.wait(20)
+    load.process.wait(60)
 
 
 KILLS = 40
@@ -93,7 +93,7 @@ def test_device_process_is_killed_under_load(hosts: tuple[HostUnderTest, HostUnd
         time.sleep(0.05 + 0.037 * (number % 11))  # in the middle of whatever it does
         os.kill(pid, signal.SIGKILL)
         if pid == load.process.pid:
-            load.process.wait(10)
+            load.process.wait(60)
         done = host.softkvm("attach", "vm")
         assert done.returncode == 0, done.stderr.decode()
         (row,) = json.loads(host.softkvm("ps", "--format", "json").stdout)

@@ -47,7 +47,7 @@ def test_back_and_forth(
         target.wait_for_names(["vm"])
         assert target.status("vm") == "running"
         goes_on("vm", more=10)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     one.wait_for_names([])
     two.wait_for_names(["vm"])
     assert two.status("vm") == "running"

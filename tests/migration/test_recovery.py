@@ -58,5 +58,5 @@ def test_a_side_dies(step: str, hosts: tuple[HostUnderTest, HostUnderTest], tmp_
     """Then part of the memory is lost, and the VM with it: nobody runs half a VM, and nobody waits for ever."""
     one, two = hosts
     move(hosts, step, tmp_path)
-    one.wait_for_names([], 30)
-    two.wait_for_names([], 30)
+    one.wait_for_names([])
+    two.wait_for_names([])

@@ -69,8 +69,9 @@ def test_a_paused_guest_stays_paused(endpoint: str, goes_on: Callable[..., int],
     machine.start()
     goes_on("vm")
     machine.pause()
-    time.sleep(0.1)  # what the guest has written is on its way to the file
-    done = memory_guest.rounds(tmp_path, "vm")
+    done = -1
+    while done != (done := memory_guest.rounds(tmp_path, "vm")):
+        time.sleep(0.3)  # what the guest has written is on its way to the file
     assert save(machine, tmp_path / "kept", "one").status == "completed"
     assert memory_guest.rounds(tmp_path, "vm") == done
     machine.resume()

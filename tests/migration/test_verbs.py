@@ -48,7 +48,7 @@ def test_snapshot_and_restore_of_linux(user: Product, busybox: None) -> None:
     assert b"no snapshot" in user.run("restore", "web", "two").stderr
     assert statuses(user) == ["web"]
     ok(user, "restore", "web", "one")
-    client.wait(20)
+    client.wait(60)
     on_console(user, "web", b"cat /tmp/state\n", b"before\r\n")
     ok(user, "kill", "web")
     assert b"no VM" in user.run("pause", "web").stderr

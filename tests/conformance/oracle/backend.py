@@ -64,7 +64,7 @@ class ClientBackend:
         if self._daemon is not None:
             self._daemon.send_signal(signal.SIGTERM)
             try:
-                self._daemon.wait(10)
+                self._daemon.wait(60)
             except subprocess.TimeoutExpired:
                 self._daemon.kill()
                 self._daemon.wait()

@@ -70,7 +70,7 @@ class Guest:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind(f"{self.path}_{port}")
         sock.listen()
-        sock.settimeout(5)
+        sock.settimeout(60)
         return sock
 
     def connected(self) -> socket.socket:
@@ -79,7 +79,7 @@ class Guest:
             self.send(vsock.REQUEST)
             sock, _ = listener.accept()
         assert self.ops() == [vsock.RESPONSE]
-        sock.settimeout(5)
+        sock.settimeout(60)
         return sock
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ def test_5_10_6_a_connection_of_the_guest(guest: Guest) -> None:
 
 def test_5_10_6_a_connection_of_the_host(guest: Guest) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         sock.connect(str(guest.path))
         sock.sendall(b"CONNECT 70")
         assert guest.ops() == []
@@ -132,7 +132,7 @@ def test_5_10_6_a_connection_of_the_host(guest: Guest) -> None:
 @pytest.mark.parametrize("line", [b"CONNECT\n", b"CONNECT x\n", b"CONNECT 9999999999\n", b"HI 1\n", b"x" * 40, b"CONNECT -1\n"])
 def test_bad_calls_of_the_host_are_hung_up(guest: Guest, line: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         sock.connect(str(guest.path))
         sock.sendall(line)
         assert guest.ops() == []

@@ -21,7 +21,7 @@ def test_a_kick_ends_the_run_that_runs(guest):
     g = guest(SPIN)
     started = time.monotonic()
     assert g.run(seconds=0.2) == ExitKind.KICK
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
 
 
 def test_a_kick_before_the_run_counts_once(guest):
@@ -46,7 +46,7 @@ def test_no_kick_is_lost(guest):
     for _ in range(300):
         hart.kick()
         assert seen.acquire(timeout=60)
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -74,7 +74,7 @@ def test_kicks_and_quiesce_do_not_eat_each_other(guest):
     finally:
         stop.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -327,7 +327,7 @@ def test_a_kick_ends_code_without_branches(guest):
     g.harts[0].state.satp, g.harts[0].state.pc = 8 << 60 | root >> 12, 0
     begin = time.monotonic()
     assert g.run(0.05) == ExitKind.KICK
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     g.harts[0].be_brief()
     assert g.run() == ExitKind.KICK, "nor does it outlast a brief run"
 

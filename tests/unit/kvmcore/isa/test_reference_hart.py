@@ -62,7 +62,8 @@ def test_memory_changes_while_it_runs() -> None:
     result: list[ExitKind] = []
     thread = threading.Thread(target=lambda: result.append(g.run()), daemon=True)
     thread.start()
-    time.sleep(0.05)
+    while not g[RAM + 0x10000]:
+        time.sleep(0.001)
     with g.machine.quiesce():
         count = g.harts[0].state.icount
         time.sleep(0.02)

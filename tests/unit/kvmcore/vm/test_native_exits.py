@@ -48,7 +48,7 @@ def ended(kernel):
     yield
     kernel.vm.destroy()
     for cpu in kernel.vm.vcpus:
-        cpu.join(5)
+        cpu.join(60)
 
 
 LOADS = {

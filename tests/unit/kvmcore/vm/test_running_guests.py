@@ -440,8 +440,8 @@ def test_kick_is_sticky_and_stops_once(kernel):
     cpu.kick()
     assert machine.run() == Exit.INTR
     timer = threading.Timer(0.05, cpu.kick)
-    timer.start()
     started = time.monotonic()
+    timer.start()
     assert machine.run() == Exit.INTR
     assert time.monotonic() - started > 0.03
     assert run_page.U32.unpack_from(cpu.page, run_page.EXIT_REASON) == (Exit.INTR,)

@@ -98,7 +98,7 @@ def _kills(folder: Path, kind: str, times: int) -> None:
         disk = _opened(file, options)
         found = whole(disk)
         if isinstance(disk, MirrorDisk):
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while any(role != GOOD for _, role in disk.status()):
                 assert time.monotonic() < end, "members are not brought up to date"
                 time.sleep(0.01)

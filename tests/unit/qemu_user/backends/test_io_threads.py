@@ -17,14 +17,14 @@ def test_a_blocked_thread_holds_up_nobody_else() -> None:
 
     def flush() -> None:
         blocked.set()
-        go_on.wait(10)
+        go_on.wait(60)
 
     disk.call_soon(flush)
-    assert blocked.wait(10)
+    assert blocked.wait(60)
     threads.main.call_soon(served.set)
-    assert served.wait(10)
+    assert served.wait(60)
     go_on.set()
-    threads.join(10)
+    threads.join(60)
     threads.close()
     assert not errors
 
@@ -35,8 +35,9 @@ def test_frozen_waits_for_what_is_under_way_and_stops_all() -> None:
     threads.start()
     late = threads.add("late")  # started at once
     happened: list[str] = []
-    disk.call_soon(lambda: (time.sleep(0.05), happened.append("flushed")))  # type: ignore[func-returns-value]
-    time.sleep(0.01)
+    begun = threading.Event()
+    disk.call_soon(lambda: (begun.set(), time.sleep(0.05), happened.append("flushed")))  # type: ignore[func-returns-value]
+    assert begun.wait(60)
     with threads.frozen():
         assert happened == ["flushed"]
         for loop, name in ((threads.main, "main"), (disk, "disk"), (late, "late")):
@@ -47,7 +48,7 @@ def test_frozen_waits_for_what_is_under_way_and_stops_all() -> None:
     while len(happened) < 4 and time.monotonic() < until:
         time.sleep(0.001)
     assert sorted(happened[1:]) == ["disk", "late", "main"]
-    threads.join(10)
+    threads.join(60)
     threads.close()
 
 
@@ -59,6 +60,6 @@ def test_stopped_while_frozen_nothing_is_served_any_more() -> None:
     with threads.frozen():
         disk.call_soon(lambda: happened.append("disk"))
         threads.stop()
-    threads.join(10)
+    threads.join(60)
     threads.close()
     assert not happened

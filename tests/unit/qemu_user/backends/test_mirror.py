@@ -76,7 +76,7 @@ class Pair:
     def wait(self) -> None:
         """Until nothing is being copied."""
         assert self.disk is not None
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while any(role == COPYING for _, role in self.disk.status()):
             assert time.monotonic() < end
             time.sleep(0.005)

