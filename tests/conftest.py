@@ -1,4 +1,7 @@
-"""pytest ends when its tests have, with a status that says what came of them, whatever they have left behind."""
+"""pytest ends when its tests have, with a status that says what came of them, whatever they have left behind.
+
+Also where several processes share the tests (pytest-xdist): each looks after what it has started, the first one tells.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -38,9 +42,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    _told.extend(getattr(node, "workeroutput", {}).get("left behind", []))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     _told.extend(_left.clear())
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left behind"] = _told
     if _told and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -55,8 +66,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Python waits for its threads: not for one that a failed test has left."""
-    if _left.threads():
-        status = config.pluginmanager.getplugin("session")
+    if _left.threads() and not hasattr(config, "workeroutput"):
+        session = config.pluginmanager.getplugin("session")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(int(getattr(status, "exitstatus", 1)))
+        os._exit(int(getattr(session, "exitstatus", 1)))

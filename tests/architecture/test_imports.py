@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,15 @@ LLVM_SIDE = {"kvmcore/engine/region_compiler.py", "kvmcore/engine/build.py", "qe
 LONGEST = 800
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Those that the rules are about: imports and calls, wherever in the file."""
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom | ast.Call)]
+
+
 def imports(path: Path) -> Iterator[str]:
-    """Full names of the modules that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Full names of the modules that a file imports."""
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,10 +55,9 @@ def test_llvm_stays_on_its_side(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_no_star_imports_and_no_endless_files(path: Path) -> None:
-    text = path.read_text()
-    stars = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
+    stars = [node for node in nodes(path) if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
     assert not stars, f"{_id(path)}: import *"
-    assert text.count("\n") <= LONGEST, f"{_id(path)} is longer than {LONGEST} lines"
+    assert path.read_text().count("\n") <= LONGEST, f"{_id(path)} is longer than {LONGEST} lines"
 
 
 def test_tables_know_nothing_of_io() -> None:
@@ -72,7 +78,7 @@ def test_a_vm_process_loads_no_llvm() -> None:
 def test_nobody_waits_for_a_forgotten_thread() -> None:
     """Python waits for threads that are not daemons, and for a pool's: a failed test would keep pytest from ending."""
     for path in (*FILES, *sorted((ROOT / "tests").rglob("*.py"))):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("threading.Thread", "Thread"):
                 daemon = [ast.unparse(word.value) for word in node.keywords if word.arg == "daemon"]
                 assert daemon == ["True"], f"{_id(path)}:{node.lineno}: a thread without daemon=True"

@@ -5,9 +5,7 @@ The index comes from Debian's archive through a mirror of ours, for its signatur
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -19,9 +17,8 @@ import pytest
 from qemu_user.images.archive import mirror
 from qemu_user.images.errors import ImageError
 from qemu_user.images.store import Store
+from tests.framework.product import Product
 
-ROOT = Path(__file__).parent.parent.parent
-SOFTKVM = [sys.executable, "-P", "-m", "qemu_user.cli.main"]
 NOBODY = "http://127.0.0.1:9/debian"
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(180)]
@@ -63,9 +60,9 @@ def bad_mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def softkvm(cache: Path | str, where: str, *words: str) -> subprocess.CompletedProcess[bytes]:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "SOFTKVM_MIRROR": where, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*SOFTKVM, *words], env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=150)
+def softkvm(product: Product, cache: Path | str, where: str, *words: str) -> subprocess.CompletedProcess[bytes]:
+    product.environment |= {"XDG_CACHE_HOME": str(cache), "SOFTKVM_MIRROR": where}
+    return product.run(*words, seconds=150)
 
 
 def left(cache: Path) -> list[str]:
@@ -76,10 +73,10 @@ def left(cache: Path) -> list[str]:
 
 @pytest.mark.parametrize(("cut", "reason"), [(0, b"sha256"), (1000, b"the connection ended after")])
 def test_damaged_packages_are_refused_and_nothing_stays(
-    bad_mirror: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, reason: bytes
+    product: Product, bad_mirror: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, reason: bytes
 ) -> None:
     monkeypatch.setattr(Mirror, "cut", cut)
-    result = softkvm(tmp_path, bad_mirror, "pull", "busybox")
+    result = softkvm(product, tmp_path, bad_mirror, "pull", "busybox")
     assert result.returncode == 1
     assert result.stdout == b""
     assert reason in result.stderr
@@ -87,18 +84,18 @@ def test_damaged_packages_are_refused_and_nothing_stays(
     assert left(tmp_path) == []
 
 
-def test_offline_with_a_cold_cache_it_says_what_to_do(tmp_path: Path) -> None:
+def test_offline_with_a_cold_cache_it_says_what_to_do(product: Product, tmp_path: Path) -> None:
     for words, status in ((("pull",), 1), (("run", "--", "true"), 125)):
-        result = softkvm(tmp_path, NOBODY, *words)
+        result = softkvm(product, tmp_path, NOBODY, *words)
         assert result.returncode == status
         assert b"is the network there?" in result.stderr
         assert left(tmp_path) == []
 
 
-def test_offline_with_a_warm_cache_it_runs(tmp_path: Path) -> None:
+def test_offline_with_a_warm_cache_it_runs(product: Product) -> None:
     try:
         cache = Store().ensure("busybox", lambda *_: None).folder.parent.parent.parent
     except ImageError as error:
         pytest.skip(f"no busybox image and no way to get one: {error}")
-    result = softkvm(cache, NOBODY, "run", "--", "echo", "offline")
+    result = softkvm(product, cache, NOBODY, "run", "--", "echo", "offline")
     assert (result.returncode, result.stdout) == (0, b"offline\n"), result.stderr

@@ -103,9 +103,8 @@ def test_outlives_its_device_process(
     other = one.softkvm("run", "-d", "--kernel", str(tmp_path / "vm.out"), "--pflash", str(tmp_path / "vars.fd"))
     assert b"in use by another VM" in other.stderr, "the lock was handed on"
     assert one.softkvm("kill", "vm").returncode == 0
-    # A kill may repeat a write to the file, and loses the rounds that the process has not written there yet.
-    told_twice = memory_guest.rounds(tmp_path, "vm") - last_note(tmp_path / "vars.fd")
-    assert -20 <= told_twice <= 5
+    # A kill may repeat a write to the file, and loses the rounds that the process has not written yet: many on a busy host.
+    assert memory_guest.rounds(tmp_path, "vm") - last_note(tmp_path / "vars.fd") <= 5
 
 
 @pytest.fixture
