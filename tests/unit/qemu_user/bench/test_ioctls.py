@@ -18,5 +18,7 @@ def test_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"ioctl", "ioctl-batch", "vm", "vm-vcpu", "generic", "sequences", "guests"} <= set(rows)
     for name, row in rows.items():
         assert row["per_second"] > 0
-        assert (row["per_server_core"] is None) == (name == "dev-kvm")
+        if row["per_server_core"] is not None:  # the server may have done it all between two ticks of its clock
+            assert name != "dev-kvm"
+            assert row["per_server_core"] > 0
         assert name in told
