@@ -60,6 +60,9 @@ class Wire:
             try:
                 return self._socket.send(frame, zmq.NOBLOCK)
             except zmq.Again:
+                if not self.link.alive:
+                    self.failed = True
+                    raise Gone("the process has ended") from None
                 if patience <= 0:
                     self.failed = True
                     raise Hang(f"nothing is taken for {self.deadline:g} s") from None

@@ -76,7 +76,7 @@ def test_a_killed_vm_is_a_crash(daemon: Daemon) -> None:
     finding = perform(executor, [Op("ioctl", ("vm", 0), "CHECK_EXTENSION", arg=1)])
     executor.close()
     assert finding is not None
-    assert finding.oracle == "crash"
+    assert (finding.oracle, finding.text) == ("crash", "the process has ended")
 
 
 def test_the_bystander_notices(daemon: Daemon) -> None:
