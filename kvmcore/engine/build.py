@@ -171,6 +171,7 @@ def build() -> bytes:
         emitter.raw(_EXPORT.format(name=name, parameters=", ".join(f"i64 %p{index}" for index in range(count))))
     emitter.raw(_EXPORT.format(name="template_assemble", parameters="i64 %p0"))
     emitter.raw(_EXPORT.format(name="template_install", parameters="i64 %p0, i64 %p1, i64 %p2, i64 %p3"))
+    emitter.raw(_EXPORT.format(name="know", parameters="i64 %p0, i64 %p1"))
     for size in (1, 2, 4, 8):
         emitter.raw(_FOR_REGIONS.format(size=size, region_status=offset("region_status")))
     code, functions = link(compile_text(emitter.module()))

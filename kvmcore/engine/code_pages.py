@@ -85,7 +85,7 @@ def decoded_page(h: FunctionHart) -> None:
             call("zero", page + machine_state.PAGE_RECORDS, u64(2048 * machine_state.RECORD))
             call("copy", page + machine_state.PAGE_COPY, host, u64(4096))
             store(page + machine_state.PAGE_CHECKED, epoch)
-            h.set("fresh_page", page)
+            call("know", h.s, page)
             returns(page)
         store(page + machine_state.PAGE_HOST, u64(0))  # others may be in it: it is not used again
     fresh, _ = call("free_page", h.s)
@@ -101,7 +101,7 @@ def decoded_page(h: FunctionHart) -> None:
     store(fresh + (machine_state.PAGE_RECORDS + 2048 * machine_state.RECORD), handler_offset("page_end"))
     store(bucket, fresh)
     h.set("count_page", h.get("count_page") + 1)
-    h.set("fresh_page", fresh)
+    call("know", h.s, fresh)
     returns(fresh)
 
 

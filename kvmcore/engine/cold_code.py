@@ -31,20 +31,16 @@ class ColdCode:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._cold: dict[HotPage, None] = {}
-        self._places: dict[bytes, int] = {}
-        """Identity of a page -> place of its list of heads."""
-        self.pages = 0
-        """Decoded pages whose records have been led to template code so far."""
+        self._installed = 0
 
-    def begin(self, known: dict[bytes, int]) -> None:
-        """A new memory, with these pages in it."""
+    def begin(self) -> None:
+        """A new memory."""
         self._cold.clear()
-        self._places = known
 
     @property
-    def known(self) -> bool:
-        """Whether there is any."""
-        return bool(self._places)
+    def pages(self) -> int:
+        """Decoded pages whose records have been led to template code so far."""
+        return self._installed + int(self._machine.state.templates_laid)
 
     def count(self, page: HotPage, record: int, times: int) -> None:
         """A sample's record."""
@@ -74,16 +70,10 @@ class ColdCode:
                 for page, wanted in some:
                     page.assembled |= wanted
 
-    def note(self, identity: bytes, place: int) -> None:
-        """There is template code of these bytes."""
-        self._places[identity] = place
-
-    def install(self, page: HotPage) -> None:
-        """Let the page's records lead to what there is of it."""
-        place = self._places.get(page.identity)
-        if place is not None:
-            self._machine.image.install_templates(page.base, place)
-            self.pages += 1
+    def install(self, page: HotPage, place: int) -> None:
+        """Let the page's records lead to template code; `place`: of its list of heads."""
+        self._machine.image.install_templates(page.base, place)
+        self._installed += 1
 
 
 def executed(base: int) -> int:

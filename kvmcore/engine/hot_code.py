@@ -1,8 +1,8 @@
 """The VM's side of translation: what is hot is asked for, what is finished is put into records.
 
-Runs on vCPU threads, in the exit that follows every SAMPLES samples and each new decoded page (Hart.run), so nothing
-here needs a thread of its own. What earlier VMs had translated is installed as soon as a page is decoded; what was seen
-but never became hot is wished for at the end, for the next VM. Decoded pages stand still meanwhile: with one hart, that
+Runs on vCPU threads, in the exit that follows every SAMPLES samples (Hart.run), so nothing here needs a thread of its own.
+What is there already native code installs as soon as a page is decoded (page_identity.py); what was seen but never became hot
+is wished for at the end, for the next VM. Decoded pages stand still meanwhile: with one hart, that
 hart is here; with several, native code never changes one, and only who holds the machine's gate drops them. A region
 begins where a record says so: installing one is one aligned store. Never imports LLVM; without a translator the
 interpreter goes on alone.
@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 
 from kvmcore.engine import hart_state, machine_state, warm_pages
 from kvmcore.engine.cold_code import ColdCode
+from kvmcore.engine.known_pages import KnownPages
 from kvmcore.engine.translation import (
-    ENTRY,
     MAX_LATER,
     MAX_PAGES,
+    MAX_WAITING,
     PAGE,
-    TEMPLATES,
     Assembled,
     BadMessage,
     Elsewhere,
@@ -46,7 +46,6 @@ from kvmcore.engine.translation import (
     decode_elsewhere,
     encode_elsewhere,
     encode_wishes,
-    identity_of,
     in_memory,
     mark_of,
     receive,
@@ -124,16 +123,15 @@ class HotCode:
         self._under_way: dict[tuple[int, int], float] = {}
         self._expected = b""
         self._pages_elsewhere: list[int] = []
-        self._index: dict[bytes, list[tuple[int, int]]] = {}
-        """Identity of a page -> (offset of a head, offset in the arena): what is known to be in the arena."""
-        self._used: dict[bytes, None] = {}
-        """Pages that regions of the index were installed in, in order."""
+        self._known = KnownPages(machine)
         self._next_wishes = time.monotonic() + _WISHES
         self.cold = ColdCode(machine)
         self._counted = False
         """Whether samples were counted since the translator was asked for anything."""
-        self.regions = self.ready_made = self.translated = self.nanoseconds = 0
-        """Regions installed so far; those that were there already; those that the translator made for us, and its time."""
+        self._awaited = 0
+        """Answers that the translator gives at once."""
+        self._regions = self._ready_made = self.translated = self.nanoseconds = 0
+        """Regions installed here so far; those that were there already; those that the translator made for us, and its time."""
         self.host = Totals()
         """What the translator said last of itself."""
         machine.state.watch = 1  # until it is known what there is: the first page leads to the translator
@@ -147,19 +145,27 @@ class HotCode:
             if self._expected:
                 self._expect()
             self._read()
-            if hart.state.fresh_page:
-                self._identify(hart.state.fresh_page)
-                hart.state.fresh_page = 0
-                self._machine.pool_grows()
+            hart.state.fresh_page = 0
             if hart.state.sample_count == hart_state.SAMPLES:
+                self._machine.pool_grows()
                 self._count(hart)
                 self._counted = True
             if self._counted:
                 self._counted = False
-                self._watch()
                 self._ask()
                 if time.monotonic() > self._next_wishes:
                     self._wish()
+            self._watch()
+
+    @property
+    def regions(self) -> int:
+        """Installed so far."""
+        return self._regions + int(self._machine.state.regions_laid)
+
+    @property
+    def ready_made(self) -> int:
+        """Those of them that were there already."""
+        return self._ready_made + int(self._machine.state.regions_laid)
 
     def close(self) -> None:
         """No hart runs any more: the translator learns what the next VM could use."""
@@ -188,14 +194,13 @@ class HotCode:
                 self._put_away(self._pages.pop(base))
             if bases is None:
                 self._mapped.clear()
-            else:
-                self._watch()
+            self._watch()
 
     def came_back(self, bases: list[int]) -> None:
         """These pages have been decoded without a hart's entering them; none is in native code."""
         with self._machine.gate:
             for base in bases if self._secret else ():
-                self._identify(base)
+                self._image.know(self._machine.harts[0].address, base)
 
     def _put_away(self, page: HotPage) -> None:
         page.base = 0
@@ -250,7 +255,7 @@ class HotCode:
             self._sock = fd_passing.connect(self._path)
         except OSError:
             return False  # not there yet, or crashed and not back
-        self._arena = 0
+        self._arena = self._awaited = 0
         self._under_way.clear()
         return True
 
@@ -272,6 +277,11 @@ class HotCode:
             self._hang_up()
             return False
         return True
+
+    def _send_and_wait(self, message: Message) -> bool:
+        sent = self._send(message)
+        self._awaited += sent
+        return sent
 
     def _read(self) -> None:
         while self._sock is not None:
@@ -308,25 +318,19 @@ class HotCode:
             self._image.map_templates(templates)
             self._image.map_arena(regions)
             self._machine.state.templates, self._machine.state.regions = self._image.templates, self._image.arena
+            self._known.begin(hello.secret, os.pread(index, self._image.arena_bytes, 0))
         self._secret, self._arena, self._templates = hello.secret, hello.arena, hello.templates
-        self._index.clear()
         self._under_way.clear()
         for page in self._away.values():  # all of them are
             page.heads.clear()
             page.asked, page.patience, page.assembled = False, 1, 0
-        entries = os.pread(index, self._image.arena_bytes, 0)
-        assembled: dict[bytes, int] = {}
-        for identity, offset, at in ENTRY.iter_unpack(entries[: len(entries) // ENTRY.size * ENTRY.size]):
-            if offset == TEMPLATES:
-                assembled[identity] = at
-            else:
-                self._index.setdefault(identity, []).append((offset, at))
-        self.cold.begin(assembled)
+        self.cold.begin()
+        self._awaited = 0
         self._watch()
 
     def _watch(self) -> None:
-        """Whether a page that is decoded anew may have code already, or something is to be asked for."""
-        self._machine.state.watch = int(not self._secret or bool(self._index) or self.cold.known or self._counted)
+        """Whether a hart comes back when it has decoded a page: something is about to be answered, or to be asked for."""
+        self._machine.state.watch = int(not self._secret or self._awaited > 0 or self._counted)
 
     # -- pages ---------------------------------------------------------------------------------------------------
     def _neighbour(self, place: tuple[int, int, int], number: int) -> int | None:
@@ -345,31 +349,21 @@ class HotCode:
         """What is known of a decoded page; the translator is asked about a new one."""
         if not self._secret:
             return None
-        page = self._pages.get(base)
-        mark = ctypes.c_uint64.from_address(base + machine_state.PAGE_IDENTITY)
-        if page is not None and mark.value:
+        page, mark = self._pages.get(base), _mark(base)
+        if page is not None and mark == mark_of(page.identity):
             return page
-        page = self._identify(base)
-        if not page.heads and not page.asked:
-            page.asked = self._send(Known(base, page.identity))
-        return page
-
-    def _identify(self, base: int) -> HotPage:
-        """A decoded page that nobody has looked at yet: what the index has of it is installed."""
-        identity = identity_of(self._secret, self._content(base))
-        ctypes.c_uint64.from_address(base + machine_state.PAGE_IDENTITY).value = mark_of(identity)
-        before = self._pages.get(base)
-        if before is not None:
-            self._put_away(before)
+        if page is not None:  # its bytes have changed, or it had to go and another one came
+            self._put_away(self._pages.pop(base))
+        if not mark:  # a hart has found it changed, and does not use it any more
+            return None
+        halves = (machine_state.PAGE_IDENTITY, machine_state.PAGE_IDENTITY_END)
+        identity = b"".join(ctypes.string_at(base + half, 8) for half in halves)
         page = self._away.pop(identity, None) or HotPage(base, identity)
         page.base = base
         self._pages[base] = page
-        self.cold.install(page)
-        found = self._index.get(identity)
-        if found:
-            self.ready_made += len(found)
-            self._put(page, found)
-            self._used[identity] = None
+        page.heads.update(self._known.heads(identity))
+        if not page.heads and not page.asked:
+            page.asked = self._send_and_wait(Known(base, page.identity))
         return page
 
     @staticmethod
@@ -379,7 +373,7 @@ class HotCode:
     # -- regions -------------------------------------------------------------------------------------------------
     def _ask(self) -> None:
         """Have pages that the interpreter runs assembled, and the hottest places translated."""
-        self.cold.ask(self._send)
+        self.cold.ask(self._send_and_wait)
         now = time.monotonic()
         for place, since in list(self._under_way.items()):
             if now - since > _PATIENCE:
@@ -412,19 +406,19 @@ class HotCode:
     def _assembled(self, message: Assembled) -> None:
         """Let the records lead to template code."""
         self.host = message.host
+        self._awaited -= 1
         if message.templates != self._templates:
             return
         for base, identity, place in message.pages:
-            self.cold.note(identity, place)
+            self._known.template(identity, place)
             page = self._pages.get(base)
             if page is not None and self._is(page, identity):
-                self.cold.install(page)
+                self.cold.install(page, place)
 
     @staticmethod
     def _is(page: HotPage, identity: bytes) -> bool:
         """Whether a decoded page still has the bytes that somebody was told of."""
-        mark = ctypes.c_uint64.from_address(page.base + machine_state.PAGE_IDENTITY).value
-        return page.identity == identity and mark == mark_of(identity)
+        return page.identity == identity and _mark(page.base) == mark_of(identity)
 
     def _install(self, message: Regions) -> None:
         """Let the records of the heads lead to the regions."""
@@ -433,17 +427,18 @@ class HotCode:
         self.translated += message.took > 0
         if message.offset >= 0:
             self._under_way.pop((message.page, message.offset), None)
+        else:
+            self._awaited -= 1
         if message.arena != self._arena:
             return
-        if message.regions:
-            index = self._index.setdefault(message.identity, [])
-            index += [region for region in message.regions if region not in index]
+        for offset, at in message.regions:
+            self._known.region(message.identity, offset, at)
         page = self._pages.get(message.page)
         if page is None or not self._is(page, message.identity):
-            return  # it had to go meanwhile, and when it comes back it is in the index; or its bytes have changed since
+            return  # it had to go meanwhile, and when it comes back it gets them; or its bytes have changed since
         if message.offset >= 0:
             page.heads.add(message.offset)
-        self.ready_made += 0 if message.took else len(message.regions)
+        self._ready_made += 0 if message.took else len(message.regions)
         self._put(page, message.regions)
 
     def _put(self, page: HotPage, regions: list[tuple[int, int]]) -> None:
@@ -453,18 +448,20 @@ class HotCode:
             record = page.base + machine_state.PAGE_RECORDS + offset // 2 * machine_state.RECORD
             operands = self._image.decode(content, offset) & ~_OFFSET
             ctypes.c_uint64.from_address(record).value = operands | (self._image.arena + at)
-            self.regions += 1
+            self._regions += 1
 
     # -- for later -------------------------------------------------------------------------------------------------
     def _wish(self) -> None:
         """Tell the translator which pages' regions were of use, and what was seen a few times without being hot."""
         self._next_wishes = time.monotonic() + _WISHES
-        if self._used:
-            self._send(Used(list(self._used)))
-            self._used.clear()
+        used = self._known.used() if self._secret else []
+        if used:
+            self._send(Used(used))
         self._wish_for(self._pages.values())
 
     def _wish_for(self, pages: Iterable[HotPage]) -> None:
+        if self.host.waiting >= MAX_WAITING:
+            return  # it would forget others' wishes
         places = self._seen(pages)
         if places and self._say_later(encode_wishes(self._wishes(places))):
             for page, offset in places:
@@ -545,6 +542,11 @@ class HotCode:
             return encode_elsewhere(Elsewhere(pages, encode_wishes(self._wishes(places)) if places else b""))
         finally:
             self._machine.gate.release()
+
+
+def _mark(base: int) -> int:
+    """Of a decoded page."""
+    return ctypes.c_uint64.from_address(base + machine_state.PAGE_IDENTITY).value
 
 
 def _space(satp: int, number: int) -> int:

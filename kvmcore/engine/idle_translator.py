@@ -22,11 +22,10 @@ from pathlib import Path
 import msgspec
 
 from kvmcore.engine.regions import PAGE, Code, discover
+from kvmcore.engine.translation import MAX_WAITING
 
 log = logging.getLogger("kvmcore.translator")
 
-#: Regions that may wait.
-MAX_WAITING = 4096
 #: Seconds without a hot region before it begins.
 _PAUSE = 1.0
 _MAX_PACKET = 192 << 10

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from kvmcore.engine import image
+from kvmcore.engine.code_memory import LARGE
 
 #: Address space for template code, behind the image, and for translated regions, behind that; records reach 4 GB.
 TEMPLATE_BYTES, ARENA_BYTES = 64 << 20, 48 << 20
@@ -73,7 +74,9 @@ class Image:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
         self._room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._base = self._mmap(None, self._room + TEMPLATE_BYTES + ARENA_BYTES, _PROT_NONE, _NORESERVE, -1)
+        everything = self._room + TEMPLATE_BYTES + ARENA_BYTES
+        start = self._mmap(None, everything + LARGE, _PROT_NONE, _NORESERVE, -1)
+        self._base = -(-(start + self._room) // LARGE) * LARGE - self._room  # other processes' code, in large pages
         self._mprotect(mmap.PROT_READ | mmap.PROT_WRITE)
         ctypes.memmove(self._base, data[offset:], size)
         self._mprotect(mmap.PROT_READ | mmap.PROT_EXEC)
@@ -91,6 +94,7 @@ class Image:
         self._decode = ctypes.CFUNCTYPE(word, word, word)(self.address("decode_record"))
         self.assemble = ctypes.CFUNCTYPE(word, word)(self.address("python_template_assemble"))
         self._install = ctypes.CFUNCTYPE(word, word, word, word, word)(self.address("python_template_install"))
+        self.know = ctypes.CFUNCTYPE(word, word, word)(self.address("python_know"))
         self.ticks = ctypes.CFUNCTYPE(word)(self.address("ticks"))
 
     @property

@@ -31,6 +31,9 @@ SLOT_READONLY = 1
 #: No host memory behind it: any access is KVM_RUN's EFAULT.
 SLOT_ABSENT = 2
 
+#: Bytes of a BLAKE2b block.
+KEY_BLOCK = 128
+
 #: Buckets of the table that finds the decoded page of a guest-physical page.
 PAGE_BUCKETS = 4096
 
@@ -87,6 +90,11 @@ class MachineState(ctypes.Structure):
         ("ring", _U64),  # address of the coalesced-MMIO ring
         ("ring_lock", _U64),
         ("one", _U64),  # 1: what an eventfd is written
+        ("known", _U64),  # address of the table of known pages (page_identity.py), or 0: nothing is known of any
+        ("key", _U64 * (KEY_BLOCK // 8)),  # first block of what identities are digests of: the host's secret, then zeros
+        ("digest", _U64 * 8),  # scratch for one, under the lock
+        ("templates_laid", _U64),  # decoded pages that got template code, and regions that were laid, by native code
+        ("regions_laid", _U64),
         ("accesses", _U64 * ACCESSES),  # completion.packed of instructions that have left with MMIO
         ("buckets", _U64 * PAGE_BUCKETS),  # address of the first decoded page, or 0
     ]
@@ -106,6 +114,8 @@ PAGE_CHECKED = 24
 PAGE_IDENTITY = 32
 #: 1: a fetch TLB was filled with the page since room was last made.
 PAGE_USED = 40
+#: Second half of the identity.
+PAGE_IDENTITY_END = 48
 PAGE_HEADER = 64
 PAGE_COPY = PAGE_HEADER
 PAGE_RECORDS = PAGE_HEADER + 4096 + 64

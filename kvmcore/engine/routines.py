@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from kvmcore.engine import code_pages, hart_state, running, softmmu, template_assembler, tlb
+from kvmcore.engine import code_pages, hart_state, page_identity, running, softmmu, template_assembler, tlb
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.native_hart import OK, PAGE_MASK, FunctionHart, HandlerHart, call, load, param, returns, store, tracer
 from kvmcore.ir.value import select, u64
@@ -178,6 +178,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[[FunctionHart], None]]] = {
     **tlb.FUNCTIONS,
     **running.FUNCTIONS,
     **template_assembler.FUNCTIONS,
+    **page_identity.FUNCTIONS,
 }
 
 #: name -> (function, whether pc is a0 rather than the record's place)

@@ -7,25 +7,14 @@ worth the memory. When more of the page is asked for it is made anew, with what 
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import mmap
-import os
 from dataclasses import dataclass
 
+from kvmcore.engine.code_memory import CodeMemory
 from kvmcore.engine.loader import TEMPLATE_BYTES, Image
 from kvmcore.engine.template_assembler import HALVES, MOST, Work
 from kvmcore.engine.translation import ENTRY, TEMPLATES
 
 _ALIGN = 64
-
-
-def sealed_memory(name: str, size: int) -> tuple[int, mmap.mmap]:
-    """A memfd of `size` bytes that nobody can write but by the mapping that is returned with it."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
-    memory = mmap.mmap(fd, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10)  # F_SEAL_FUTURE_WRITE
-    return fd, memory
 
 
 class Assembler:
@@ -72,7 +61,7 @@ class TemplateMemory:
 
     def __init__(self, number: int, assembler: Assembler) -> None:
         self.number = number
-        self.fd, self._memory = sealed_memory(f"softkvm-templates-{number}", TEMPLATE_BYTES)
+        self.memory = CodeMemory(f"softkvm-templates-{number}", TEMPLATE_BYTES)
         self._assembler = assembler
         self.used = 0
         self.pages: dict[bytes, Page] = {}
@@ -91,7 +80,7 @@ class TemplateMemory:
         code, heads = self._assembler.code(content, wanted, self.used)
         if self.used + len(code) > TEMPLATE_BYTES:
             return None
-        self._memory[self.used : self.used + len(code)] = code
+        self.memory.write(self.used, code)
         page = self.pages[identity] = Page(wanted, self.used + heads)
         self.used = -(-(self.used + len(code)) // _ALIGN) * _ALIGN
         return page

@@ -22,6 +22,8 @@ ENTRY = struct.Struct("<16sHxxI")
 TEMPLATES = 0xFFFF
 #: Bytes of Wishes at most, and heads in them.
 MAX_WISHES, MAX_LATER = 16 << 20, 1024
+#: Wishes of all VMs that may wait.
+MAX_WAITING = 4096
 MAX_PAGES_ELSEWHERE = 4096
 #: Pages that one request may hold: what fits a packet.
 MAX_PAGES = 8

@@ -19,10 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kvmcore.engine.code_cache import CodeCache, secret
+from kvmcore.engine.code_memory import CodeMemory
 from kvmcore.engine.idle_translator import Answer, IdleWork, Request, Wish
 from kvmcore.engine.loader import ARENA_BYTES, Image
 from kvmcore.engine.regions import Code, discover
-from kvmcore.engine.template_code import Assembler, TemplateMemory, sealed_memory
+from kvmcore.engine.template_code import Assembler, TemplateMemory
 from kvmcore.engine.translation import (
     ENTRY,
     MAX_ASSEMBLED,
@@ -63,7 +64,7 @@ class Arena:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.fd, self._memory = sealed_memory(f"softkvm-regions-{number}", ARENA_BYTES)
+        self.memory = CodeMemory(f"softkvm-regions-{number}", ARENA_BYTES)
         self.used = 0
         self.placed: dict[bytes, dict[int, int]] = {}
 
@@ -73,7 +74,7 @@ class Arena:
             return True
         if self.used + len(code) > ARENA_BYTES:
             return False
-        self._memory[self.used : self.used + len(code)] = code
+        self.memory.write(self.used, code)
         self.placed.setdefault(identity, {})[offset] = self.used
         self.used = -(-(self.used + len(code)) // _ALIGN) * _ALIGN
         return True
@@ -171,7 +172,7 @@ class Translator:
         index = in_memory("softkvm-index", self._arena.index() + templates)
         try:
             hello = Hello(self._secret, self._arena.number, self._templates.number)
-            self._send(client, hello, [self._templates.fd, self._arena.fd, index])
+            self._send(client, hello, [self._templates.memory.fd, self._arena.memory.fd, index])
         finally:
             os.close(index)
 
@@ -241,7 +242,7 @@ class Translator:
             found = self._templates.place(identity, content, int.from_bytes(wanted, "little"))
             if found is None:
                 old, self._templates = self._templates, TemplateMemory(self._templates.number + 1, self._assembler)
-                os.close(old.fd)
+                old.memory.close()
                 self._greet_all()
                 return
             placed.append((page, identity, found.place))
@@ -368,7 +369,7 @@ class Translator:
         if offset in self._arena.placed.get(identity, {}) or self._arena.place(identity, offset, code):
             return True
         old, self._arena = self._arena, Arena(self._arena.number + 1)
-        os.close(old.fd)
+        old.memory.close()
         self._asked.clear()
         self._greet_all()
         return False

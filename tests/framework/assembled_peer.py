@@ -37,7 +37,7 @@ class Templates:
     def _begin(self) -> None:
         self._number += 1
         self._memory = TemplateMemory(self._number, _assembler(self._image))
-        self._image.map_templates(self._memory.fd)
+        self._image.map_templates(self._memory.memory.fd)
 
     def install(self, base: int, among: int = ALL) -> bool:
         """What has been executed of a decoded page, as far as its bit is in `among`."""
