@@ -1,8 +1,8 @@
 """Builds the engine's image: `python -m kvmcore.engine.build [FILE]`, started by loader.py when there is
 none.
 
-Traces all semantics and routines, compiles them with LLVM, links and writes the image atomically. The only
-process of tier 1 that loads LLVM; it ends when the file is there.
+Traces all semantics and routines, compiles them with LLVM in three processes, links and writes the image atomically. Nothing
+else of tier 1 loads LLVM; it ends when the file is there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -174,13 +175,42 @@ def build() -> bytes:
     emitter.raw(_EXPORT.format(name="know", parameters="i64 %p0, i64 %p1"))
     for size in (1, 2, 4, 8):
         emitter.raw(_FOR_REGIONS.format(size=size, region_status=offset("region_status")))
-    code, functions = link(compile_text(emitter.module()))
+    first, second = emitter.modules(2)
+    rest = _elsewhere(lambda: compile_text(second))
+    made = templates.trace_all()
+    template_code = _elsewhere(lambda: compile_text(made.text, "static"))
+    code, functions = link(compile_text(first), rest())
     decode = functions["decode"]
     functions = {name: offset - decode for name, offset in functions.items()}
-    made = templates.trace_all()
-    table = templates.table(made, pieces(compile_text(made.text, "static")), functions)
+    table = templates.table(made, pieces(template_code()), functions)
     code += bytes(-len(code) % image.PAGE)
     return image.pack(code + table, functions | {"_decode_at": decode, "_templates_at": len(code) - decode})
+
+
+def _elsewhere(work: Callable[[], bytes]) -> Callable[[], bytes]:
+    """Begin it in a process of its own; what is returned waits for the result. RuntimeError: it came to nothing."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            os.close(reader)
+            with os.fdopen(writer, "wb") as out:
+                out.write(work())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+
+    def result() -> bytes:
+        with os.fdopen(reader, "rb") as made:
+            content = made.read()
+        _, status = os.waitpid(process, 0)
+        if status:
+            raise RuntimeError(f"a process that compiles has ended with status {status}")
+        return content
+
+    return result
 
 
 def compile_text(text: str, addresses: str = "pic") -> bytes:

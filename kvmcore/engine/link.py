@@ -88,31 +88,42 @@ class _Object:
         return found
 
 
-def link(obj: bytes) -> tuple[bytes, dict[str, int]]:
-    """The blob and the offsets of its functions. LinkError for undefined symbols or absolute relocations."""
-    read = _Object(obj)
+def link(*objects: bytes) -> tuple[bytes, dict[str, int]]:
+    """The blob and the offsets of its functions, which may need one another. LinkError for undefined symbols or absolute
+    relocations."""
+    read = [_Object(obj) for obj in objects]
     blob, placed = bytearray(), {}
     loaded = [
-        (index, section)
-        for index, section in enumerate(read.sections)
+        (number, index, section)
+        for number, obj in enumerate(read)
+        for index, section in enumerate(obj.sections)
         if section.flags & _SHF_ALLOC and not section.name.startswith(_DROPPED) and section.size
     ]
-    loaded.sort(key=lambda item: not item[1].name.startswith(".text"))
-    for index, section in loaded:
+    loaded.sort(key=lambda item: not item[2].name.startswith(".text"))
+    for number, index, section in loaded:
         if section.type != _SHT_PROGBITS:
             raise LinkError(f"section {section.name} is not code or constants")
         blob += bytes(-len(blob) % max(section.align, 1))
-        placed[index] = len(blob)
-        blob += obj[section.offset : section.offset + section.size]
-    for index, section in loaded:
-        for offset, kind, symbol, addend in read.relocations(index):
-            if symbol.section not in placed:
+        placed[number, index] = len(blob)
+        blob += objects[number][section.offset : section.offset + section.size]
+    functions = {
+        symbol.name: placed[number, symbol.section] + symbol.value
+        for number, obj in enumerate(read)
+        for symbol in obj.symbols
+        if symbol.type == _STT_FUNC and (number, symbol.section) in placed
+    }
+    for number, index, section in loaded:
+        for offset, kind, symbol, addend in read[number].relocations(index):
+            if (number, symbol.section) in placed:
+                target = placed[number, symbol.section] + symbol.value
+            elif symbol.section == 0 and symbol.name in functions:  # another object has it
+                target = functions[symbol.name]
+            else:
                 raise LinkError(f"undefined: {symbol.name}")
             if kind not in (R_PC32, R_PLT32):
                 raise LinkError(f"relocation of type {kind} to {symbol.name or section.name}")
-            where = placed[index] + offset
-            struct.pack_into("<i", blob, where, placed[symbol.section] + symbol.value + addend - where)
-    functions = {s.name: placed[s.section] + s.value for s in read.symbols if s.type == _STT_FUNC and s.section in placed}
+            where = placed[number, index] + offset
+            struct.pack_into("<i", blob, where, target + addend - where)
     return bytes(blob), functions
 
 

@@ -7,6 +7,7 @@ or happens exactly where it stands ("volatile"), or is atomic.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from kvmcore.ir.trace import Block, Op
@@ -34,6 +35,11 @@ def literal(value: Value) -> str:
 def typed(value: Value) -> str:
     """Type and operand."""
     return f"i{value.width} {literal(value)}"
+
+
+#: A definition: what is before its name, its name, its parameters. A name.
+_HEAD = re.compile(r"^define (.*?)@([-$.\w]+)(\(.*?\)) #\d+ \{$", re.MULTILINE)
+_NAME = re.compile(r"@([-$.\w]+)")
 
 
 class Emitter:
@@ -72,11 +78,29 @@ class Emitter:
         self._declarations.add(declaration)
 
     def module(self) -> str:
+        return self._module(self._functions, [])
+
+    def modules(self, count: int) -> list[str]:
+        """The same as so many modules of about one size, to be compiled at once; what the first function is stays first."""
+        whole, size = sum(map(len, self._functions)), 0
+        parts: list[list[str]] = [[] for _ in range(count)]
+        for function in self._functions:
+            parts[size * count // whole].append(function)
+            size += len(function)
+        heads = {name: f"declare {before}@{name}{after}" for before, name, after in _HEAD.findall("\n".join(self._functions))}
+        modules = []
+        for part in parts:
+            text = "\n".join(part)
+            others = set(_NAME.findall(text)) - {name for _, name, _ in _HEAD.findall(text)}
+            modules.append(self._module(part, [heads[name] for name in sorted(others & heads.keys())]))
+        return modules
+
+    def _module(self, functions: list[str], heads: list[str]) -> str:
         attributes = (
             'attributes #0 = { nounwind strictfp "no-jump-tables"="true" }\n'
             'attributes #1 = { nounwind strictfp noinline "no-jump-tables"="true" }\n'
         )
-        return "\n".join([*sorted(self._declarations), *self._functions, attributes])
+        return "\n".join([*sorted(self._declarations), *heads, *functions, attributes])
 
     # -- bodies ----------------------------------------------------------------------------------------------
     def _body(self, root: Block) -> str:

@@ -20,7 +20,7 @@ def test_others_see_what_is_written_and_cannot_write() -> None:
             memory.write(at, code)
             assert mapped[at : at + len(code)] == code
         memory.close()
-        assert [mapped[at : at + len(code)] for at, code in pieces] == [code for _, code in pieces], "it was moved and is the same"
+        assert [mapped[at : at + len(code)] for at, code in pieces] == [code for _, code in pieces], "it is the same when moved"
     with pytest.raises(PermissionError):
         mmap.mmap(other, LARGE)
     with pytest.raises(AssertionError):
