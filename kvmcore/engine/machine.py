@@ -69,6 +69,9 @@ class _PageHeader(ctypes.Structure):
     used: int
 
 
+_NO_SLOTS, _NO_IMSICS = (machine_state.Slot * 0)(), (ctypes.c_uint64 * 0)()
+
+
 class Machine:
     """What the harts of one VM share."""
 
@@ -84,25 +87,35 @@ class Machine:
         self.state = machine_state.MachineState.from_buffer(self._block.map)
         self.pool_bytes = pool_bytes
         self._pool = blocks.take(pool_bytes)
+        self._no_slot = machine_state.Slot()
+        self.clock = HostClock.shared(image)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a new machine has, where the block is zeros."""
         self._large = False
         self._icount_seen = 0
-        self.state.pool = self._pool.address
-        self.state.pool_size = pool_bytes
-        self._slots = (machine_state.Slot * 0)()
-        self._no_slot = machine_state.Slot()
-        self.state.main_slot = ctypes.addressof(self._no_slot)
-        self._imsics = (ctypes.c_uint64 * 0)()
+        self._slots = _NO_SLOTS
+        self._imsics = _NO_IMSICS
         self._retired: list[object] = []
         self._hand = 0
         """Number of the decoded page that the next look for one to give up begins at."""
         self.flushes_of_pool = self.pages_given_up = 0
-        self.clock = HostClock.shared(image)
-        self.set_time(0)
-        self.state.one = 1
-        self.state.aplic_start = U64
         self._bus: ctypes.Array[ctypes.c_uint64] | None = None
-        self.state.templates = self.state.regions = 1 << 32  # a record's offset has 32 bits: none
         self.hot_code: HotCode | None = None
+        state = self.state
+        state.pool, state.pool_size = self._pool.address, self.pool_bytes
+        state.main_slot = ctypes.addressof(self._no_slot)
+        state.one = 1
+        state.aplic_start = U64
+        state.templates = state.regions = 1 << 32  # a record's offset has 32 bits: none
+        self.set_time(0)
+
+    def renew(self) -> None:
+        """As a new machine, for the next VM of this process: no hart runs any more, and none is used again."""
+        self._give_up_all()
+        ctypes.memset(self._block.address, 0, machine_state.OFFSET["buckets"])
+        self._begin()
 
     def translate(self, path: str) -> None:
         """From now on hot code is translated, by the translator that listens on `path`."""
@@ -119,6 +132,12 @@ class Machine:
 
     def close(self) -> None:
         """Give everything back now; no hart runs any more. The object must not be used afterwards, nor its harts."""
+        self._give_up_all()
+        del self.state
+        blocks.give_back(self._pool, [])
+        blocks.give_back(self._block, [(0, machine_state.OFFSET["buckets"])])
+
+    def _give_up_all(self) -> None:
         for hart in self.harts:
             hart.close()
         self.harts.clear()
@@ -126,9 +145,6 @@ class Machine:
         if hot is not None:
             hot.close()
         self.forget_decoded()
-        del self.state
-        blocks.give_back(self._pool, [])
-        blocks.give_back(self._block, [(0, machine_state.OFFSET["buckets"])])
 
     # -- memory ----------------------------------------------------------------------------------------------
     @property

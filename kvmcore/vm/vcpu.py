@@ -377,11 +377,12 @@ class Vcpu(VmChild):
 
     def shut_down(self) -> None:
         """The VM is dead: leave the guest, answer EIO, end the thread."""
+        if self._thread is None:
+            return  # nobody is in the guest; what the I/O thread does is brief
         self.hart.kick()
         self.hart.wake()
-        if self._thread is not None:
-            self.hart.summon()
-            self.doorbell.ring()
+        self.hart.summon()
+        self.doorbell.ring()
 
     def join(self, seconds: float) -> None:
         """Wait for the thread to end, but no longer than that."""

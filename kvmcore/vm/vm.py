@@ -31,11 +31,19 @@ if TYPE_CHECKING:
 MAX_VCPUS = 1024
 
 
+_used: list[Machine] = []
+"""Machines of VMs that are gone, as new, for the next ones of this process."""
+_MOST_USED = 2
+
+
 def _machine(translator: str) -> Machine:
     from kvmcore.engine.machine import Machine
     from kvmcore.vm.accelerator import native_image
 
-    machine = Machine(native_image(), max_harts=MAX_VCPUS)
+    try:
+        machine = _used.pop()
+    except IndexError:
+        machine = Machine(native_image(), max_harts=MAX_VCPUS)
     if translator:
         machine.translate(translator)
     return machine
@@ -149,7 +157,11 @@ class Vm(Handle):
         self.irqchip = None
         machine, self._machine = self._machine, None
         if machine is not None:
-            machine.close()
+            if len(_used) < _MOST_USED:
+                machine.renew()
+                _used.append(machine)
+            else:
+                machine.close()
         ring, self._ring = self._ring, None
         if ring is not None:
             ring[1].close()
