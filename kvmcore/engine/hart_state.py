@@ -49,7 +49,7 @@ BLOCK_FOREIGN = BLOCK_STAMPS + 16
 """Whether there are data entries, fetch entries, that are not the same in all address spaces."""
 TLB_BLOCK = BLOCK_STAMPS + 64
 """Bytes of one block: data entries, then fetch entries, then these four words."""
-SECOND_SETS = {"data": 2048, "fetch": 512}
+SECOND_SETS = {"data": 2048, "fetch": 2048}
 """Of the second level, two entries in each."""
 SECOND_ENTRY = {"data": 40, "fetch": 24}
 """Bytes: tag, stamp, and what a TLB entry has behind its tag."""

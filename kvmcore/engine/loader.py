@@ -20,6 +20,10 @@ _MAP_FIXED = 0x10
 _NORESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
 
 
+#: Of the last byte of an entry of /proc/self/pagemap: 1 if the page is present.
+_PRESENT = bytes(byte >> 7 for byte in range(256))
+
+
 class EngineError(Exception):
     """There is no usable engine image and none can be built; the message says why."""
 
@@ -151,6 +155,22 @@ class Image:
 
     def _map_code(self, at: int, size: int, fd: int) -> None:
         self._mmap(at, size, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_SHARED | _MAP_FIXED, fd)
+
+    def shared_bytes(self) -> int:
+        """Of template code and regions, as much as this process has been in: pages of the host, which other VMs' processes may
+        have as well. 0 where /proc is not to be read."""
+        first = (self._base + self._room) // mmap.PAGESIZE
+        try:
+            fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return 0
+        try:
+            entries = os.pread(fd, (TEMPLATE_BYTES + ARENA_BYTES) // mmap.PAGESIZE * 8, first * 8)
+        except OSError:
+            return 0
+        finally:
+            os.close(fd)
+        return entries[7::8].translate(_PRESENT).count(1) * mmap.PAGESIZE
 
     def install_templates(self, page: int, place: int) -> None:
         """Let the records of a decoded page lead to its template code, whose list of heads is at `place` of that memory."""

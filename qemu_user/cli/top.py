@@ -31,7 +31,7 @@ RATES = {
 }
 _COLUMNS = (
     f"{'NAME':20}{'PID':>8}{'CPU %':>7}{'MEM MiB':>9}{'MIPS':>8}{'EXITS/s':>9}{'MMIO':>7}{'SBI':>7}{'CSR':>6}{'WFI':>7}"
-    f"{'TLB/s':>9}{'REGIONS':>9}{'READY':>7}{'MADE':>6}{'SECONDS':>9}{'CODE MiB':>10}"
+    f"{'TLB/s':>9}{'REGIONS':>9}{'READY':>7}{'MADE':>6}{'SECONDS':>9}{'DECODED':>10}{'CODE MiB':>10}"
 )
 
 
@@ -116,7 +116,7 @@ def rates(before: dict[int, tuple[VmEntry, Sample]], after: dict[int, tuple[VmEn
             "regions": counters.get("regions", 0), "regions_ready_made": counters.get("regions_ready_made", 0),
             "regions_translated": counters.get("regions_translated", 0),
             "translation_seconds": counters.get("translation_ns", 0) / 1e9,
-            "decoded_bytes": counters.get("decoded_bytes", 0),
+            "decoded_bytes": counters.get("decoded_bytes", 0), "code_bytes": counters.get("code_bytes", 0),
         })  # fmt: skip
         said = {name: value for name, value in counters.items() if name.startswith("host_")}
         if said.get("host_translation_ns", 0) > host_time:  # who heard of it last
@@ -142,7 +142,7 @@ def table(report: dict[str, Any]) -> str:
             f"{vm['name'][:19]:20}{vm['pid']:>8}{vm['cpu_percent']:>7.1f}{vm['memory'] / _MIB:>9.1f}{vm['mips']:>8.1f}"
             f"{vm['exits']:>9.0f}{vm['exits_mmio']:>7.0f}{vm['exits_sbi']:>7.0f}{vm['exits_csr']:>6.0f}{vm['exits_wfi']:>7.0f}"
             f"{vm['tlb_misses']:>9.0f}{vm['regions']:>9}{vm['regions_ready_made']:>7}{vm['regions_translated']:>6}"
-            f"{vm['translation_seconds']:>9.2f}{vm['decoded_bytes'] / _MIB:>10.1f}"
+            f"{vm['translation_seconds']:>9.2f}{vm['decoded_bytes'] / _MIB:>10.1f}{vm['code_bytes'] / _MIB:>10.1f}"
         )
     return "\n".join(lines) + "\n"
 
