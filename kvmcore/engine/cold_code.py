@@ -49,8 +49,8 @@ class ColdCode:
             if page.cold >= page.patience:
                 self._cold[page] = None
 
-    def ask(self, send: Callable[[Message], bool]) -> None:
-        """Ask the translator for what is cold; send() says whether it could be asked."""
+    def ask(self, send: Callable[[Message], bool]) -> bool:
+        """Ask the translator for what is cold; send() says whether it could be asked. Whether there was anything."""
         asked = []
         for page in self._cold:
             if not page.base:
@@ -69,6 +69,7 @@ class ColdCode:
             if send(Assemble(pages)):
                 for page, wanted in some:
                     page.assembled |= wanted
+        return bool(asked)
 
     def install(self, page: HotPage, place: int) -> None:
         """Let the page's records lead to template code; `place`: of its list of heads."""

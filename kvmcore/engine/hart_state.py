@@ -58,8 +58,8 @@ IMSIC_WORDS = 32
 """64-bit words of eip and eie: identities 0 to 2047."""
 SLICE = 20_000
 """Instructions between two looks at time and other threads."""
-SAMPLES = 512
-"""One every SLICE instructions; full, they are an exit."""
+SAMPLES, FEW_SAMPLES = 512, 64
+"""At most, and at first, for an exit; one every SLICE instructions."""
 
 FIELDS: tuple[Field, ...] = (
     # -- what every instruction may touch --------------------------------------------------------------------
@@ -151,6 +151,7 @@ FIELDS: tuple[Field, ...] = (
     _f("region_status", 64, "what region_load_* and region_store_* found: 0, or the interpreter does it"),
     _f("sample_count", 64, "samples taken since Python has looked; SAMPLES: none are taken"),
     _f("fresh_page", 64, "decoded page that was made, or began anew, since Python has looked; 0: none"),
+    _f("samples_wanted", 64, "so many are an exit"),
     _f("samples_passed", 64, "polls since then that were no samples, for they go on in a region"),
     _f("samples", 64, "where the poll went on, and no region begins", SAMPLES),
     _f("sample_records", 64, "the records there", SAMPLES),

@@ -1,11 +1,10 @@
 """The VM's side of translation: what is hot is asked for, what is finished is put into records.
 
-Runs on vCPU threads, in the exit that follows every SAMPLES samples (Hart.run), so nothing here needs a thread of its own.
-What is there already native code installs as soon as a page is decoded (page_identity.py); what was seen but never became hot
-is wished for at the end, for the next VM. Decoded pages stand still meanwhile: with one hart, that
-hart is here; with several, native code never changes one, and only who holds the machine's gate drops them. A region
-begins where a record says so: installing one is one aligned store. Never imports LLVM; without a translator the
-interpreter goes on alone.
+Runs on vCPU threads, in the exit that follows some dozens or hundreds of samples (Hart.run), so nothing here needs a thread of
+its own. What is there already native code installs as soon as a page is decoded (page_identity.py); what was seen but never
+became hot is wished for at the end, for the next VM. Decoded pages stand still meanwhile: with one hart, that hart is here;
+with several, native code never changes one, and only who holds the machine's gate drops them. A region begins where a record
+says so: installing one is one aligned store. Never imports LLVM; without a translator the interpreter goes on alone.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ THRESHOLD = 12
 AT_ONCE = 2
 #: After this many requests without an answer for so long (seconds) they are taken for lost.
 _PATIENCE = 5.0
-_RECONNECT = 1.0
+#: Between two looks for a translator, seconds: at first, when it may be starting as the VM does, and after so long.
+_RECONNECT_SOON, _RECONNECT, _SOON = 0.02, 1.0, 5.0
 #: Of the places that are to be translated so many are put in order at once, and for so long (seconds).
 _QUEUE, _REORDER = 16, 0.25
 #: Pages that are not decoded any more but remembered, and places of known address spaces, at most.
@@ -107,6 +107,7 @@ class HotCode:
         self._machine, self._image, self._path = machine, image, path
         self._sock: socket.socket | None = None
         self._next_try = 0.0
+        self._begun = time.monotonic()
         self._secret = b""
         self._arena = self._templates = 0
         self._pages: dict[int, HotPage] = {}
@@ -146,13 +147,15 @@ class HotCode:
                 self._expect()
             self._read()
             hart.state.fresh_page = 0
-            if hart.state.sample_count == hart_state.SAMPLES:
+            if hart.state.sample_count >= hart.state.samples_wanted:
                 self._machine.pool_grows()
                 self._count(hart)
                 self._counted = True
             if self._counted:
                 self._counted = False
-                self._ask()
+                more = self._ask()  # as long as it executes what was not seen before it is looked at more often
+                wanted = hart_state.FEW_SAMPLES if more else 2 * hart.state.samples_wanted
+                hart.state.samples_wanted = min(wanted, hart_state.SAMPLES)
                 if time.monotonic() > self._next_wishes:
                     self._wish()
             self._watch()
@@ -248,9 +251,10 @@ class HotCode:
     def _connected(self) -> bool:
         if self._sock is not None:
             return True
-        if time.monotonic() < self._next_try:
+        now = time.monotonic()
+        if now < self._next_try:
             return False
-        self._next_try = time.monotonic() + _RECONNECT
+        self._next_try = now + (_RECONNECT_SOON if now - self._begun < _SOON else _RECONNECT)
         try:
             self._sock = fd_passing.connect(self._path)
         except OSError:
@@ -371,9 +375,9 @@ class HotCode:
         return ctypes.string_at(base + machine_state.PAGE_COPY, PAGE)
 
     # -- regions -------------------------------------------------------------------------------------------------
-    def _ask(self) -> None:
-        """Have pages that the interpreter runs assembled, and the hottest places translated."""
-        self.cold.ask(self._send_and_wait)
+    def _ask(self) -> bool:
+        """Have pages that the interpreter runs assembled, and the hottest places translated. Whether there were such pages."""
+        more = self.cold.ask(self._send_and_wait)
         now = time.monotonic()
         for place, since in list(self._under_way.items()):
             if now - since > _PATIENCE:
@@ -389,6 +393,7 @@ class HotCode:
             page.heat.pop(offset, None)
             if offset not in page.heads:
                 self._translate((page.base, offset), [], final=False)
+        return more
 
     def _translate(self, place: tuple[int, int], wanted: list[int], final: bool) -> None:
         base, offset = place

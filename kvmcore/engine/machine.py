@@ -409,6 +409,7 @@ class Hart:
         for bank in range(hart_state.TLB_BANKS):
             state.bank_satp[bank] = U64
             state.data_fills[bank] = state.fetch_fills[bank] = hart_state.FILL_LOG + 1
+        state.samples_wanted = hart_state.FEW_SAMPLES
         state.sample_count = 0 if self.machine.hot_code is not None else hart_state.SAMPLES
 
     @property

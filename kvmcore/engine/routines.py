@@ -97,7 +97,7 @@ def sample(h: HandlerHart) -> None:
     h.set_at("sample_records", count, record)
     h.set_at("sample_spaces", count, h.get("satp"))
     h.set("sample_count", count + 1)
-    if count == hart_state.SAMPLES - 1:
+    if count + 1 >= h.get("samples_wanted"):
         h.set("exit_kind", int(ExitKind.PROFILE))
         h.tail("leave", pc)
     h.go(pc, h.ic)
