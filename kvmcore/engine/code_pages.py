@@ -266,8 +266,11 @@ def resume(h: HandlerHart) -> None:
 
 
 def page_end(h: HandlerHart) -> None:
-    """Behind the last record of a page. Code without a branch may go on for ever where many addresses lead to one page."""
+    """Behind the last record of a page, or of what was run apart. Code without a branch may go on for ever where many addresses
+    lead to one page; and where a page begins is a sample, for code that goes straight through it has no others."""
     if h.ic >= h.get("limit"):
+        if (h.pc & 4095) < 4:
+            h.tail("poll", h.pc)
         h.tail("poll_region", h.pc)
     h.go(h.pc, h.ic)
 

@@ -220,17 +220,23 @@ class HotCode:
         """The hart's samples."""
         state, blocks = hart.state, hart.address + hart_state.offset("tlb_blocks")
         count, state.sample_count = state.sample_count, 0
-        samples = zip(state.samples[:count], state.sample_records[:count], state.sample_spaces[:count], strict=True)
-        for (pc, record, satp), times in Counter(samples).items():
+        records = state.sample_records[:count]
+        places = dict(zip(records, zip(state.samples[:count], state.sample_spaces[:count], strict=True), strict=True))
+        pool = range(self._machine.state.pool, self._machine.state.pool + self._machine.state.pool_used)
+        pages: dict[int, HotPage | None] = {}
+        for record, times in Counter(records).items():  # some hundred, every few milliseconds
+            pc, satp = places[record]
             offset = pc & (PAGE - 1)
             base = record - (offset << 2) - machine_state.PAGE_RECORDS
-            if not 0 <= base - self._machine.state.pool < self._machine.state.pool_used:
-                continue
-            page = self._page(base)
+            if base in pages:
+                page = pages[base]
+            else:
+                page = pages[base] = self._page(base) if base in pool else None
+                if page is not None:
+                    page.seen = pc >> 12, satp, blocks
+                    self._note_mapped(pc >> 12, satp, base)
             if page is None:
-                return
-            page.seen = pc >> 12, satp, blocks
-            self._note_mapped(*page.seen[:2], base)
+                continue
             self.cold.count(page, record, times)
             page.heat[offset] = heat = page.heat.get(offset, 0) + times
             if heat >= THRESHOLD:

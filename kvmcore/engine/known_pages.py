@@ -7,6 +7,8 @@ Called by hot_code.py, with the machine's gate held.
 from __future__ import annotations
 
 import ctypes
+import struct
+from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,9 @@ _LEAST = 1024
 _REGIONS = 512
 """Regions that memory is taken for at once."""
 _ENTRY = ctypes.sizeof(Entry)
+_WORDS = _ENTRY // 8
+_NUMBERS = struct.Struct("<QQHxxI")
+"""ENTRY, the identity as its two words."""
 
 
 class KnownPages:
@@ -42,16 +47,32 @@ class KnownPages:
         key = ctypes.addressof(state) + machine_state.OFFSET["key"]
         ctypes.memset(key, 0, machine_state.KEY_BLOCK)
         ctypes.memmove(key, secret, KEY_BYTES)
-        self._rooms.clear()
         self._table = (ctypes.c_uint64 * 0)()
         self._left = self._size = self._count = 0
-        whole = len(index) // ENTRY.size
-        self._replace(whole)
-        for identity, head, at in ENTRY.iter_unpack(index[: whole * ENTRY.size]):
+        self._replace(len(index) // ENTRY.size)
+        self._fill(index[: len(index) // ENTRY.size * ENTRY.size])
+
+    def _fill(self, index: bytes) -> None:
+        """An empty table, on plain numbers: a VM's first page waits for it."""
+        words, after = self._table[:], len(self._table)
+        room = (Region * (len(index) // ENTRY.size))()
+        self._rooms = [room]
+        at_room, regions = ctypes.addressof(room), array("Q")
+        for raw, second, head, place in _NUMBERS.iter_unpack(index):
+            first = raw or 1
+            at = TABLE_HEAD // 8 + (raw & (self._size - 1)) * _WORDS
+            while words[at] and (words[at] != first or words[at + 1] != second):
+                at = at + _WORDS if at + _WORDS < after else TABLE_HEAD // 8
+            self._count += not words[at]
+            words[at : at + 2] = first, second
             if head == TEMPLATES:
-                self.template(identity, at)
+                words[at + 2] = place
             else:
-                self.region(identity, head, at)
+                here = at_room + 8 * len(regions)
+                regions.extend((words[at + 3], head, place))
+                words[at + 3] = here
+        ctypes.memmove(room, regions.tobytes(), 8 * len(regions))
+        ctypes.memmove(self._table, array("Q", words).tobytes(), 8 * after)
 
     def template(self, identity: bytes, place: int) -> None:
         """There is template code, with its list of heads at `place`."""
@@ -93,7 +114,7 @@ class KnownPages:
     def _entries(self) -> Iterator[Entry]:
         """Those that are taken."""
         base = ctypes.addressof(self._table) + TABLE_HEAD
-        for number, first in enumerate(self._table[TABLE_HEAD // 8 :: _ENTRY // 8]):
+        for number, first in enumerate(self._table[TABLE_HEAD // 8 :: _WORDS]):
             if first:
                 yield Entry.from_address(base + number * _ENTRY)
 

@@ -214,6 +214,20 @@ def test_straight_code_is_translated_to_its_end(translator: Process) -> None:
     assert abs(added / 400 - done / 401) <= 1
 
 
+def test_straight_code_is_assembled_page_by_page(translator: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pages have no branch that leads into them."""
+    monkeypatch.setattr(hot_code, "THRESHOLD", 1 << 40)
+    straight = "\n".join(["addi a0, a1, 1"] * 3800)
+    g = Guest(Image.load(), f"loop:\n{straight}\nj loop\n")
+    g.machine.translate(translator.path)
+    hot = g.machine.hot_code
+    assert hot is not None
+    end = time.monotonic() + 240
+    while sum(bool(page.assembled) for page in hot._pages.values()) < 3:
+        assert time.monotonic() < end, "pages are not seen"
+        g.run(0.1)
+
+
 @pytest.mark.parametrize("leaves", ["the VM ends", "the pages go"])
 def test_what_was_seen_is_translated_in_idle_time(
     translator: Process, monkeypatch: pytest.MonkeyPatch, leaves: str
