@@ -8,7 +8,9 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,13 @@ _GRACE_SECONDS = 120.0
 _left = Leftovers()
 _told: list[str] = []
 _output = -1
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """pytest's own has too long a name for sockets in it, where several processes share the tests."""
+    with tempfile.TemporaryDirectory(prefix="t-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder).resolve()
 
 
 def pytest_configure(config: pytest.Config) -> None:
