@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.framework.leftovers import Leftovers
 
 _GRACE_SECONDS = 120.0
 """After a test's own time limit, which interrupts Python, for tests that it does not interrupt."""
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 _left = Leftovers()
 _told: list[str] = []
 _output = -1
