@@ -31,6 +31,8 @@ from protocol.codec.session import Message, Op
 from protocol.version import fingerprint
 
 _LOOK_MS = 1000
+_HELLOS = 3
+"""How often we say hello to who hangs up: one of us may have stood still for so long that the other lost patience."""
 _LAST_WORD_MS = 20
 """How long the reply of a process that has ended may still be on its way."""
 _VERSION = fingerprint()
@@ -194,13 +196,6 @@ class Link:
 
     def __init__(self, path: str, body: dict[str, Any], name: str) -> None:
         """Connect and say hello. KvmError with the errno of connect(2) or of the refusal."""
-        try:
-            self._socket = fd_passing.connect(path)
-        except OSError as error:
-            hint = ""
-            if error.errno in (ENOENT, ECONNREFUSED):
-                hint = f"no kvmcore daemon listens on {path}; start one with: python -m kvmcore --listen ipc://{path}"
-            raise KvmError(error.errno or EINVAL, name, hint or str(error)) from error
         self._lock = threading.Lock()
         self._sequence = itertools.count(1)
         self._channels: list[Channel] = []
@@ -210,13 +205,26 @@ class Link:
         self._asked_vdso = False
         self.session = b""
         self.incarnation = 0
+        for left in reversed(range(_HELLOS)):
+            self._connect(path, name)
+            try:
+                self.welcome = self._say(Op.HELLO, name, body=body)[0].body
+                if self.welcome.get("version") != _VERSION:
+                    raise KvmError(EPROTO, name, other_version(path, fd_passing.credentials(self._socket).pid))
+                return
+            except BaseException as error:
+                self._socket.close()
+                if not left or getattr(error, "errno", 0) != ECONNRESET:
+                    raise
+
+    def _connect(self, path: str, name: str) -> None:
         try:
-            self.welcome = self._say(Op.HELLO, name, body=body)[0].body
-            if self.welcome.get("version") != _VERSION:
-                raise KvmError(EPROTO, name, other_version(path, fd_passing.credentials(self._socket).pid))
-        except BaseException:
-            self._socket.close()
-            raise
+            self._socket = fd_passing.connect(path)
+        except OSError as error:
+            hint = ""
+            if error.errno in (ENOENT, ECONNREFUSED):
+                hint = f"no kvmcore daemon listens on {path}; start one with: python -m kvmcore --listen ipc://{path}"
+            raise KvmError(error.errno or EINVAL, name, hint or str(error)) from error
 
     def check_owner(self, name: str) -> None:
         """KvmError(EIO) in a forked child: a session belongs to the process that opened it (KVM_ABI 1.1 b)."""

@@ -10,6 +10,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,6 +28,7 @@ _CALM, _CALM_AT_FIRST = 2.0, 5.0
 """Seconds that whoever is at work needs the cores more than the parent of warm processes does."""
 _LOG = "kvmcore.log"
 _ANSWER_SECONDS = 10.0
+_HELLOS, _HELLO_PAUSE = 3, 0.05
 
 
 class DaemonError(Exception):
@@ -86,16 +88,23 @@ def _replace(where: str) -> None:
 
 
 def _hello(where: str, **body: Any) -> Message | None:
-    """What a daemon says to a hello; None: nobody listens."""
-    try:
-        with fd_passing.connect(where.removeprefix("ipc://")) as sock:
-            sock.settimeout(_ANSWER_SECONDS)
-            sock.send(session.encode(Message(Op.HELLO, 1, body=body)))
-            return session.decode(sock.recv(session.MAX_MESSAGE))
-    except (FileNotFoundError, ConnectionRefusedError):
-        return None
-    except (OSError, ValueError) as error:
-        raise DaemonError(f"kvmcore at {where} does not answer: {error}") from error
+    """What a daemon says to a hello; None: nobody listens. Said again if it hangs up: it was about to end, or one of us had
+    stood still for so long that it had lost patience."""
+    for left in reversed(range(_HELLOS)):
+        try:
+            with fd_passing.connect(where.removeprefix("ipc://")) as sock:
+                sock.settimeout(_ANSWER_SECONDS)
+                sock.send(session.encode(Message(Op.HELLO, 1, body=body)))
+                if data := sock.recv(session.MAX_MESSAGE):
+                    return session.decode(data)
+                raise ConnectionResetError("it hangs up")
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        except (OSError, ValueError) as error:
+            if not left:
+                raise DaemonError(f"kvmcore at {where} does not answer: {error}") from error
+            time.sleep(_HELLO_PAUSE)
+    return None
 
 
 def warm_up(where: str, starting: _Starting | None) -> None:

@@ -38,7 +38,7 @@ from qemu_user.management.instance import Instance
 from qemu_user.migration import identity, machine_state
 from qemu_user.migration import job as jobs
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
-from qemu_user.migration.destination import Discarded, Incoming
+from qemu_user.migration.destination import Discarded, Incoming, refuse
 from qemu_user.migration.host import authenticated
 from qemu_user.migration.snapshot import Snapshot, SnapshotError
 
@@ -199,6 +199,7 @@ def taken_in(order: TakeIn, fds: list[int], tell: int) -> Instance:
     try:
         endpoint = order.endpoint or ensure()
     except DaemonError as error:
+        refuse(channel, str(error))
         raise Discarded(str(error)) from error
     return Incoming(channel, endpoint, Path(order.disks) if order.disks else None, more).run()
 

@@ -47,6 +47,19 @@ def expect(channel: Channel, kind: int, seconds: float, other: int = 0) -> Frame
     return frame
 
 
+def refusal(channel: Channel) -> str:
+    """What the destination said before it hung up, while we were sending; "" if nothing."""
+    channel.look = lambda: None
+    try:
+        while (frame := channel.receive(0)) is not None:
+            said = channel.read()
+            if frame.kind == messages.REJECT:
+                return said.decode(errors="replace")[:2000]
+    except ChannelError:
+        pass
+    return ""
+
+
 def _dial(uri: str, key: Curve) -> ZmqChannel:
     channel = ZmqChannel(zmq_socket.dealer(zmq_socket.context(), uri, key), is_router=False)
     channel.redial = partial(_dial, uri, key)

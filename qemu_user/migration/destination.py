@@ -46,7 +46,7 @@ try:
 except ImportError:
     zstandard = None  # type: ignore[assignment]
 
-_HELLO_SECONDS = 10.0
+_HELLO_SECONDS = 60.0
 _LOCK_SECONDS = 2.0
 _ASK_SECONDS = 0.02
 _PAGE_SECONDS = 30.0
@@ -124,6 +124,12 @@ def _lost(machine: Machine, job: jobs.Job, reason: str) -> None:
         machine.warn("the source of its memory is back")
 
 
+def refuse(channel: Channel, reason: str) -> None:
+    """Tell the source, if it is still there."""
+    with suppress(ChannelError):
+        channel.send(messages.REJECT, payload=reason.encode()[:2000])
+
+
 class Refused(Exception):
     """The VM is not taken; the text goes to the source."""
 
@@ -156,14 +162,13 @@ class Incoming:
         """Discarded, when nothing came of it; nothing is left then."""
         try:
             return self._run()
-        except (Refused, StartError, StateError, SectionError, BackendError, KvmError, OSError) as error:
-            with suppress(ChannelError):
-                self._channel.send(messages.REJECT, payload=str(error).encode()[:2000])
+        except (Refused, StartError, StateError, SectionError, BackendError, KvmError, ChannelError, OSError) as error:
+            refuse(self._channel, str(error))
             self._forget()
             raise Discarded(str(error)) from error
-        except (Discarded, ChannelError) as error:
+        except Discarded as error:
             self._forget()
-            raise Discarded(str(error) or "the source keeps the VM") from error
+            raise Discarded("the source keeps the VM") from error
         finally:
             if not self._pages_follow:
                 if self._door is not None:
@@ -255,7 +260,7 @@ class Incoming:
     def _hear_hello(self) -> Hello:
         frame = self._channel.receive(_HELLO_SECONDS)
         if frame is None or frame.kind != messages.HELLO:
-            raise ChannelError("no hello")
+            raise ChannelError(f"no announcement within {_HELLO_SECONDS:g} s")
         try:
             hello = msgspec.msgpack.decode(self._channel.read(), type=Hello)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:

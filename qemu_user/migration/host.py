@@ -116,7 +116,9 @@ class Host:
     def _next(self) -> Newcomer:
         """The process that has waited; those that have ended are reaped. Another one takes its place, but not at once: a VM
         that is moved needs the cores more."""
-        newcomer = self._waiting if self._waiting is not None else self._make()
+        newcomer = self._waiting
+        if newcomer is None or newcomer.process.poll() is not None:
+            newcomer = self._make()
         self._waiting, self._due = None, time.monotonic() + _PAUSE_SECONDS
         self._processes = [process for process in self._processes if process.poll() is None] + [newcomer.process]
         return newcomer

@@ -49,16 +49,16 @@ class Job:
         """How long pages that were touched before they had come were waited for."""
         self.started = time.monotonic()
         self.ended = 0.0
-        self._cancel = threading.Event()
+        self.called_off = threading.Event()
         self.finished = threading.Event()
 
     def cancel(self) -> None:
         """Call it off, if it is not too late."""
-        self._cancel.set()
+        self.called_off.set()
 
     @property
     def cancelled(self) -> bool:
-        return self._cancel.is_set()
+        return self.called_off.is_set()
 
     def end(self, status: str) -> None:
         """It is over."""
@@ -67,12 +67,12 @@ class Job:
 
     def check(self) -> None:
         """Cancelled, if somebody has called it off."""
-        if self._cancel.is_set():
+        if self.called_off.is_set():
             raise Cancelled
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not longer than until it is called off."""
-        if self._cancel.wait(seconds):
+        if self.called_off.wait(seconds):
             raise Cancelled
 
     def numbers(self) -> dict[str, Any]:

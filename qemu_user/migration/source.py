@@ -18,7 +18,7 @@ from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
 from qemu_user.migration import journal as journals
 from qemu_user.migration import machine_state, messages, sections, steps
 from qemu_user.migration.channel import Channel, ChannelError, StreamChannel, ZmqChannel
-from qemu_user.migration.connect import expect
+from qemu_user.migration.connect import expect, refusal
 from qemu_user.migration.delta import Sent, xor
 from qemu_user.migration.job import DEVICE, POSTCOPY, POSTCOPY_PAUSED, Job, JobError
 from qemu_user.migration.journal import Journal
@@ -150,7 +150,8 @@ def _pieces(left: bytearray, size: int) -> bytes:
 
 
 class Outgoing:
-    """One hand-over. run() returns when the VM lives on elsewhere; an exception means that it goes on here."""
+    """One hand-over of a machine whose memory is complete. run() returns when the VM lives on elsewhere; an exception means
+    that it goes on here."""
 
     def __init__(self, machine: Machine, channel: Channel, options: Options, job: Job) -> None:
         self._machine, self._channel, self._options, self._job = machine, channel, options, job
@@ -168,7 +169,10 @@ class Outgoing:
         """JobError, Cancelled."""
         try:
             self._run()
-        except (ChannelError, BackendError) as error:
+        except ChannelError as error:
+            reason = refusal(self._channel)
+            raise JobError(f"the destination refuses it: {reason}" if reason else str(error)) from error
+        except BackendError as error:
             raise JobError(str(error)) from error
         finally:
             for channel in [self._channel, *self._more]:
@@ -176,7 +180,6 @@ class Outgoing:
 
     def _run(self) -> None:
         machine, job = self._machine, self._job
-        machine.complete_memory()  # memory that has yet to come to us cannot go on from here
         self._journal = Journal(machine.config.uuid, "source")
         self._journal.write(journals.OFFERED, machine.generation)
         copy: Precopy | None = None

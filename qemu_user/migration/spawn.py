@@ -37,14 +37,15 @@ class Newcomer:
             finally:
                 os.close(writable)
 
-    def order(self, order: bytes, fds: list[int] | None = None) -> None:
-        """Tell it what to become (JSON), with the descriptors that it needs for that."""
+    def order(self, order: bytes, fds: list[int] | None = None) -> bool:
+        """Tell it what to become (JSON), with the descriptors that it needs for that. False: it has ended; its log says why."""
         with self._socket:
             try:
                 done = socket.send_fds(self._socket, [order], fds or [])
                 self._socket.sendall(order[done:])
+                return True
             except (BrokenPipeError, ConnectionResetError):
-                pass  # it has ended; its log says why
+                return False
 
     def hear(self, count: int = 1) -> dict[str, Any]:
         """What the last of its `count` VMs says: name and pid, or where it listens. SpawnError."""

@@ -100,7 +100,8 @@ def _run(
         before = _progress(folder)
         done = hosts[at].softkvm("migrate", "vm", uris[1 - at], *way, seconds=600)
         if done.returncode:
-            print(f"move {number + 1}: {done.stderr.decode(errors='replace')}")
+            print(f"move {number + 1} {' '.join(way)}: {done.stderr.decode(errors='replace')}", flush=True)
+            print(*(host.words() for host in hosts), sep="\n", flush=True)
             return 1
         stood = float(done.stderr.decode().split("the guest stood ")[1].split()[0])
         downtimes.setdefault(" ".join(way) or "given", []).append(stood)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,12 +49,23 @@ class HostUnderTest:
         if listen:
             command += ["--listen", listen]
         environment = {**self.environment, "SOFTKVM_MIGRATION_FAULT": fault}
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        log = self.runtime / "serve.log"
+        at = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as output:
+            child = subprocess.Popen(command, env=environment, stderr=output)
         self._children.append(child)
-        assert child.stderr is not None
-        line = child.stderr.readline().decode()
-        assert "takes VMs at" in line, line + child.stderr.read().decode()
-        return line.split()[-1]
+        end = time.monotonic() + 60
+        while not (found := re.search(r"takes VMs at (\S+)\n", said := log.read_bytes()[at:].decode(errors="replace"))):
+            assert child.poll() is None, said
+            assert time.monotonic() < end, said
+            time.sleep(0.02)
+        return found[1]
+
+    def words(self) -> str:
+        """What those who took VMs in have said here, to be shown when a move fails: the host and the VMs that came."""
+        logs = [self.runtime / "serve.log", *sorted(self.runtime.glob("softkvm/*.log"))]
+        kept = [(log.name, log.read_text(errors="replace")[-4000:]) for log in logs if log.exists()]
+        return "\n".join(f"{self.name}: {name}:\n{text}" for name, text in kept if text)
 
     def trust(self, other: HostUnderTest) -> None:
         """Know the other's public key, for tcp to and from 127.0.0.1."""
@@ -129,6 +141,4 @@ class HostUnderTest:
                 continue
         for child in self._children:
             child.wait(60)
-            if child.stderr is not None:
-                child.stderr.close()
         shutil.rmtree(self.runtime)

@@ -43,6 +43,9 @@ def run(machine: Machine, arguments: MigrateArguments) -> Result:
     )
 
     def work(job: jobs.Job) -> None:
+        # Memory that has yet to come to us cannot go on from here. Before the call: who answers it waits for our announcement.
+        if not machine.complete_memory(job.called_off):
+            raise jobs.Cancelled
         Outgoing(machine, connect(arguments.uri, curve), options, job).run()
         job.result = f"VM {machine.config.name} runs on {arguments.uri}"
 
