@@ -58,11 +58,15 @@ class IoThreads:
             thread.start()
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Inside, none of them serves anything, and nothing that they have begun is under way."""
+    def frozen(self, meanwhile: Callable[[], None] | None = None) -> Iterator[None]:
+        """Inside, none of them serves anything, and nothing that they have begun is under way. `meanwhile`: what else has to
+        stop; whatever that waits for must not be theirs."""
         leave = threading.Event()
         try:
-            for wait in [loop.freeze(leave) for loop in self._loops]:
+            waits = [loop.freeze(leave) for loop in self._loops]
+            if meanwhile is not None:
+                meanwhile()
+            for wait in waits:
                 wait()
             for workers in self._workers:
                 workers.drain()

@@ -47,6 +47,8 @@ class AbsentPages:
         self._bits = self._mapping.view
         self._left = sorted(offsets)
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        """Held by who has touched a page until it is there: what comes by itself waits for him, not he for the next of it."""
         for offset in self._left:
             start = self._byte(offset)
             self._bits[start : start + self._width(offset)] = b"\xff" * self._width(offset)
@@ -66,7 +68,8 @@ class AbsentPages:
         for start in range(offset // cluster * cluster, offset + max(length, 1), cluster):
             if self._bits[self._byte(start)]:
                 began = time.monotonic()
-                self._fetch(start)
+                with self._turn:
+                    self._fetch(start)
                 if len(self.waits) < 100_000:
                     self.waits.append(time.monotonic() - began)
 
@@ -87,6 +90,8 @@ class AbsentPages:
             if self._bits[self._byte(start)]:
                 if stop is not None and stop.wait(pause):
                     return False
+                with self._turn:
+                    pass
                 self._fetch(start)
         return True
 

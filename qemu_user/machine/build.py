@@ -241,7 +241,7 @@ class Parts:
                 for queue in device.queues:
                     kick = kicks.make(loop, partial(transport.kicked, queue.index), 4, queue.index)
                     kick.place(entry.base + QUEUE_NOTIFY)
-            transport.defer, transport.watch = loop.call_soon, loop.watch
+            transport.defer, transport.delay, transport.watch = loop.call_soon, loop.call_later, loop.watch
             self.transports.append(transport)
 
     def _put(self, device: Device, entry: virt.Entry, place: Place, in_tree: bool = True) -> None:

@@ -436,9 +436,7 @@ class Machine:
             running = self.status == RUNNING
             gc.disable()  # not now
             try:
-                if running:
-                    self._stop_vcpus()
-                with self._io.frozen():
+                with self._io.frozen(self._stop_vcpus if running else None):
                     yield
             finally:
                 if running and self.status == RUNNING:

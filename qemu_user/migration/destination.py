@@ -210,7 +210,7 @@ class Incoming:
             if checked.machine.generation != hello.generation:
                 raise Refused(f"generation {checked.machine.generation} where {hello.generation} was announced")
             machine_state.restore(instance.machine, checked, trial)
-            self._lock_disks(instance.machine)
+            self._lock_disks(instance.machine, hello)
             self._journal.write(journals.PREPARED, hello.generation)
             steps.reached("destination:prepared", self._channel.cut)
             with suppress(ChannelError):
@@ -484,13 +484,15 @@ class Incoming:
 
     # -- the hand-over proper ----------------------------------------------------------------------
 
-    def _lock_disks(self, machine: Machine) -> None:
+    def _lock_disks(self, machine: Machine, hello: Hello) -> None:
         """The source has let go of them. Refused when somebody else has one."""
+        for number in hello.disks:
+            if number < FLASH:  # what was on the disk there is on the disk here; others' files we have not written to
+                machine.parts.disks[number - 1].flush()
         end = time.monotonic() + _LOCK_SECONDS
         for image in machine.parts.images:
             while True:
                 try:
-                    image.flush()
                     image.lock()
                     break
                 except BackendError as error:

@@ -147,8 +147,11 @@ def restore(machine: Machine, checked: Checked, before: Checked | None = None) -
         for index, (vcpu, state) in enumerate(zip(machine.vcpus, checked.vcpus, strict=True))
     ]
     batch.send()  # before the devices, whose lines may lead to vCPUs
-    for device, saved in zip(machine.parts.devices, checked.devices, strict=True):
-        device.restore(saved)
+    # Where pages have yet to come, restoring is also what brings the rings.
+    known = before.devices if before is not None and machine.memory.absent is None else [None] * len(checked.devices)
+    for device, saved, there in zip(machine.parts.devices, checked.devices, known, strict=True):
+        if saved != there:
+            device.restore(saved)
     batch = machine.vm.batch()
     if checked.aia is not None:
         answers.append(machine.interrupts.restore(checked.aia, batch, before.aia if before is not None else None))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _SPREAD = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
 _NONZERO = re.compile(rb"[^\0]+")
+_ONE = re.compile(rb"[^\0]")
 _memcmp = ctypes.PyDLL(None).memcmp  # keeps the GIL: it takes less time than giving it back would
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _ZERO_BYTES = 1 << 20
@@ -54,6 +55,25 @@ def count(units: bytes | bytearray) -> int:
 def address_of(view: memoryview) -> int:
     """Where writable memory lies."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def divided(units: bytearray, first: Iterable[int], piece: int, most: int) -> tuple[bytearray, bytearray]:
+    """(the others, those that go first): the units of a map that share a piece of `piece` units with one of `first`, in that
+    order, piece by piece until they are `most`."""
+    others, chosen, left = bytearray(units), bytearray(len(units)), most
+    for start in dict.fromkeys(unit // piece * piece for unit in first):
+        part = others[start : start + piece]
+        left -= count(part)
+        if left < 0:
+            break
+        chosen[start : start + piece] = part
+        others[start : start + piece] = bytes(len(part))
+    return others, chosen
+
+
+def indices(units: bytes | bytearray) -> Iterator[int]:
+    """The units of a map, in order."""
+    return (match.start() for match in _ONE.finditer(units))
 
 
 def is_zero(data: bytes | memoryview) -> bool:

@@ -51,6 +51,16 @@ class Ram:
         written = self._log.take()
         return pages.union(written, pages.from_bits(self._machine.vm.get_dirty_log(RAM_SLOT, units), units))
 
+    def rings(self) -> list[int]:
+        """Units in which queues of devices lie, which are looked at as soon as the machine goes on."""
+        base = self._machine.memory.regions[0][0]
+        found: list[int] = []
+        for transport in self._machine.parts.transports:
+            for queue in transport.virtio.queues:
+                for address, size in queue.rings():
+                    found += range((address - base) // self.unit, (address + size - 1 - base) // self.unit + 1)
+        return found
+
     def stop(self) -> None:
         """Track no more. Idempotent."""
         if self._on:

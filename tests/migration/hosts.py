@@ -38,7 +38,7 @@ class HostUnderTest:
         self.environment.pop("SOFTKVM_ENDPOINT", None)
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def softkvm(self, *words: str, seconds: float = 60) -> subprocess.CompletedProcess[bytes]:
+    def softkvm(self, *words: str, seconds: float = 300) -> subprocess.CompletedProcess[bytes]:
         """A verb to its end."""
         command = [sys.executable, "-P", "-m", "qemu_user.cli.main", *words]
         return subprocess.run(command, env=self.environment, capture_output=True, timeout=seconds, check=False)

@@ -32,6 +32,9 @@ class Transport(Protocol):
         driver's.
         """
 
+    def later(self, seconds: float, work: Callable[[], None]) -> None:
+        """The same in so many seconds, on the I/O thread."""
+
     def notify_used(self, queue: Queue) -> None:
         """Interrupt the driver if it wants to know of the buffers pushed on `queue`."""
 

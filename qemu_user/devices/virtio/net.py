@@ -70,6 +70,9 @@ SMALL_MTU = 9000
 """Up to here cutting segments for the guest is cheaper than letting it send that many packets."""
 MAX_CONTROL = 1 << 17
 _MAX_FLOWS = 4096
+_ANNOUNCE_SECONDS = 0.05
+"""As QEMU's announce-initial: Linux's driver waits for the device with a whole CPU, and a guest that has just moved has more
+urgent things to do; the switches know from announce() already."""
 
 
 class NetState(VirtioState, frozen=True, tag="net", kw_only=True):
@@ -408,10 +411,15 @@ class VirtioNet(VirtioDevice):
                 self.transport.notify_config()
 
     def resumed(self) -> None:
-        if self._moved and self.live and self.negotiated & F_GUEST_ANNOUNCE:
+        if self._moved:
+            self.transport.later(_ANNOUNCE_SECONDS, self._have_announced)
+
+    def _have_announced(self) -> None:
+        if self._moved and self.negotiated & F_GUEST_ANNOUNCE:
             # 5.1.6.5.4: the guest tells the network where it is now, with all its addresses.
-            self._moved, self._announce = False, True
+            self._announce = True
             self.transport.notify_config()
+        self._moved = False
 
     def announce(self, frame: bytes) -> None:
         """Send a frame of the host's own making: who has moved tells the switches, whatever the guest does."""

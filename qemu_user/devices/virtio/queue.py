@@ -174,6 +174,12 @@ class Queue:
         self._memory = memory
         self.ready = True
 
+    def rings(self) -> list[tuple[int, int]]:
+        """(guest address, bytes) of the rings, none if it is not ready."""
+        if not self.ready:
+            return []
+        return [(self.descriptors, 16 * self.size), (self.available, 6 + 2 * self.size), (self.used, 6 + 8 * self.size)]
+
     # -- the driver's requests ---------------------------------------------------------------------
 
     def pop(self) -> Chain | None:
@@ -356,6 +362,15 @@ class Queue:
     def has_requests(self) -> bool:
         """Whether pop() would find something."""
         return self.ready and (bool(self._again) or self._available_ring[1] != self._next_available)
+
+    @property
+    def rests(self) -> bool:
+        """Whether there is nothing to do: no request, and the driver calls when there is one."""
+        if not self.ready:
+            return True
+        if self.has_requests:
+            return False
+        return self._used_event[0] == self._next_available if self.event_index else not self._used_head[0] & NO_NOTIFY
 
     @property
     def next_available(self) -> int:

@@ -88,6 +88,8 @@ class VirtioTransport:
         self._wires = wires
         self.defer: Callable[[Callable[[], None]], None] = lambda call: call()
         """How work is put off to the I/O thread; machine/build.py sets it."""
+        self.delay: Callable[[float, Callable[[], None]], object] = lambda seconds, call: call()
+        """The same in so many seconds."""
         self.watch: Callable[[Watched, int, int], bool] = lambda queue, address, known: False
         """IoLoop.watch() of the thread that serves the queues; machine/build.py sets it."""
         self._watched = [
@@ -241,6 +243,10 @@ class VirtioTransport:
                 self._guarded(work)
                 self.worked()
 
+    def later(self, seconds: float, work: Callable[[], None]) -> None:
+        """The same in so many seconds, on the I/O thread."""
+        self.delay(seconds, partial(self.run, work))
+
     def serve_later(self, index: int) -> None:
         self.defer(lambda: self.kicked(index))
 
@@ -287,7 +293,8 @@ class VirtioTransport:
         with self.lock:
             self.virtio.resumed()
         for queue in self.virtio.queues:
-            self.serve_later(queue.index)
+            if not queue.rests:
+                self.serve_later(queue.index)
 
     # -- interrupts --------------------------------------------------------------------------------
 
