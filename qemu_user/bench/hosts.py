@@ -244,13 +244,13 @@ class Qemu:
         disk = self.disk = folder / "qemu.disk"
         disk.write_bytes(bytes(_DISK))
         initrd, data = folder / "initrd", image.initrd.read_bytes()
-        conf = settings({"NAME": "bench", "COMMAND": command(*load)}) + image.extra("ext4").read_bytes()
+        conf = settings({"NAME": "bench", "COMMAND": command(*load), "TTY": "1"}) + image.extra("ext4").read_bytes()
         initrd.write_bytes(data + bytes(-len(data) % 4) + conf)
         words = [
             QEMU, "-M", "virt", "-m", str(memory >> 20), "-smp", str(cpus), "-kernel", str(image.kernel),
             "-initrd", str(initrd), "-append", image.append, "-display", "none", "-serial", "null", "-monitor", "none",
             "-device", "virtio-serial-device", "-chardev", "null,id=console", "-device", "virtconsole,chardev=console",
-            "-chardev", "null,id=c", "-device", "virtserialport,chardev=c,name=org.softkvm.control",
+            "-chardev", "file,id=c,path=/dev/null", "-device", "virtserialport,chardev=c,name=org.softkvm.control",
             "-device", "virtio-rng-device", "-drive", f"file={disk},format=raw,if=none,id=d",
             "-device", "virtio-blk-device,drive=d", "-device", "virtio-net-device,netdev=n0",
             "-netdev", f"stream,id=n0,server=off,addr.type=unix,addr.path={wire.path}",
@@ -258,10 +258,14 @@ class Qemu:
         self._uri = f"unix:{folder / 'move'}"
         self._qmp = folder / "a"
         self._processes = [subprocess.Popen([*words, "-qmp", f"unix:{folder / 'a'},server=on,wait=off"])]
-        wait_until_up(disk, wire)
-        incoming = ["-qmp", f"unix:{folder / 'b'},server=on,wait=off", "-incoming", self._uri]
-        self._processes.append(subprocess.Popen([*words, *incoming]))
-        time.sleep(1)
+        try:
+            wait_until_up(disk, wire)
+            incoming = ["-qmp", f"unix:{folder / 'b'},server=on,wait=off", "-incoming", self._uri]
+            self._processes.append(subprocess.Popen([*words, *incoming]))
+            time.sleep(1)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Qemu:
         return self
