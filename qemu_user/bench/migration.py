@@ -115,6 +115,7 @@ def _busy(rounds: int, memory: int, put: Put) -> None:
     with _Place() as place:
         place.one.boot("bench", memory, place.disk, place.wire, _DIRTY, cpus=2)
         put("0.5 GB/s dirtied, copied", place.there_and_back(rounds, "bench", copy=True))
+        put("0.5 GB/s dirtied, post-copy", place.there_and_back(rounds, "bench", postcopy=True))
 
 
 def _large(rounds: int, memory: int, put: Put) -> None:

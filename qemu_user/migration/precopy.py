@@ -32,6 +32,8 @@ _PERIOD = 0.05
 _GUESS = 500e6
 """Bytes per second, before anything was measured."""
 _WORTH_MEASURING = 256 << 10
+_SMALL = 256 << 10
+"""Bytes that are not worth another round."""
 _LATELY = 0.01
 """Post-copy: seconds before the switch. What a guest has written then it touches first when it goes on: that goes along,"""
 _MOST_TAKEN_ALONG = 2 << 20
@@ -96,7 +98,9 @@ class Precopy:
             job.expected_downtime = rest / self._rate + _STATE_SECONDS
             allowed = max(self._max_downtime - _STATE_SECONDS, 0.2 * self._max_downtime) * self._rate
             left = rest - self._amount(disks_only=True) if self._leave_memory else 0
-            if rest - left <= allowed:
+            # What is allowed need not be used up: another round while each leaves less than half of the one before.
+            least = self._leave_memory or rest <= _SMALL or (not first and rest > before / 2)
+            if rest - left <= allowed and least:
                 if self._leave_memory:
                     job.sleep(_LATELY)
                 return
