@@ -16,7 +16,7 @@ import msgspec
 from qemu_user.backends.errors import BackendError
 from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
 from qemu_user.migration import journal as journals
-from qemu_user.migration import machine_state, messages, sections, steps
+from qemu_user.migration import machine_state, messages, pages, sections, steps
 from qemu_user.migration.channel import Channel, ChannelError, StreamChannel, ZmqChannel
 from qemu_user.migration.connect import expect, refusal
 from qemu_user.migration.delta import Sent, xor
@@ -143,10 +143,12 @@ class _Wire:
 
 
 def _pieces(left: bytearray, size: int) -> bytes:
-    """The map of pieces of memory with a page that is left."""
-    per = messages.PIECE // Ram.unit
-    left.extend(bytes(size // Ram.unit - len(left)))
-    return bytes(any(left[at : at + per]) for at in range(0, len(left), per))
+    """The map of pieces of memory with a page that is `left` (a map of pages)."""
+    per, found = messages.PIECE // Ram.unit, bytearray(size // messages.PIECE)
+    for start, count in pages.runs(left, len(left)):
+        first, last = start // per, (start + count - 1) // per
+        found[first : last + 1] = b"\1" * (last + 1 - first)
+    return bytes(found)
 
 
 class Outgoing:

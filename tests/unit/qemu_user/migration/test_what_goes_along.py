@@ -7,7 +7,7 @@ import threading
 
 from qemu_user.devices.absent import AbsentPages
 from qemu_user.devices.virtio.queue import Queue
-from qemu_user.migration import pages
+from qemu_user.migration import pages, source
 from tests.framework.virtio_driver import RAM_BASE, make_memory
 
 PIECE = 32 << 10
@@ -21,6 +21,14 @@ def test_divided_piece_by_piece() -> None:
     assert pages.count(others) + pages.count(first) == pages.count(units)
     assert list(pages.indices(first)) == [0, 1, 5, 6, 7]
     assert pages.divided(units, [], 4, 5) == (units, bytearray(16))
+
+
+def test_pieces_with_a_page_that_is_left() -> None:
+    left = bytearray(64)
+    for page in (0, 7, 8, 30, 31, 32, 63):
+        left[page] = 1
+    assert source._pieces(left, 64 * 4096) == bytes((1, 1, 0, 1, 1, 0, 0, 1))
+    assert source._pieces(bytearray(), 64 * 4096) == bytes(8)
 
 
 def test_a_page_that_is_touched_comes_before_the_next_of_the_others() -> None:
@@ -43,20 +51,20 @@ def test_a_page_that_is_touched_comes_before_the_next_of_the_others() -> None:
         def close(self) -> None:
             pass
 
-    source, view = Source(), memoryview(bytearray(16 * PIECE))
-    absent = AbsentPages(view, source, [PIECE * number for number in range(16)])
+    giver, view = Source(), memoryview(bytearray(16 * PIECE))
+    absent = AbsentPages(view, giver, [PIECE * number for number in range(16)])
     fill = threading.Thread(target=absent.fill, daemon=True)
     fill.start()
-    assert source.asked.wait(60)
+    assert giver.asked.wait(60)
     touch = threading.Thread(target=absent.ensure, args=(9 * PIECE + 5, 1), daemon=True)
     touch.start()
     while not absent._turn.locked():
         assert touch.is_alive()
-    source.answer.release(16)
+    giver.answer.release(16)
     touch.join(60)
     fill.join(60)
-    assert source.order[:2] == [0, 9]
-    assert sorted(source.order) == list(range(16))
+    assert giver.order[:2] == [0, 9]
+    assert sorted(giver.order) == list(range(16))
     assert view[9 * PIECE] == 10
 
 
