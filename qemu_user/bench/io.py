@@ -180,6 +180,8 @@ def boot(side: str, command: list[str], tell: Callable[[str], None]) -> dict[str
                     begun = now
                 elif words[:2] == ["BENCH", "all"]:
                     done = True
+                elif words[:3] == ["no", "value", "for"]:
+                    tell(f"{side}: {line.decode('ascii', 'replace').strip()}")
                 elif words[:1] == ["BENCH"] and len(words) == 3:
                     found[words[1]] = float(words[2])
             if not chunk and not done:
