@@ -144,6 +144,7 @@ class Machine:
         hot, self.hot_code = self.hot_code, None
         if hot is not None:
             hot.close()
+        self._use_small_pages()
         self.forget_decoded()
 
     # -- memory ----------------------------------------------------------------------------------------------
@@ -267,6 +268,13 @@ class Machine:
             with suppress(OSError):  # a host kernel without them: big programs miss its TLB more often
                 self._pool.map.madvise(mmap.MADV_HUGEPAGE)
 
+    def _use_small_pages(self) -> None:
+        """What comes into the pool from now on takes no more memory than it needs, until pool_grows()."""
+        if self._large:
+            self._large = False
+            with suppress(OSError):
+                self._pool.map.madvise(mmap.MADV_NOHUGEPAGE)
+
     def look_if_idle(self) -> None:
         """Called now and then: a machine that has done next to nothing since the last time gives the memory of decoded pages
         back, all but of those that it has entered meanwhile.
@@ -282,6 +290,7 @@ class Machine:
             headers = [_PageHeader.from_address(page) for page in pages]
             used = [header.gpa for header in headers if header.host and header.used]
             if len(used) < len(headers) * 3 // 4:
+                self._use_small_pages()
                 self.forget_decoded()
                 made = warm_pages.make(self, used)
                 if self.hot_code is not None:

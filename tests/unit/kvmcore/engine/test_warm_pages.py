@@ -106,6 +106,19 @@ def test_an_idle_machine_gives_decoded_pages_back(image: Image) -> None:
     assert g.harts[0].state.count_page == 0, "what it had entered was given back, too"
 
 
+def test_an_idle_machine_gives_up_large_pages(image: Image) -> None:
+    g = Guest(image, CODE)
+    with g.machine.quiesce():
+        assert len(warm_pages.make(g.machine, [RAM + PAGE * number for number in range(700)])) == 700
+    g.machine.pool_grows()
+    if "hg" not in _smaps(g.machine.state.pool, "VmFlags:"):
+        pytest.skip("the host's kernel has no transparent huge pages")
+    g.machine.look_if_idle()
+    assert g.run() == ExitKind.MMIO_WRITE
+    g.machine.look_if_idle()
+    assert "hg" not in _smaps(g.machine.state.pool, "VmFlags:")
+
+
 def test_a_busy_machine_keeps_them(image: Image) -> None:
     g = Guest(image, "loop: j loop")
     with g.machine.quiesce():
@@ -121,12 +134,17 @@ def test_a_busy_machine_keeps_them(image: Image) -> None:
 
 def _resident(address: int) -> int:
     """KiB of the mapping with this address (and with what the kernel has joined to it) which are in memory."""
-    found, inside = 0, False
+    return int(_smaps(address, "Rss:")[0])
+
+
+def _smaps(address: int, name: str) -> list[str]:
+    """What /proc/self/smaps says of that mapping under this name."""
+    inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
+        first, *rest = line.split()
         if "-" in first and not first.endswith(":"):
             start, end = (int(word, 16) for word in first.split("-"))
             inside = start <= address < end
-        elif inside and line.startswith("Rss:"):
-            found += int(line.split()[1])
-    return found
+        elif inside and first == name:
+            return rest
+    raise AssertionError(f"no {name} of {address:#x}")
