@@ -33,13 +33,16 @@ class PageSource(Protocol):
 
 
 class AbsentPages:
-    """For one region of RAM. `offsets`: the clusters that are to come; the rest is there."""
+    """For one region of RAM. `offsets`: the clusters that are to come; the rest is there. `piece`: bytes that come when one of
+    them is touched, a power of two of at least a page; all of the cluster if it is not given."""
 
-    def __init__(self, view: memoryview, source: PageSource, offsets: list[int]) -> None:
+    def __init__(self, view: memoryview, source: PageSource, offsets: list[int], piece: int = 0) -> None:
         self._view, self._source = view, source
         self._size = len(view)
-        self._step = source.cluster // PAGE // PAGES_PER_BYTE
-        """Bytes of the bitmap that a cluster has."""
+        self._piece = piece or source.cluster
+        self._cluster = memoryview(bytearray(source.cluster if self._piece < source.cluster else 0))
+        self._held = -1
+        """Which cluster that is."""
         size = -(-(self._size // PAGE // 8) // PAGE) * PAGE
         self.fd = create_memfd("userfault-bitmap", size)
         self.bitmap_size = size
@@ -49,50 +52,76 @@ class AbsentPages:
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         """Held by who has touched a page until it is there: what comes by itself waits for him, not he for the next of it."""
+        step = source.cluster // PAGE // PAGES_PER_BYTE
         for offset in self._left:
-            start = self._byte(offset)
-            self._bits[start : start + self._width(offset)] = b"\xff" * self._width(offset)
+            start = offset // source.cluster * step
+            width = min(step, self._size // PAGE // PAGES_PER_BYTE - start)
+            self._bits[start : start + width] = b"\xff" * width
         self.fetched = 0
+        """How often something has come."""
         self.waits: list[float] = []
         """Seconds that somebody who touched a page waited for it, of the first 100,000."""
 
-    def _byte(self, offset: int) -> int:
-        return offset // self._source.cluster * self._step
+    def _is_absent(self, page: int) -> bool:
+        return bool(self._bits[page // PAGES_PER_BYTE] >> page % PAGES_PER_BYTE & 1)
 
-    def _width(self, offset: int) -> int:
-        return min(self._step, self._size // PAGE // 8 - self._byte(offset))
+    def _arrive(self, page: int, count: int) -> None:
+        """The bits of so many pages fall; the lock is held. Nobody else writes to them."""
+        at = page // PAGES_PER_BYTE
+        if count < PAGES_PER_BYTE:
+            self._bits[at] &= ~(((1 << count) - 1) << page % PAGES_PER_BYTE)
+        else:
+            self._bits[at : at + count // PAGES_PER_BYTE] = bytes(count // PAGES_PER_BYTE)
 
     def ensure(self, offset: int, length: int) -> None:
         """[offset, offset + length) is there when this returns. PageLost."""
-        cluster = self._source.cluster
-        for start in range(offset // cluster * cluster, offset + max(length, 1), cluster):
-            if self._bits[self._byte(start)]:
+        piece = self._piece
+        for start in range(offset // piece * piece, offset + max(length, 1), piece):
+            if self._is_absent(start // PAGE):
                 began = time.monotonic()
                 with self._turn:
-                    self._fetch(start)
+                    self._fetch(start, piece)
                 if len(self.waits) < 100_000:
                     self.waits.append(time.monotonic() - began)
 
-    def _fetch(self, start: int) -> None:
+    def _fetch(self, start: int, size: int) -> None:
+        """The pieces from `start` on that are not there, of one cluster."""
         with self._lock:
-            at, width = self._byte(start), self._width(start)
-            if self._bits[at]:
-                try:
-                    self._source.read(start, self._view[start : min(start + self._source.cluster, self._size)])
-                except Exception as error:
-                    raise PageLost(f"a page of its memory cannot be had: {error}") from error
-                self._bits[at : at + width] = bytes(width)
-                self.fetched += 1
+            end = min(start + size, self._size)
+            absent = [at for at in range(start, end, self._piece) if self._is_absent(at // PAGE)]
+            if not absent:
+                return
+            first = start // self._source.cluster * self._source.cluster
+            try:
+                if self._cluster:
+                    self._hold(first)
+                else:
+                    self._source.read(first, self._view[start:end])
+            except Exception as error:
+                raise PageLost(f"a page of its memory cannot be had: {error}") from error
+            for at in absent:
+                upto = min(at + self._piece, end)
+                if self._cluster:
+                    self._view[at:upto] = self._cluster[at - first : upto - first]
+                self._arrive(at // PAGE, (upto - at) // PAGE)
+            self.fetched += 1
+
+    def _hold(self, first: int) -> None:
+        if self._held != first:
+            self._held = -1
+            self._source.read(first, self._cluster[: min(self._source.cluster, self._size - first)])
+            self._held = first
 
     def fill(self, stop: threading.Event | None = None, pause: float = 0.0) -> bool:
         """Bring everything that is left; False if `stop` came first. PageLost."""
         for start in self._left:
-            if self._bits[self._byte(start)]:
+            pages = range(start // PAGE, min(start + self._source.cluster, self._size) // PAGE, self._piece // PAGE)
+            if any(map(self._is_absent, pages)):
                 if stop is not None and stop.wait(pause):
                     return False
                 with self._turn:
                     pass
-                self._fetch(start)
+                self._fetch(start, self._source.cluster)
         return True
 
     def close(self) -> None:

@@ -23,10 +23,12 @@ import msgspec
 import zmq
 
 from protocol.channel import zmq_socket
+from protocol.channel.shared_memory import PAGE
 from protocol.channel.zmq_socket import Curve
 from qemu_user.backends.block.opening import format_by_name, is_nbd, open_disk
 from qemu_user.backends.errors import BackendError
 from qemu_user.cli.daemon import DaemonError, ensure
+from qemu_user.cli.vm import VerbError, execute
 from qemu_user.config.background import for_background
 from qemu_user.config.machine_config import Flash
 from qemu_user.confinement import confine
@@ -35,13 +37,18 @@ from qemu_user.devices.device import StateError
 from qemu_user.machine.drives import open_drive
 from qemu_user.machine.machine import PAUSED, Machine, StartError
 from qemu_user.management.instance import Instance
+from qemu_user.management.registry import find
 from qemu_user.migration import identity, machine_state
 from qemu_user.migration import job as jobs
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
 from qemu_user.migration.destination import Discarded, Incoming, refuse
 from qemu_user.migration.host import authenticated
 from qemu_user.migration.snapshot import Snapshot, SnapshotError
+from qemu_user.migration.written import Written
 
+_GONE_SECONDS = 30.0
+_FILL_AFTER = 0.05
+"""Seconds that a VM has to itself at first."""
 _FILL_PAUSE = 0.0005
 """Seconds between two clusters that nobody has asked for yet."""
 
@@ -56,6 +63,8 @@ class Restore(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     names: tuple[str, ...]
     """What the VM is called from now on; several: as many VMs, a process each."""
     paused: bool = False
+    replace: bool = False
+    """A VM that has this name is ended, when the snapshot is known to be whole."""
     new: bool = False
     """These are other VMs than the one that was saved: with a uuid, addresses and disks of their own."""
     fill: bool = True
@@ -84,22 +93,23 @@ class TakeIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     peer: str = ""
 
 
-def load(machine: Machine, snapshot: Snapshot, fill: bool = False) -> None:
-    """Memory and state of a snapshot into a machine that was started `arriving`. Memory comes as it is touched; with
-    `fill`, a thread brings the rest. SnapshotError, StateError.
+def load(machine: Machine, snapshot: Snapshot, whole: bool) -> None:
+    """Memory and state of a snapshot into a machine that was started `arriving`. Memory comes as it is touched: what will be
+    needed as a `whole` in clusters, else page by page, so that it takes no more than it must. SnapshotError, StateError.
     """
     checked = machine_state.check(machine, snapshot.sections)
     for number, bank in enumerate(machine.flash.banks if machine.flash is not None else ()):
         snapshot.read(f"flash{number}", bank.content)
     clusters = snapshot.opened("memory")
-    machine.await_pages(AbsentPages(machine.memory.regions[0][1], clusters, list(clusters.offsets())))
+    piece = 0 if whole else PAGE
+    machine.await_pages(AbsentPages(machine.memory.regions[0][1], clusters, list(clusters.offsets()), piece))
     with machine.standing():
         machine_state.restore(machine, checked)
-    if fill:
-        threading.Thread(target=_fill, args=(machine,), name="fill", daemon=True).start()
 
 
 def _fill(machine: Machine) -> None:
+    """All memory that has not been touched yet, once whoever waits for the VM has seen it run."""
+    time.sleep(_FILL_AFTER)
     try:
         machine.complete_memory(threading.Event(), _FILL_PAUSE)
     except PageLost as error:
@@ -119,6 +129,7 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Ins
     read() gave."""
     began = time.monotonic()
     snapshot = read(order) if snapshot is None else snapshot
+    written = Written()
     try:
         config = for_background(snapshot.config, name)
         if order.new:
@@ -131,9 +142,11 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Ins
                 else:
                     Path(drive.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                     snapshot.write_disk(f"disk{index}", drive.file)
+                    written.add(drive.file)
         for index, bank in enumerate(config.flash):
             if not bank.readonly:
-                _write_bank(snapshot, f"flash{index}", bank)
+                _write_bank(snapshot, f"flash{index}", bank, written)
+        written.start()
     except (SnapshotError, BackendError, OSError) as error:
         raise StartError(str(error)) from error
     instance = Instance(config, order.endpoint)
@@ -145,6 +158,7 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Ins
         identity.tell_generation(instance.machine)
         if order.new:
             identity.tell(instance.machine)
+        written.wait()
     except (SnapshotError, StateError, PageLost, OSError) as error:
         instance.abandon()
         raise StartError(f"the snapshot in {order.snapshot} cannot be used: {error}") from error
@@ -153,14 +167,17 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Ins
     else:
         instance.machine.resume()
     job.end(jobs.COMPLETED)
+    if order.fill:
+        threading.Thread(target=_fill, args=(instance.machine,), name="fill", daemon=True).start()
     return instance
 
 
-def _write_bank(snapshot: Snapshot, name: str, bank: Flash) -> None:
+def _write_bank(snapshot: Snapshot, name: str, bank: Flash, written: Written) -> None:
     """Make a bank's file what was saved. SnapshotError, BackendError, OSError."""
     if format_by_name(bank.file, bank.format) == "raw":
         Path(bank.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         snapshot.write_disk(name, bank.file)
+        written.add(bank.file)
     else:
         with closing(open_disk(bank.file, bank.format)) as image:
             snapshot.write_over(name, image)
@@ -237,6 +254,8 @@ def main(arguments: list[str]) -> int:
         order = msgspec.json.decode(data, type=Restore | TakeIn | Attach)
         if isinstance(order, Restore):
             snapshot = read(order)  # before the fork: clones share it
+            if order.replace:
+                _end_running(order.names[0])
             name = order.names[0] if len(order.names) == 1 else several(order)
             if not name:
                 return 0
@@ -258,6 +277,22 @@ def main(arguments: list[str]) -> int:
     if lack := confine(instance.config):
         sys.stderr.write(f"softkvm: {lack}\n")
     return instance.wait()
+
+
+def _end_running(name: str) -> None:
+    """End the VM of that name, if there is one. StartError if it does not go."""
+    if find(name) is None:
+        return
+    try:
+        execute(name, "quit")
+    except VerbError as error:
+        if find(name) is not None:
+            raise StartError(str(error)) from error
+    end = time.monotonic() + _GONE_SECONDS
+    while find(name) is not None:
+        if time.monotonic() > end:
+            raise StartError(f"VM {name}: does not end; softkvm kill {name} forces it")
+        time.sleep(0.005)
 
 
 def _say(fd: int, what: dict[str, Any]) -> None:

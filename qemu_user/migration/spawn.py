@@ -22,12 +22,14 @@ class SpawnError(Exception):
 
 
 class Newcomer:
-    """A process that waits for its order. `name`: of its log file."""
+    """A process that waits for its order. `name`: of its log file; if that is another one's yet, `replaces`: from the time on
+    that all is well."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, replaces: bool = False) -> None:
         """OSError."""
         self._name = name
-        self.log = made_runtime_directory() / f"{name}.log"
+        self._log = made_runtime_directory() / f"{name}.log"
+        self.log = self._log.with_name(f".{name}.log") if replaces else self._log
         readable, writable = os.pipe()
         self._pipe = os.fdopen(readable, "rb")
         self._socket, theirs = socket.socketpair()
@@ -58,6 +60,8 @@ class Newcomer:
             self.process.wait()
             last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
             raise SpawnError(f"VM {self._name}: its process ended at once: {last} (all of it: {self.log})")
+        if self.log != self._log:
+            self.log = self.log.rename(self._log)
         return dict(json.loads(lines[-1]))
 
     def forget(self) -> None:
@@ -76,8 +80,8 @@ def _start(stdin: int, output: int, tell: int) -> WarmProcess | subprocess.Popen
     )  # fmt: skip
 
 
-def spawn(order: bytes, name: str, count: int = 1) -> dict[str, Any]:
-    """A process with this order, and what the last of its `count` VMs says. SpawnError."""
-    newcomer = Newcomer(name)
+def spawn(order: bytes, name: str, count: int = 1, replaces: bool = False) -> dict[str, Any]:
+    """A process with this order, and what the last of its `count` VMs says. `replaces`: Newcomer's. SpawnError."""
+    newcomer = Newcomer(name, replaces)
     newcomer.order(order)
     return newcomer.hear(count)

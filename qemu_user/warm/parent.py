@@ -36,7 +36,8 @@ _NEEDED = (
     "protocol.client", "protocol.client.batch", "qemu_user.cgroup", "qemu_user.config.qemu_options", "qemu_user.confinement",
     "qemu_user.images.store", "qemu_user.management.instance", "qemu_user.machine.boot", "qemu_user.migration.arrival",
     *(f"qemu_user.cli.{verb}" for verb in _VERBS), "qemu_user.migration.source", "qemu_user.backends.block.raw",
-    "qemu_user.backends.block.direct", "qemu_user.backends.net.stream", "qemu_user.backends.net.passt",
+    "qemu_user.backends.block.direct", "qemu_user.machine.networks", "qemu_user.backends.net.stream",
+    "qemu_user.backends.net.passt",
 )  # fmt: skip
 
 
@@ -224,8 +225,10 @@ def become(told: Told) -> int:
         os.dup2(fd, number, inheritable=True)
     fd_passing.close_all([directory, *given])
     os.umask(wanted.umask)
-    os.environb.clear()
-    os.environb.update(wanted.environment)
+    for name in list(os.environb):  # clear() and update() ask abstract classes, which looks at (and copies) all classes
+        del os.environb[name]
+    for name, value in wanted.environment.items():
+        os.environb[name] = value
     for number in range(1, signal.NSIG):
         if told.ignored >> (number - 1) & 1 and number not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(number, signal.SIG_IGN)
