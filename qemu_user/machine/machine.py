@@ -93,6 +93,8 @@ class Machine:
         self.generation = 0
         """How often the VM has moved to another process."""
         self.status = PRELAUNCH
+        self.let_run = 0.0
+        """time.monotonic() when resume() last opened the vCPUs' gate."""
         self.counters = Counters()
         self.listeners: list[Listener] = []
         self.failure = ""
@@ -409,6 +411,7 @@ class Machine:
                 self._begin_keeping()
                 self._changed()
                 self._gate.open()
+                self.let_run = time.monotonic()
                 if was != PRELAUNCH:
                     for transport in self.parts.transports:
                         transport.resume()

@@ -124,10 +124,10 @@ def read(order: Restore) -> Snapshot:
         raise StartError(str(error)) from error
 
 
-def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Instance:
+def restored(order: Restore, name: str, snapshot: Snapshot | None = None, began: float = 0.0) -> Instance:
     """The VM, running (or paused, as ordered). StartError, with nothing left behind but restored disks. `snapshot`: what
-    read() gave."""
-    began = time.monotonic()
+    read() gave. The job of the VM counts from `began` to the moment at which its vCPUs may run."""
+    began = began or time.monotonic()
     snapshot = read(order) if snapshot is None else snapshot
     written = Written()
     try:
@@ -167,6 +167,7 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None) -> Ins
     else:
         instance.machine.resume()
     job.end(jobs.COMPLETED)
+    job.ended = instance.machine.let_run or job.ended
     if order.fill:
         threading.Thread(target=_fill, args=(instance.machine,), name="fill", daemon=True).start()
     return instance
@@ -249,17 +250,18 @@ def main(arguments: list[str]) -> int:
     try:
         preload()
         data, fds = _hear_order()
+        began = time.monotonic()
         if not data:
             return 0
         order = msgspec.json.decode(data, type=Restore | TakeIn | Attach)
         if isinstance(order, Restore):
             snapshot = read(order)  # before the fork: clones share it
             if order.replace:
-                _end_running(order.names[0])
+                began += _end_running(order.names[0])
             name = order.names[0] if len(order.names) == 1 else several(order)
             if not name:
                 return 0
-            instance = restored(order, name, snapshot)
+            instance = restored(order, name, snapshot, began)
             _say(tell, {"name": name, "pid": os.getpid()})
         elif isinstance(order, Attach):
             instance = Instance.attached(Path(order.directory))
@@ -279,10 +281,11 @@ def main(arguments: list[str]) -> int:
     return instance.wait()
 
 
-def _end_running(name: str) -> None:
-    """End the VM of that name, if there is one. StartError if it does not go."""
+def _end_running(name: str) -> float:
+    """End the VM of that name, if there is one; the seconds that it took. StartError if it does not go."""
+    began = time.monotonic()
     if find(name) is None:
-        return
+        return 0.0
     try:
         execute(name, "quit")
     except VerbError as error:
@@ -293,6 +296,7 @@ def _end_running(name: str) -> None:
         if time.monotonic() > end:
             raise StartError(f"VM {name}: does not end; softkvm kill {name} forces it")
         time.sleep(0.005)
+    return time.monotonic() - began
 
 
 def _say(fd: int, what: dict[str, Any]) -> None:
