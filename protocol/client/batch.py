@@ -9,9 +9,11 @@ from protocol.abi import structs
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
 from protocol.client.handle import ARGUMENT, Handle
-from protocol.client.link import Channel
+from protocol.client.link import Channel, Link
 from protocol.codec import control
 from protocol.codec.envelope import COPY_IN, COPY_OUT, Copy, Reply
+
+NO_FD = 0xFFFFFFFF
 
 
 class Answer:
@@ -38,10 +40,12 @@ class Answer:
 
 
 class Batch:
-    """Requests over `channel`, served in the order in which they are added. At most control.MAX_BATCH."""
+    """Requests over `channel`, served in the order in which they are added, control.MAX_BATCH in a message; descriptors
+    that they name are made known beforehand, over `link`."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, link: Link) -> None:
+        self._channel, self._link = channel, link
+        self._files: dict[int, None] = {}
         self._answers: list[Answer] = []
         self._requests: list[tuple[int, int, int, tuple[Copy, ...], bytes]] = []
 
@@ -64,15 +68,32 @@ class Batch:
         copy = Copy(ARGUMENT, structs.MP_STATE.size, COPY_OUT, b"")
         return self._add("GET_MP_STATE", vcpu, BY_NAME["GET_MP_STATE"].number, ARGUMENT, (copy,), b"")
 
+    def _ioctl(self, name: str, handle: Handle, data: bytes) -> Answer:
+        """One with a struct that only goes in."""
+        return self._add(name, handle, BY_NAME[name].number, ARGUMENT, (Copy(ARGUMENT, len(data), COPY_IN, data),), b"")
+
     def set_mp_state(self, vcpu: Handle, state: int) -> Answer:
         """KVM_SET_MP_STATE."""
-        data = structs.MP_STATE.build(mp_state=state)
-        copy = Copy(ARGUMENT, len(data), COPY_IN, data)
-        return self._add("SET_MP_STATE", vcpu, BY_NAME["SET_MP_STATE"].number, ARGUMENT, (copy,), b"")
+        return self._ioctl("SET_MP_STATE", vcpu, structs.MP_STATE.build(mp_state=state))
+
+    def irqfd(self, vm: Handle, eventfd: int, gsi: int) -> Answer:
+        """KVM_IRQFD."""
+        self._files[eventfd] = None
+        data = structs.IRQFD.build(fd=eventfd, gsi=gsi, flags=0, resamplefd=NO_FD)
+        return self._ioctl("IRQFD", vm, data)
+
+    def ioeventfd(self, vm: Handle, eventfd: int, addr: int, length: int, datamatch: int | None, flags: int = 0) -> Answer:
+        """KVM_IOEVENTFD."""
+        self._files[eventfd] = None
+        flags |= structs.IOEVENTFD_FLAG_DATAMATCH if datamatch is not None else 0
+        data = structs.IOEVENTFD.build(datamatch=datamatch or 0, addr=addr, len=length, fd=eventfd, flags=flags)
+        return self._ioctl("IOEVENTFD", vm, data)
 
     def send(self) -> None:
         """Have them served, all of them even if some fail; every Answer is there then. KvmError: the server is gone."""
-        if self._requests:
-            replies = self._channel.request_all(self._requests)
-            for answer, reply in zip(self._answers, replies, strict=True):
+        if self._files:
+            self._link.pass_files(list(self._files))
+        for at in range(0, len(self._requests), control.MAX_BATCH):
+            replies = self._channel.request_all(self._requests[at : at + control.MAX_BATCH])
+            for answer, reply in zip(self._answers[at : at + control.MAX_BATCH], replies, strict=True):
                 answer.reply = reply

@@ -31,6 +31,8 @@ from protocol.codec.session import Message, Op
 from protocol.version import fingerprint
 
 _LOOK_MS = 1000
+_PASSED_AT_ONCE = 32
+"""Descriptors on their way that the socket has room for."""
 _HELLOS = 3
 """How often we say hello to who hangs up: one of us may have stood still for so long that the other lost patience."""
 _LAST_WORD_MS = 20
@@ -290,6 +292,26 @@ class Link:
             fd_passing.close_all(received)
             raise KvmError(EPROTO, name, "the session's socket is out of step")
         return answer, received
+
+    def pass_files(self, fds: list[int]) -> None:
+        """Make our descriptors known to the server under their own numbers, without waiting for it after each. KvmError."""
+        self.check_owner("sendmsg")
+        errnos = []
+        with self._lock:
+            for at in range(0, len(fds), _PASSED_AT_ONCE):
+                some = fds[at : at + _PASSED_AT_ONCE]
+                try:
+                    for fd in some:
+                        message = Message(Op.PASS_FILE, next(self._sequence), a=fd)
+                        fd_passing.send(self._socket, session_codec.encode(message), [fd])
+                    answers = [fd_passing.receive(self._socket, session_codec.MAX_MESSAGE)[0] for _ in some]
+                except OSError as error:
+                    raise KvmError(ECONNRESET, "sendmsg", f"kvmcore's process is gone: {error}") from error
+                if not all(answers):
+                    raise KvmError(ECONNRESET, "sendmsg", "kvmcore's process is gone")
+                errnos += [session_codec.decode(answer).errno for answer in answers]
+        if any(errnos):
+            raise KvmError(next(filter(None, errnos)), "sendmsg", "a descriptor was not taken")
 
     @property
     def alive(self) -> bool:

@@ -11,7 +11,7 @@ from errno import EOPNOTSUPP
 from protocol.abi import structs
 from protocol.abi.errors import KvmError
 from protocol.channel.shared_memory import create_memfd
-from protocol.client.batch import Batch
+from protocol.client.batch import NO_FD, Batch
 from protocol.client.device import Device
 from protocol.client.handle import POINTEE, Handle
 from protocol.client.link import Channel, Link
@@ -19,8 +19,6 @@ from protocol.client.stats import Stats
 from protocol.client.vcpu import Vcpu
 from protocol.codec import control
 from protocol.codec.session import Op
-
-_NO_FD = 0xFFFFFFFF
 
 
 class GuestMemfd(Handle):
@@ -83,7 +81,7 @@ class Vm(Handle):
 
     def batch(self) -> Batch:
         """Requests to this VM's handles that shall go in one message."""
-        return Batch(self.channel)
+        return Batch(self.channel, self.link)
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -229,7 +227,7 @@ class Vm(Handle):
 
     def irqfd(self, eventfd: int, gsi: int, flags: int = 0, resamplefd: int = -1) -> None:
         """Signals of `eventfd` become interrupts."""
-        other = self._pass(resamplefd) if resamplefd >= 0 else _NO_FD
+        other = self._pass(resamplefd) if resamplefd >= 0 else NO_FD
         self.call("IRQFD", fd=self._pass(eventfd), gsi=gsi, flags=flags, resamplefd=other)
 
     def ioeventfd(

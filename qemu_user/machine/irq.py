@@ -163,6 +163,9 @@ class Interrupts(Protocol):
     def check(self, state: AiaState) -> None:
         """StateError unless restore() can take `state`."""
 
+    def connect(self) -> None:
+        """The wires that edge() has made so far lead to the controller."""
+
     def settle(self) -> None:
         """The devices have taken a dead process's place: wires that none of them has driven are low."""
 
@@ -197,6 +200,8 @@ class AiaInterrupts:
         self._device = KvmDevice(vm.link, vm.channel, handle) if self._there else vm.create_device(DEV_TYPE_RISCV_AIA)
         self._levels: list[LevelLine] = []
         self._fds: list[int] = []
+        self._unknown: list[tuple[int, int]] = []
+        """Wires (eventfd, source) that kvmcore has yet to hear of."""
         self._cpus = 0
         self._routes = MsiRoutes(vm, virt.INTERRUPT_SOURCES + 1)
         self.msi: MakeVector | None = self._routes.make
@@ -224,13 +229,21 @@ class AiaInterrupts:
     def edge(self, irq: int) -> InterruptLine:
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fds.append(fd)
-        self._vm.irqfd(fd, irq)
+        self._unknown.append((fd, irq))
         return BothLines(EdgeLine(fd), self.plic.line(irq))
 
     def level(self, irq: int) -> InterruptLine:
         line = LevelLine(lambda level: self._vm.irq_line(irq, int(level)), None if self._there else False)
         self._levels.append(line)
         return BothLines(line, self.plic.line(irq))
+
+    def connect(self) -> None:
+        batch = self._vm.batch()
+        answers = [batch.irqfd(self._vm, fd, irq) for fd, irq in self._unknown]
+        batch.send()
+        for answer in answers:
+            answer.checked()
+        self._unknown = []
 
     def settle(self) -> None:
         for line in self._levels:
@@ -375,6 +388,9 @@ class PlicInterrupts:
 
     def nodes(self) -> list[FdtNode]:
         return []  # the PLIC describes itself, being a device
+
+    def connect(self) -> None:
+        pass  # they do
 
     def settle(self) -> None:
         pass  # the PLIC has been restored as a device, and drives its vCPUs

@@ -239,7 +239,9 @@ class Machine:
             kept = self._predecessor.bank if self._predecessor is not None else None
             self.flash = FlashMemory(vm, self.parts.flash, self.parts.arriving, kept)
         banks = self.flash.banks if self.flash is not None else []
-        self.parts.build(self.interrupts, self.memory, self._power, self._kicks, banks)
+        with self.wiring():
+            self.parts.build(self.interrupts, self.memory, self._power, self._kicks, banks)
+        self.interrupts.connect()
         if self.parts.balloon is not None:
             self.parts.balloon.changed = self._balloon_changed
         for index, vcpu in enumerate(self.vcpus):
@@ -256,6 +258,13 @@ class Machine:
             )
             was_done = self._was_done if self._predecessor is not None else None
             self.threads.append(VcpuThread(vm, vcpu, context, self._gate, was_done))
+
+    @contextmanager
+    def wiring(self) -> Iterator[None]:
+        """Doorbells that move inside are made known to kvmcore at the end, all at once. One thread, and no vCPU runs."""
+        assert self._kicks is not None
+        with self._kicks.at_once():
+            yield
 
     def _was_done(self, cpu: int) -> bool:
         return self.keeper is not None and self.keeper.was_done(cpu)

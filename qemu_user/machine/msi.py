@@ -44,8 +44,11 @@ class MsiRoutes:
                 self._table.append(_message(gsi, address, data))
                 added.append((gsi, fd))
             self._vm.set_gsi_routing(self._table)
-            for gsi, fd in added:
-                self._vm.irqfd(fd, gsi)
+            batch = self._vm.batch()
+            answers = [batch.irqfd(self._vm, fd, gsi) for gsi, fd in added]
+            batch.send()
+            for answer in answers:
+                answer.checked()
         return added
 
     def want(self, vector: _Vector) -> None:

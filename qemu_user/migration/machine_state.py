@@ -149,9 +149,10 @@ def restore(machine: Machine, checked: Checked, before: Checked | None = None) -
     batch.send()  # before the devices, whose lines may lead to vCPUs
     # Where pages have yet to come, restoring is also what brings the rings.
     known = before.devices if before is not None and machine.memory.absent is None else [None] * len(checked.devices)
-    for device, saved, there in zip(machine.parts.devices, checked.devices, known, strict=True):
-        if saved != there:
-            device.restore(saved)
+    with machine.wiring():
+        for device, saved, there in zip(machine.parts.devices, checked.devices, known, strict=True):
+            if saved != there:
+                device.restore(saved)
     batch = machine.vm.batch()
     if checked.aia is not None:
         answers.append(machine.interrupts.restore(checked.aia, batch, before.aia if before is not None else None))
