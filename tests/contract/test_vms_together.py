@@ -69,6 +69,28 @@ def use(vm: Vm) -> None:
     vcpu.link.drop(vcpu.channel)
 
 
+def test_many_wires_in_one_batch(kvm: Kvm) -> None:
+    """More than a message and the session's socket hold; what is refused is refused alone."""
+    vm = kvm.create_vm()
+    vm.create_device(11)
+    events = [os.eventfd(0) for _ in range(control.MAX_BATCH + 20)]
+    batch = vm.batch()
+    answers = [batch.ioeventfd(vm, fd, 0x10000000 + 8 * number, 4, None) for number, fd in enumerate(events)]
+    wrong = batch.ioeventfd(vm, events[0], 0x20000000, 3, None)
+    again = batch.ioeventfd(vm, events[1], 0x10000000, 4, None)
+    matched = batch.ioeventfd(vm, events[1], 0x30000000, 4, 7)
+    pin = batch.irqfd(vm, events[2], 1)
+    batch.send()
+    for answer in (*answers, matched, pin):
+        answer.checked()
+    assert name_of(wrong.checked) == "EINVAL"
+    assert name_of(again.checked) == "EEXIST"
+    for number, fd in enumerate(events):
+        assert name_of(vm.ioeventfd, fd, 0x10000000 + 8 * number, 4) == "EEXIST"
+        os.close(fd)
+    vm.close()
+
+
 def test_many_one_after_the_other_leave_nothing(kvm: Kvm) -> None:
     vm = kvm.create_vm()
     process, first = psutil.Process(vm.pid), vm
