@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -83,5 +84,32 @@ def test_clones_and_templates_of_linux(user: Product, busybox: None) -> None:
     on_console(user, "new", b"cat /tmp/state\n", b"known\r\n")
     ok(user, "template", "delete", "golden")
     on_console(user, "new", b"ls /bin | wc -l\n", b"\r\n")
+    assert ok(user, "disks") == ""
     left = [path.name for path in (user.runtime / "softkvm").glob("clone-*")]
     assert left == []
+
+
+def test_the_disk_of_a_clone_is_listed_and_deleted(user: Product, busybox: None, tmp_path: Path) -> None:
+    ok(user, "image", "create", "-f", "qcow2", str(tmp_path / "base.qcow2"), "1M")
+    ok(user, "image", "create", "-f", "qcow2", "-b", str(tmp_path / "base.qcow2"), "-F", "qcow2", str(tmp_path / "over.qcow2"))
+    client = user.start("run", "--name", "web", "--memory", "256M", "--drive", f"file={tmp_path}/over.qcow2", "busybox")
+    read_until(client, b"# ")
+    assert client.stdin is not None
+    client.stdin.write(b"echo first > /dev/vda; sync; head -c 5 /dev/vda; echo .\n")
+    client.stdin.flush()
+    read_until(client, b"first.\r\n")
+    ok(user, "snapshot", "web", "one")
+    client.stdin.write(b"echo later > /dev/vda; sync; head -c 5 /dev/vda; echo .\n")
+    client.stdin.flush()
+    read_until(client, b"later.\r\n")
+    ok(user, "clone", "web", "copy")
+    on_console(user, "copy", b"echo other > /dev/vda; sync; head -c 5 /dev/vda; echo .\n", b"other.\r\n")
+    assert "copy" in ok(user, "disks")
+    assert b"is running" in user.run("disks", "--delete", "copy").stderr
+    ok(user, "restore", "web", "one")
+    on_console(user, "web", b"echo 3 > /proc/sys/vm/drop_caches; head -c 5 /dev/vda; echo .\n", b"first.\r\n")
+    on_console(user, "copy", b"echo 3 > /proc/sys/vm/drop_caches; head -c 5 /dev/vda; echo .\n", b"other.\r\n")
+    ok(user, "kill", "copy")
+    ok(user, "disks", "--delete", "copy")
+    assert ok(user, "disks") == ""
+    assert b"no VM" in user.run("disks", "--delete", "copy").stderr
