@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from protocol.abi import structs
 from protocol.abi.errors import KvmError
 from protocol.abi.ioctls import BY_NAME
-from protocol.client.handle import ARGUMENT, Handle
+from protocol.client.handle import ARGUMENT, POINTEE, Handle
 from protocol.client.link import Channel, Link
 from protocol.codec import control
 from protocol.codec.envelope import COPY_IN, COPY_OUT, Copy, Reply
@@ -75,6 +75,14 @@ class Batch:
     def set_mp_state(self, vcpu: Handle, state: int) -> Answer:
         """KVM_SET_MP_STATE."""
         return self._ioctl("SET_MP_STATE", vcpu, structs.MP_STATE.build(mp_state=state))
+
+    def set_attr(self, device: Handle, group: int, attr: int, value: bytes | None) -> Answer:
+        """KVM_SET_DEVICE_ATTR; None for those that take no value."""
+        data = structs.DEVICE_ATTR.build(group=group, attr=attr, addr=POINTEE if value is not None else 0)
+        copies = [Copy(ARGUMENT, len(data), COPY_IN, data)]
+        copies += [Copy(POINTEE, len(value), COPY_IN, value)] if value is not None else []
+        number = BY_NAME["SET_DEVICE_ATTR"].number
+        return self._add("SET_DEVICE_ATTR", device, number, ARGUMENT, tuple(copies), b"")
 
     def irqfd(self, vm: Handle, eventfd: int, gsi: int) -> Answer:
         """KVM_IRQFD."""

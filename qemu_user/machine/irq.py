@@ -213,18 +213,22 @@ class AiaInterrupts:
         if self._there:
             return
         config, address = riscv.AiaGroup.CONFIG, riscv.AiaGroup.ADDR
-        for attribute, value in (
-            (riscv.AiaConfig.SRCS, virt.INTERRUPT_SOURCES),
-            (riscv.AiaConfig.IDS, virt.IMSIC_IDENTITIES),
-            (riscv.AiaConfig.HART_BITS, max(cpus - 1, 0).bit_length()),
-        ):
-            self._device.set_attr(config, attribute, value.to_bytes(4, "little"))
         aplic, imsic = virt.PLACES["aplic"].base, virt.PLACES["imsic"].base
-        self._device.set_attr(address, riscv.AIA_ADDR_APLIC, aplic.to_bytes(8, "little"))
+        values = [
+            (config, riscv.AiaConfig.SRCS, virt.INTERRUPT_SOURCES.to_bytes(4, "little")),
+            (config, riscv.AiaConfig.IDS, virt.IMSIC_IDENTITIES.to_bytes(4, "little")),
+            (config, riscv.AiaConfig.HART_BITS, max(cpus - 1, 0).bit_length().to_bytes(4, "little")),
+            (address, riscv.AIA_ADDR_APLIC, aplic.to_bytes(8, "little")),
+        ]
         for index in range(cpus):
             base = imsic + virt.IMSIC_STRIDE * index
-            self._device.set_attr(address, riscv.aia_addr_imsic(index), base.to_bytes(8, "little"))
-        self._device.set_attr(riscv.AiaGroup.CTRL, riscv.AIA_CTRL_INIT, None)
+            values.append((address, riscv.aia_addr_imsic(index), base.to_bytes(8, "little")))
+        batch = self._vm.batch()
+        answers = [batch.set_attr(self._device, *value) for value in values]
+        answers.append(batch.set_attr(self._device, riscv.AiaGroup.CTRL, riscv.AIA_CTRL_INIT, None))
+        batch.send()
+        for answer in answers:
+            answer.checked()
 
     def edge(self, irq: int) -> InterruptLine:
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

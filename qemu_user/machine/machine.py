@@ -230,7 +230,6 @@ class Machine:
             self.interrupts = aia
         else:
             self.interrupts = PlicInterrupts(self.vcpus)
-        self._isa = read_isa(self.vcpus[0], aia is not None)
         self._kicks = Kicks(vm)
         self._io.poll_with(vm.link.vdso() if vm.link.local else None)
         if self.parts.flash:
@@ -315,8 +314,9 @@ class Machine:
     def _load(self) -> None:
         """Kernel, initrd and tree into memory, the boot hart at the entry. BootError."""
         config, memory = self.config, self.memory
-        assert self._isa is not None
         assert self.interrupts is not None
+        if self._isa is None:  # a VM that comes from elsewhere needs it when it is reset
+            self._isa = read_isa(self.vcpus[0], isinstance(self.interrupts, AiaInterrupts))
         if config.boot.kernel:
             kernel = boot.load_kernel(config.boot.kernel, memory)
         else:  # as QEMU starts a KVM guest: in S-mode at the first instruction of the flash

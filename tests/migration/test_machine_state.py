@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
@@ -42,7 +43,13 @@ def test_state_moves_between_machines(endpoint, goes_on, tmp_path: Path) -> None
         machine_state.restore(two, machine_state.check(two, stored))
     two.resume()
     goes_on("two")
-    two.close()
+    running = threading.Thread(target=two.wait, daemon=True)
+    running.start()
+    two.reset()  # it boots, here for the first time: counts from nothing, finds its pages counted, and shuts down
+    running.join(60)
+    assert not running.is_alive()
+    assert two.failure == ""
+    assert (tmp_path / "two.out").read_bytes().endswith(b"X")
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes(endpoint, tmp_path: Path) -> None:
