@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 from errno import ENOSYS
+from functools import cache
 from pathlib import Path
 
 from protocol.channel import confinement
@@ -73,13 +74,19 @@ def rules() -> confinement.Filter:
     )
 
 
+@cache
+def readable() -> list[str]:
+    """What every VM may read; called by the zygote, so that its children need not look (each page that looking touches is
+    memory of their own)."""
+    root = str(Path(__file__).parents[2])
+    found = {*(os.path.realpath(path) for path in sys.path if path), sys.prefix, sys.base_prefix, root}
+    return sorted(found | {"/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/proc/self"})
+
+
 def files(private_dir: str, *, network: bool) -> None:
     """Leave of the file system what a VM needs. Before there are threads: it is each thread's own, and inherited."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the guest's memory is not for a file in somebody's directory
-    root = str(Path(__file__).parents[2])
-    readable = {*(os.path.realpath(path) for path in sys.path if path), sys.prefix, sys.base_prefix, root}
-    readable |= {"/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/proc/self"}
-    paths = dict.fromkeys(sorted(readable), confinement.READ)
+    paths = dict.fromkeys(readable(), confinement.READ)
     paths[private_dir] = confinement.READ | confinement.REMOVE_FILE | confinement.MAKE_SOCK
     try:
         confinement.landlock(paths, network=network)

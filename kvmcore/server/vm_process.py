@@ -50,6 +50,7 @@ def preload() -> None:
     from kvmcore.vm.accelerator import preload_image
 
     preload_image()
+    confinement.readable()
 
 
 class VmSystem(System):
