@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,7 @@ def _port(router: zmq.Socket[bytes]) -> int:
     return int(zmq_socket.bound_to(router).rpartition(":")[2])
 
 
+@cache
 def preload() -> None:
     """What every VM needs and makes only then: imports, and what msgspec knows of types from their first use on. Done while
     nobody waits, and before clones are forked: each of them would have 2 MB of its own for it."""
