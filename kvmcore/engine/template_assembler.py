@@ -22,6 +22,9 @@ MOST = 1 << 20
 _ROOM = MOST - (64 << 10)
 """Emission ends here; exits, entries and heads come behind it."""
 _FIXES = 8192
+_STRAIGHT = 24
+"""Instructions after which code may be entered again at the latest: the interpreter does what is behind a miss, or behind a
+region's end, up to there."""
 HALVES = 2048
 """Halfwords of a page."""
 
@@ -243,7 +246,7 @@ def emit(h: FunctionHart) -> None:
     if ~wanted | (load(_item(w, "groups", half), 16) == 0):
         call("template_close", w, offset)
         returns(*call("template_emit", w, offset + select(wanted, length, u64(2))))
-    if (_get(w, "open") == 0) | (load(_item(w, "leaders", half), 8) != 0):
+    if (_get(w, "open") == 0) | (load(_item(w, "leaders", half), 8) != 0) | (_get(w, "before") >= _STRAIGHT):
         call("template_begin", w, offset)
     call("template_step", w, offset)
     returns(*call("template_emit", w, offset + length))

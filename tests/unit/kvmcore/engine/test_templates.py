@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 
 import pytest
 
@@ -87,6 +88,21 @@ def test_it_is_template_code_that_runs(guest) -> None:
     ctypes.memmove(copy, assemble("addi a0, a0, 3\nret", 0).image, 4)
     assert again(g) == ExitKind.ECALL
     assert g.harts[0].state.x[10] == result + 75000
+
+
+def test_straight_code_can_be_entered_now_and_then(guest) -> None:
+    """Whoever has left it, for a miss or by a region's end, comes back soon."""
+    g = guest("li a0, 0\n" + "addi a0, a0, 1\n" * 500 + "ecall")
+    assert g.run() == ExitKind.ECALL
+    assembled(g)
+    state = g.machine.state
+    entered = [offset for offset in range(0, 2000, 2) if handler(g, state.pool, offset) >= state.templates]
+    assert len(entered) >= 500 // 24
+    assert max(after - before for before, after in pairwise(entered)) <= 4 * 24
+    for offset in (0, *entered[3:6]):
+        g.harts[0].state.pc, g.harts[0].state.x[10], before = RAM + offset, 0, g.harts[0].state.icount
+        assert g.run() == ExitKind.ECALL
+        assert g.harts[0].state.x[10] + (offset == 0) == g.harts[0].state.icount - before
 
 
 def test_an_immediate_may_be_nothing(guest) -> None:
