@@ -15,6 +15,9 @@ from errno import EMSGSIZE, EPROTO
 from typing import NamedTuple
 
 MAX_FDS = 8
+_SPACE = socket.CMSG_SPACE(MAX_FDS * 4)
+#: Plain numbers: Python takes longer to combine flags than the kernel to say that there is nothing.
+_NO_SIGNAL, _CLOSE_ON_EXEC, _NO_WAIT = map(int, (socket.MSG_NOSIGNAL, socket.MSG_CMSG_CLOEXEC, socket.MSG_DONTWAIT))
 _CREDENTIALS = struct.Struct("iII")
 _SO_PEERPIDFD = 77
 #: sizeof(sockaddr_un.sun_path) less its terminating zero.
@@ -65,8 +68,7 @@ def peer_pidfd(sock: socket.socket) -> int:
 def send(sock: socket.socket, data: bytes, fds: list[int] | None = None, *, block: bool = True) -> None:
     """Send one packet with up to MAX_FDS descriptors (borrowed). BlockingIOError if `block` is False and it is full."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    flags = socket.MSG_NOSIGNAL | (0 if block else socket.MSG_DONTWAIT)
-    sock.sendmsg([data], rights, flags)
+    sock.sendmsg([data], rights, _NO_SIGNAL if block else _NO_SIGNAL | _NO_WAIT)
 
 
 def receive(sock: socket.socket, limit: int, *, block: bool = True) -> tuple[bytes, list[int]]:
@@ -74,9 +76,7 @@ def receive(sock: socket.socket, limit: int, *, block: bool = True) -> tuple[byt
 
     OSError EMSGSIZE: the packet is longer than `limit`. EPROTO: descriptors were lost (MSG_CTRUNC).
     """
-    space = socket.CMSG_SPACE(MAX_FDS * 4)
-    flags = socket.MSG_CMSG_CLOEXEC | (0 if block else socket.MSG_DONTWAIT)
-    data, ancillary, result, _ = sock.recvmsg(limit, space, flags)
+    data, ancillary, result, _ = sock.recvmsg(limit, _SPACE, _CLOSE_ON_EXEC if block else _CLOSE_ON_EXEC | _NO_WAIT)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
