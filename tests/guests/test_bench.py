@@ -46,6 +46,21 @@ def test_programs_agree(product: Product, tmp_path: Path, program: str) -> None:
     assert kernel["result"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which(processor.QEMU) is None, reason="needs qemu-system-riscv64 (qemu-system-misc)")
+@pytest.mark.skipif(not have_image(), reason="needs the image (softkvm pull busybox)")
+def test_qemu_is_moved_beside_us(product: Product, tmp_path: Path) -> None:
+    """Its guest comes up, is watched and moved."""
+    path = tmp_path / "figures.json"
+    words = ["--only", "qemu-idle", "--rounds", "1", "-m", "256", "--json", str(path)]
+    done = product.run("bench", "migration", *words, seconds=900)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(path.read_text())["milliseconds"].values()
+    assert row["converged"] == 1
+    assert row["inside"] > 0
+
+
 def test_packages_become_a_folder_of_the_guest(tmp_path: Path) -> None:
     """Links stay inside, documentation is left out, nothing leaves the folder."""
     data = io.BytesIO()
