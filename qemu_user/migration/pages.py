@@ -61,7 +61,12 @@ def divided(units: bytearray, first: Iterable[int], piece: int, most: int) -> tu
     """(the others, those that go first): the units of a map that share a piece of `piece` units with one of `first`, in that
     order, piece by piece until they are `most`."""
     others, chosen, left = bytearray(units), bytearray(len(units)), most
-    for start in dict.fromkeys(unit // piece * piece for unit in first):
+    seen = set()
+    for unit in first:  # which may be many, and the guest stands: no longer than need be
+        start = unit // piece * piece
+        if start in seen:
+            continue
+        seen.add(start)
         part = others[start : start + piece]
         left -= count(part)
         if left < 0:

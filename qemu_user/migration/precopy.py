@@ -36,7 +36,7 @@ _SMALL = 256 << 10
 """Bytes that are not worth another round."""
 _LATELY = 0.01
 """Post-copy: seconds before the switch. What a guest has written then it touches first when it goes on: that goes along,"""
-_MOST_TAKEN_ALONG = 2 << 20
+_MOST_TAKEN_ALONG = 1 << 20
 """and of the rest as much as this takes, in bytes: less than a millisecond, and a fault less for each piece."""
 
 

@@ -21,6 +21,9 @@ def test_divided_piece_by_piece() -> None:
     assert pages.count(others) + pages.count(first) == pages.count(units)
     assert list(pages.indices(first)) == [0, 1, 5, 6, 7]
     assert pages.divided(units, [], 4, 5) == (units, bytearray(16))
+    many = iter(range(1 << 30))  # it is not gone through to its end
+    assert pages.divided(bytearray(b"\1" * 16), many, 4, 5)[1] == bytearray(b"\1" * 4 + bytes(12))
+    assert next(many) == 5
 
 
 def test_pieces_with_a_page_that_is_left() -> None:
