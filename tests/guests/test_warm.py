@@ -151,6 +151,8 @@ def test_job_control(product: Product) -> None:
         terminal.expect(b"\nstatus 5\r")
         terminal.type(quoted.encode() + b"\r")
         terminal.expect(b"\nup\r")
+        terminal.type(b"line\r")  # a shell that is about to fork keeps SIGINT for itself until its child has ended: cat runs now
+        terminal.expect(b"line\r\nline\r")
         terminal.type(b"\x03")
         terminal.expect(b"ready> ")
         terminal.type(b"echo status $?\r")
