@@ -6,12 +6,20 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import termios
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+
+
+def _log_in() -> None:
+    """As a login does: the terminal is ours, and its keys are signals, whatever those who started the tests ignore."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Terminal:
@@ -23,7 +31,7 @@ class Terminal:
         self.before = termios.tcgetattr(self._slave)
         self.process = subprocess.Popen(
             command, stdin=self._slave, stdout=self._slave, stderr=self._slave, env=environment,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+            start_new_session=True, preexec_fn=_log_in,
         )  # fmt: skip
         self.seen = b""
 

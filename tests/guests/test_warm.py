@@ -151,7 +151,7 @@ def test_job_control(product: Product) -> None:
         terminal.expect(b"\nstatus 5\r")
         terminal.type(quoted.encode() + b"\r")
         terminal.expect(b"\nup\r")
-        terminal.type(b"line\r")  # a shell that is about to fork keeps SIGINT for itself until its child has ended: this is cat
+        terminal.type(b"line\r")  # a shell that forks may keep SIGINT to itself: this is cat
         terminal.expect(b"line\r\nline\r")
         terminal.type(b"\x03")
         terminal.expect(b"ready> ")
