@@ -11,12 +11,22 @@ import pytest
 from tests.framework import memory_guest
 from tests.framework.full_stack import Daemon
 from tests.framework.product import Product, have_image
+from tests.migration.hosts import HostUnderTest
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     with Daemon() as daemon:
         yield daemon.endpoint
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[HostUnderTest, HostUnderTest]]:
+    """Two hosts without VMs, which end with the test."""
+    one, two = HostUnderTest(tmp_path, "a"), HostUnderTest(tmp_path, "b")
+    yield one, two
+    one.close()
+    two.close()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ where the one that ran the guest was killed itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,14 +44,6 @@ def cases() -> list[object]:
             marks = () if (step, action) in QUICK else (pytest.mark.slow,)
             found.append(pytest.param(step, action, table[step], id=f"{step}={action}", marks=marks))
     return found
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[HostUnderTest, HostUnderTest]]:
-    one, two = HostUnderTest(tmp_path, "a"), HostUnderTest(tmp_path, "b")
-    yield one, two
-    one.close()
-    two.close()
 
 
 def running(hosts: tuple[HostUnderTest, HostUnderTest]) -> list[str]:

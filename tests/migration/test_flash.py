@@ -5,7 +5,7 @@ The guest (memory_guest.py) notes each round in bank 1, reads the note of the ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +19,6 @@ from qemu_user.migration.arrival import Restore, restored
 from tests.framework import memory_guest
 from tests.migration.hosts import HostUnderTest
 from tests.migration.test_attach import kill_device_process
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[HostUnderTest, HostUnderTest]]:
-    made = HostUnderTest(tmp_path, "a"), HostUnderTest(tmp_path, "b")
-    yield made
-    for host in made:
-        host.close()
 
 
 def last_note(path: Path) -> int:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +23,6 @@ from qemu_user.migration.channel import Channel
 from qemu_user.migration.job import JobError
 from tests.framework.full_stack import Daemon
 from tests.migration.hosts import HostUnderTest
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[HostUnderTest, HostUnderTest]]:
-    one, two = HostUnderTest(tmp_path, "a"), HostUnderTest(tmp_path, "b")
-    yield one, two
-    one.close()
-    two.close()
 
 
 class Impostor:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,14 +52,6 @@ class Load:
         while self.rounds() <= before:
             assert time.monotonic() < end, f"stands after {before} rounds"
             time.sleep(0.05)
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[HostUnderTest, HostUnderTest]]:
-    one, two = HostUnderTest(tmp_path, "a"), HostUnderTest(tmp_path, "b")
-    yield one, two
-    one.close()
-    two.close()
 
 
 @pytest.mark.parametrize("words", [(), ("--copy",), ("--postcopy",)], ids=["handed", "copied", "postcopy"])

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.framework import memory_guest
 from tests.migration.hosts import HostUnderTest
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[HostUnderTest, HostUnderTest]]:
-    one, two = HostUnderTest(tmp_path, "a"), HostUnderTest(tmp_path, "b")
-    yield one, two
-    one.close()
-    two.close()
 
 
 def moved(source: HostUnderTest, uri: str, *words: str) -> str:
