@@ -32,7 +32,6 @@ _MESSAGES_PER_TURN = 256
 _ROOM = envelope.MAX_FRAME - 64
 _MOST_WAITING = 4 << 20
 """Bytes of one session's messages that wait until it may have more served."""
-_NOT_DISPATCHED = (control.BATCH, control.HELLO)
 _REST = 0.002
 """Seconds more than it must, so that it is worth the while."""
 
@@ -184,10 +183,8 @@ class Router:
         try:
             if session is not None:
                 session.table.batch_begins()
-                self._serve_frames(identity, frame, frames, session)
-            else:
-                for data in frames:
-                    self._serve_frame(identity, frame, data)
+            for data in frames:
+                self._serve_frame(identity, frame, data, session)
         finally:
             answers, self._together = self._together, None
             if session is not None:
@@ -204,30 +201,6 @@ class Router:
             extra.append(answer)
             room -= len(answer) + 4
         self._send_frame(identity, Reply(batch.seq, 0, 0, extra=envelope.encode_batch(extra)))
-
-    def _serve_frames(self, identity: bytes, frame: zmq.Frame, frames: list[bytes], session: ClientSession) -> None:
-        """Those of a batch of `session`, whose owner its sender is: what _serve_frame() would do, at once where they are what
-        they mostly are, requests of that session.
-        """
-        most, finish = self._quotas.in_flight, self.finish
-        here = self._incarnation, session.id
-        for data in frames:
-            request = None
-            try:
-                request = envelope.decode_request(data)
-            except FrameError:
-                pass  # it is told below
-            if (
-                request is None
-                or request[:2] != here
-                or session.dead
-                or session.in_flight >= most
-                or request.request in _NOT_DISPATCHED
-            ):
-                self._serve_frame(identity, frame, data, session)
-            else:
-                session.in_flight += 1
-                dispatch(Ticket(finish, identity, session, request))
 
     def _is_owner(self, identity: bytes, frame: zmq.Frame, session: ClientSession) -> bool:
         """Whether the process that sent `frame` is the session's: another one, a forked child too, gets EIO."""

@@ -52,6 +52,31 @@ def test_state_moves_between_machines(endpoint, goes_on, tmp_path: Path) -> None
     assert (tmp_path / "two.out").read_bytes().endswith(b"X")
 
 
+def test_what_has_changed_since_the_rehearsal_is_restored(endpoint, goes_on, tmp_path: Path) -> None:
+    """A machine that has become an earlier state of the VM is told the rest; devices, too."""
+    config = memory_guest.config(tmp_path, "one", drives=(memory_guest.drive(tmp_path / "disk"),))
+    one = Machine(config, endpoint)
+    one.start()
+    goes_on("one")
+    uart = next(device for device in one.parts.devices if device.name == "uart")
+    with one.standing():
+        trial = sections.decode(sections.encode(machine_state.capture(one)))
+        uart.write(7, 1, 0x5A)  # the scratch register
+        last = sections.decode(sections.encode(machine_state.capture(one)))
+    one.close()
+    out = msgspec.structs.replace(config.chardevs[0], path=str(tmp_path / "two.out"))
+    two = Machine(msgspec.structs.replace(config, name="two", chardevs=(out,)), endpoint)
+    two.start(arriving=True)
+    with two.standing():
+        before = machine_state.check(two, trial)
+        machine_state.restore(two, before)
+        machine_state.restore(two, machine_state.check(two, last, before), before)
+        now = sections.decode(sections.encode(machine_state.capture(two)))
+    assert [name for name in last if name.startswith("device/") and last[name] != trial[name]] == ["device/uart"]
+    assert all(now[name] == last[name] for name in last if name.startswith("device/"))
+    two.close()
+
+
 def test_what_does_not_fit_is_refused_before_anything_changes(endpoint, tmp_path: Path) -> None:
     one = Machine(memory_guest.config(tmp_path, "small"), endpoint)
     one.start(arriving=True)

@@ -122,16 +122,18 @@ def test_regions_lie_over_template_code() -> None:
 
 def test_a_table_grows_and_keeps_what_it_has() -> None:
     g = Guest(Image.load(), LOOP)
-    names = [os.urandom(16) for _ in range(5000)]
+    names = [os.urandom(16) for _ in range(7000)]
     same = [name[:8] + os.urandom(8) for name in names[:100]]  # half an identity is none
     index = b"".join(ENTRY.pack(name, TEMPLATES, number + 1) for number, name in enumerate(names[:2000]))
     index += b"".join(ENTRY.pack(name, head, 5) for name in names[:1000] for head in (2, 6))
     pages = known(g, index + b"some")
+    table = g.machine.state.known
     for number, name in enumerate(names[2000:], 2000):
         pages.template(name, number + 1)
         pages.region(name, 4, number)
-    assert [pages.place(name) for name in names] == list(range(1, 5001))
-    assert [pages.heads(name) for name in names] == [[6, 2]] * 1000 + [[]] * 1000 + [[4]] * 3000
+    assert g.machine.state.known != table
+    assert [pages.place(name) for name in names] == list(range(1, 7001))
+    assert [pages.heads(name) for name in names] == [[6, 2]] * 1000 + [[]] * 1000 + [[4]] * 5000
     assert [pages.place(name) for name in same] == [0] * 100
     pages.begin(SECRET, b"")
     assert not any(pages.place(name) for name in names)

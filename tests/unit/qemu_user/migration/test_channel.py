@@ -16,6 +16,7 @@ import zmq
 from protocol.channel import zmq_socket
 from qemu_user.migration import messages
 from qemu_user.migration.channel import Channel, ChannelError, StreamChannel, ZmqChannel
+from qemu_user.migration.connect import refusal
 
 PAGE = 4096
 
@@ -101,3 +102,20 @@ def test_a_payload_is_read_to_its_end_and_no_further(ends: tuple[Channel, Channe
     frame = there.receive(60)
     assert frame is not None
     assert there.read() == b""
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_who_was_hung_up_on_finds_the_reason(ends: tuple[Channel, Channel], said: bool) -> None:
+    """It has lain there, behind other frames, while the source was still sending."""
+    here, there = ends
+    here.send(messages.HELLO)
+    assert there.receive(60) is not None
+    there.read()
+    there.send(messages.ACCEPT, payload=b"yes")
+    if said:
+        there.send(messages.REJECT, payload=b"no such disk")
+    until = time.monotonic() + 60
+    found = refusal(here)
+    while said and not found and time.monotonic() < until:  # over ZeroMQ it may be on its way
+        found = refusal(here)
+    assert found == ("no such disk" if said else "")
