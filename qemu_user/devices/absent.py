@@ -7,6 +7,7 @@ bit falls, and nothing but ensure() writes to one whose bit is set.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Protocol
@@ -28,6 +29,9 @@ class PageSource(Protocol):
     def read(self, offset: int, into: memoryview) -> None:
         """Fill `into`, the cluster of memory at `offset`. Any exception: it cannot."""
 
+    def left(self) -> tuple[bytes, list[int]]:
+        """What another process needs to go on reading when this one has died: bytes, and descriptors, which stay ours."""
+
     def close(self) -> None:
         """No more will be read."""
 
@@ -36,7 +40,11 @@ class AbsentPages:
     """For one region of RAM. `offsets`: the clusters that are to come; the rest is there. `piece`: bytes that come when one of
     them is touched, a power of two of at least a page; all of the cluster if it is not given."""
 
-    def __init__(self, view: memoryview, source: PageSource, offsets: list[int], piece: int = 0) -> None:
+    def __init__(
+        self, view: memoryview, source: PageSource, offsets: list[int] | None = None, piece: int = 0, fd: int = -1
+    ) -> None:
+        """Instead of `offsets` the bitmap `fd`, ours from now on, of a process that has died. ValueError: it is another
+        memory's."""
         self._view, self._source = view, source
         self._size = len(view)
         self._piece = piece or source.cluster
@@ -44,23 +52,44 @@ class AbsentPages:
         self._held = -1
         """Which cluster that is."""
         size = -(-(self._size // PAGE // 8) // PAGE) * PAGE
-        self.fd = create_memfd("userfault-bitmap", size)
+        self.fd = create_memfd("userfault-bitmap", size) if fd < 0 else fd
+        if os.fstat(self.fd).st_size != size:
+            raise ValueError("a bitmap of other memory than the machine's")
         self.bitmap_size = size
         self._mapping = Mapping([(self.fd, 0, size)])
         self._bits = self._mapping.view
-        self._left = sorted(offsets)
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         """Held by who has touched a page until it is there: what comes by itself waits for him, not he for the next of it."""
         step = source.cluster // PAGE // PAGES_PER_BYTE
-        for offset in self._left:
-            start = offset // source.cluster * step
-            width = min(step, self._size // PAGE // PAGES_PER_BYTE - start)
-            self._bits[start : start + width] = b"\xff" * width
+        if offsets is None:
+            bits = bytes(self._bits)
+            offsets = [at // step * source.cluster for at in range(0, len(bits), step) if any(bits[at : at + step])]
+        else:
+            for offset in offsets:
+                start = offset // source.cluster * step
+                width = min(step, self._size // PAGE // PAGES_PER_BYTE - start)
+                self._bits[start : start + width] = b"\xff" * width
+        self._left = sorted(offsets)
         self.fetched = 0
         """How often something has come."""
         self.waits: list[float] = []
         """Seconds that somebody who touched a page waited for it, of the first 100,000."""
+
+    @property
+    def piece(self) -> int:
+        """Bytes that come when one of them is touched."""
+        return self._piece
+
+    @property
+    def source(self) -> PageSource:
+        """Where they come from."""
+        return self._source
+
+    @property
+    def comes_whole(self) -> bool:
+        """Whether all of it is to come, not only what is touched."""
+        return self._piece == self._source.cluster
 
     def _is_absent(self, page: int) -> bool:
         return bool(self._bits[page // PAGES_PER_BYTE] >> page % PAGES_PER_BYTE & 1)

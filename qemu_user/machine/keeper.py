@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from protocol.abi import run_page
+from protocol.channel.shared_memory import create_memfd
+from qemu_user.devices.absent import AbsentPages, PageSource
 from qemu_user.devices.device import Device, State, StateError, decode_state, encode_state
 from qemu_user.devices.virtio.device import VirtioDevice
 from qemu_user.devices.virtio.flight import Flight
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
     from qemu_user.config.machine_config import MachineConfig
     from qemu_user.machine.machine import Machine
 
-RECORDS_KEY, REGISTRATION_KEY, RAM_KEY, FLASH_KEY, DISK_KEY = 0, 1, 2, 3, 16
-"""What of ours the session holds (Vm.keep); banks of the flash and images count up from theirs."""
+RECORDS_KEY, REGISTRATION_KEY, RAM_KEY, FLASH_KEY, AWAITED_KEY, BITMAP_KEY, DISK_KEY, SOURCE_KEY = 0, 1, 2, 3, 5, 6, 16, 64
+"""What of ours the session holds (Vm.keep); banks of the flash, images and what pages come from count up from theirs."""
 _CAPACITY = 1 << 20
 _SHARE_CAPACITY = 64 << 20
 """A shared folder's state has every open file."""
@@ -70,6 +72,15 @@ class Handles(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     created: float
 
 
+class Awaited(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Memory that has yet to come."""
+
+    piece: int
+    """Bytes that come when a page is touched."""
+    source: bytes
+    """Where it comes from (PageSource.left())."""
+
+
 def _stateful(virtio: VirtioDevice) -> bool:
     return type(virtio).changes_state is not VirtioDevice.changes_state
 
@@ -88,7 +99,10 @@ class Keeper:
         self._pages = [memoryview(vcpu.run_page).cast("B") for vcpu in machine.vcpus]
         self._seen: dict[int, Any] = {}
         self._on = True
+        self._left = 0
+        """Descriptors that are left of where memory comes from."""
         if predecessor is not None:
+            self._left = predecessor.sources
             self._records = predecessor.records
             for disk in machine.parts.disks:
                 disk.outlives = True
@@ -134,8 +148,32 @@ class Keeper:
             disk.outlives = True
         for key, fd in enumerate((fd for image in machine.parts.images for fd in image.locks()), DISK_KEY):
             machine.vm.keep(key, fd)
+        if machine.memory.absent is not None:
+            self._leave_source(machine.memory.absent)
         machine.vm.outlive(True)
         return records
+
+    def _leave_source(self, absent: AbsentPages) -> None:
+        """Memory has yet to come: what a successor needs to fetch it. The description counts, and comes last."""
+        vm = self._machine.vm
+        source, fds = absent.source.left()
+        vm.keep(BITMAP_KEY, absent.fd)
+        for key, fd in enumerate(fds, SOURCE_KEY):
+            vm.keep(key, fd)
+        data = msgspec.msgpack.encode(Awaited(piece=absent.piece, source=source))
+        fd = create_memfd("awaited-memory", len(data))
+        try:
+            os.pwrite(fd, data, 0)
+            vm.keep(AWAITED_KEY, fd)
+        finally:
+            os.close(fd)
+        self._left = len(fds)
+
+    def memory_came(self) -> None:
+        """All of it is here."""
+        for key in (AWAITED_KEY, BITMAP_KEY, *range(SOURCE_KEY, SOURCE_KEY + self._left)):
+            self._machine.vm.keep(key, -1)
+        self._left = 0
 
     def _watch(self, device: Device, transport: VirtioTransport, fresh: bool) -> None:
         transport.worked = partial(self._worked, device, transport)
@@ -257,9 +295,9 @@ def introduce(machine: Machine, path: Path, lock: int) -> None:
 class Predecessor:
     """What a device process that died has left of its VM. We are the VM's client from here on."""
 
-    def __init__(self, path: Path) -> None:
-        """`path`: what introduce() has written. KvmError: EBUSY while the VM has its device process; StateError; OSError: it is
-        not made to be attached to."""
+    def __init__(self, path: Path, source_of: Callable[[bytes, list[int]], PageSource]) -> None:
+        """`path`: what introduce() has written. `source_of` makes a PageSource of what was left of one, descriptors and all.
+        KvmError: EBUSY while the VM has its device process; StateError; OSError: it is not made to be attached to."""
         from protocol.client import Kvm
 
         how = json.loads(path.read_text())
@@ -281,6 +319,26 @@ class Predecessor:
             self.leave()
             raise
         self.device_exits: dict[str, dict[int, int]] = {}
+        self._source_of = source_of
+        self.sources = 0
+        """Descriptors of where memory comes from."""
+
+    def absent(self, view: memoryview) -> AbsentPages | None:
+        """What has yet to come of the memory `view`; None: nothing. StateError: it cannot be had any more."""
+        fd = self.vm.kept(AWAITED_KEY)
+        if fd < 0:
+            return None
+        fds: list[int] = []
+        try:
+            awaited = msgspec.msgpack.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=Awaited)
+            while (source := self.vm.kept(SOURCE_KEY + len(fds))) >= 0:
+                fds.append(source)
+            self.sources = len(fds)
+            return AbsentPages(view, self._source_of(awaited.source, fds), None, awaited.piece, self.vm.kept(BITMAP_KEY))
+        except (msgspec.MsgspecError, ValueError, OSError) as error:
+            raise StateError(f"the memory that has yet to come cannot be had: {error}") from error
+        finally:
+            os.close(fd)
 
     def config(self) -> MachineConfig:
         """The machine's."""

@@ -155,7 +155,7 @@ class Machine:
         except (KvmError, OSError) as error:
             self.close()
             raise StartError(f"kvmcore at {self._endpoint}: {error}") from error
-        except StateError as error:
+        except (StateError, PageLost) as error:
             self.close()
             raise StartError(str(error)) from error
         except BaseException:
@@ -202,8 +202,8 @@ class Machine:
             self._happenings.put(Happening(what, status))
 
     def _begin_keeping(self) -> None:
-        """From now on the VM outlives us, if it is to and all of its memory is here."""
-        if self.config.keep and self.keeper is None and self.memory.absent is None:
+        """From now on the VM outlives us, if it is to."""
+        if self.config.keep and self.keeper is None:
             from qemu_user.machine.keeper import Keeper
 
             with self.standing() if self.status == RUNNING else nullcontext():
@@ -220,11 +220,13 @@ class Machine:
         config = self.config
         aia = self._find(self._predecessor) if self._predecessor is not None else self._make(ram_fd)
         vm = self.vm
-        if self._predecessor is not None:  # it may have died with the dirty log on; what changes nothing is EINVAL
-            with suppress(KvmError):
+        ram = memoryview(mmap.mmap(self.ram_fd, config.memory))
+        self.memory = GuestMemory([(virt.RAM_BASE, ram)])
+        if self._predecessor is not None:
+            self.memory.absent = self._predecessor.absent(ram)
+            with suppress(KvmError):  # it may have died with the dirty log on; what changes nothing is EINVAL
                 self.log_dirty_pages(True)
         self.log_dirty_pages(False)
-        self.memory = GuestMemory([(virt.RAM_BASE, memoryview(mmap.mmap(self.ram_fd, config.memory)))])
         if aia is not None:
             aia.finish(self.vcpus)
             self.interrupts = aia
@@ -384,7 +386,8 @@ class Machine:
                 self.memory.absent = None
                 self._set_ram_slot()
                 absent.close()
-        self._begin_keeping()
+                if self.keeper is not None:
+                    self.keeper.memory_came()
         return True
 
     def disown(self) -> None:
@@ -425,6 +428,12 @@ class Machine:
                     for transport in self.parts.transports:
                         transport.resume()
                 self._tell("RESUME")
+
+    def arrive_paused(self) -> None:
+        """The machine that has come stands until resume()."""
+        with self._life:
+            self.status = PAUSED
+            self._begin_keeping()
 
     def pause(self) -> None:
         """Stop the vCPUs where they are (QMP stop); returns when they stand."""

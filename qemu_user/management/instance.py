@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from qemu_user.management.qmp_server import QmpServer
 from qemu_user.management.registry import ATTACH_FILE, NameTaken, Registration, logs_folder
 
 if TYPE_CHECKING:
+    from qemu_user.devices.absent import PageSource
     from qemu_user.machine.keeper import Predecessor
 
 
@@ -109,22 +111,24 @@ class Instance:
         self._close()
 
     @classmethod
-    def attached(cls, directory: Path) -> Instance:
-        """The VM of that directory, whose device process has died, with this one in its place; it goes on. StartError: there is
-        nothing to attach to, or it has a device process; KvmError, StateError."""
+    def attached(cls, directory: Path, source_of: Callable[[bytes, list[int]], PageSource]) -> Instance:
+        """The VM of that directory, whose device process has died, with this one in its place; it goes on. `source_of`:
+        Predecessor's. StartError: there is nothing to attach to, or it has a device process; KvmError, StateError."""
         from qemu_user.machine.keeper import Predecessor
 
         try:
-            predecessor = Predecessor(directory / ATTACH_FILE)
+            predecessor = Predecessor(directory / ATTACH_FILE, source_of)
         except FileNotFoundError as error:
             raise StartError(f"VM {directory.name}: was not started with --keep: there is nothing to attach to") from error
         except (KvmError, StateError, OSError) as error:
             reason = "has its device process" if getattr(error, "errno", 0) == errno.EBUSY else str(error)
             raise StartError(f"VM {directory.name}: {reason}") from error
         registration = Registration.adopted(directory, predecessor.registration)
-        config = for_background(predecessor.config(), directory.name)
-        instance = cls(config, "", registration=registration)
+        config = predecessor.config()
+        instance = cls(for_background(config, config.name), "", registration=registration)
         instance.start(predecessor=predecessor)
+        if directory.name != config.name:  # it had just come, and its name was another process's yet
+            instance.take_name(config.name)
         return instance
 
     def request_powerdown(self) -> bool:

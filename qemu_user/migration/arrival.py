@@ -36,14 +36,15 @@ from qemu_user.confinement import confine
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import State, StateError
 from qemu_user.machine.drives import open_drive
-from qemu_user.machine.machine import PAUSED, Machine, StartError
+from qemu_user.machine.machine import Machine, StartError
 from qemu_user.management.instance import Instance
 from qemu_user.management.registry import find
 from qemu_user.migration import identity, machine_state
 from qemu_user.migration import job as jobs
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
-from qemu_user.migration.destination import Discarded, Incoming, refuse
+from qemu_user.migration.destination import Discarded, Incoming, RemotePages, fill_behind, refuse
 from qemu_user.migration.host import authenticated
+from qemu_user.migration.left_memory import LeftSnapshot, SnapshotMemory, decoded, snapshot_memory
 from qemu_user.migration.snapshot import Snapshot, SnapshotError
 from qemu_user.migration.written import Written
 
@@ -101,9 +102,8 @@ def load(machine: Machine, snapshot: Snapshot, whole: bool) -> None:
     checked = machine_state.check(machine, snapshot.sections)
     for number, bank in enumerate(machine.flash.banks if machine.flash is not None else ()):
         snapshot.read(f"flash{number}", bank.content)
-    clusters = snapshot.opened("memory")
-    piece = 0 if whole else PAGE
-    machine.await_pages(AbsentPages(machine.memory.regions[0][1], clusters, list(clusters.offsets()), piece))
+    memory = SnapshotMemory(snapshot.opened("memory"))
+    machine.await_pages(AbsentPages(machine.memory.regions[0][1], memory, memory.offsets(), 0 if whole else PAGE))
     with machine.standing():
         machine_state.restore(machine, checked)
 
@@ -164,7 +164,7 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None, began:
         instance.abandon()
         raise StartError(f"the snapshot in {order.snapshot} cannot be used: {error}") from error
     if order.paused:
-        instance.machine.status = PAUSED
+        instance.machine.arrive_paused()
     else:
         instance.machine.resume()
     job.end(jobs.COMPLETED)
@@ -183,6 +183,24 @@ def _write_bank(snapshot: Snapshot, name: str, bank: Flash, written: Written) ->
     else:
         with closing(open_disk(bank.file, bank.format)) as image:
             snapshot.write_over(name, image)
+
+
+def attached(order: Attach) -> Instance:
+    """The VM whose device process has died, and what has yet to come of its memory on its way. StartError."""
+    coming: list[SnapshotMemory | RemotePages] = []
+
+    def source_of(data: bytes, fds: list[int]) -> SnapshotMemory | RemotePages:
+        left = decoded(data)
+        coming.append(snapshot_memory(left, fds) if isinstance(left, LeftSnapshot) else RemotePages.of(left, fds))
+        return coming[0]
+
+    instance = Instance.attached(Path(order.directory), source_of)
+    machine = instance.machine
+    if coming and isinstance(coming[0], RemotePages):
+        fill_behind(machine, coming[0])
+    elif machine.memory.absent is not None and machine.memory.absent.comes_whole:
+        threading.Thread(target=_fill, args=(machine,), name="fill", daemon=True).start()
+    return instance
 
 
 def several(order: Restore) -> str:
@@ -208,6 +226,7 @@ def taken_in(order: TakeIn, fds: list[int], tell: int) -> Instance:
         router = zmq_socket.router(context, order.listen, key)
         channel = ZmqChannel(router, is_router=True)
         channel.held = authenticator
+        channel.called_at = (zmq_socket.bound_to(router), order.public, order.peer)
         _say(tell, {"port": _port(router)})
 
         def listen() -> tuple[Channel, int]:
@@ -270,7 +289,7 @@ def main(arguments: list[str]) -> int:
             instance = restored(order, name, snapshot, began)
             _say(tell, {"name": name, "pid": os.getpid()})
         elif isinstance(order, Attach):
-            instance = Instance.attached(Path(order.directory))
+            instance = attached(order)
             _say(tell, {"name": instance.config.name, "pid": os.getpid()})
         else:
             instance = taken_in(order, fds, tell)

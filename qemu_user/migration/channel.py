@@ -274,6 +274,8 @@ class ZmqChannel:
         """Makes another connection to the same process, for who has called it."""
         self.beside: Callable[[int], Channel] | None = None
         """Makes one to another port of it."""
+        self.called_at: tuple[str, str, str] = ("", "", "")
+        """A ROUTER's address, its public key, its peer's: for who listens there when we have died."""
         self.held: object = None
         """What has to live as long as the channel: the authenticator of a ROUTER."""
 

@@ -18,23 +18,27 @@ from pathlib import Path
 
 import msgspec
 import psutil
+import zmq
 
 from protocol.abi.errors import KvmError
+from protocol.channel import keys, zmq_socket
 from qemu_user.backends.block.qcow2.create import create_qcow2
 from qemu_user.backends.errors import BackendError
 from qemu_user.config.background import for_background
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
-from qemu_user.machine.machine import PAUSED, Machine, StartError
+from qemu_user.machine.machine import Machine, StartError
 from qemu_user.management.instance import Instance
 from qemu_user.migration import identity, machine_state, messages, pages, places, sections, steps
 from qemu_user.migration import job as jobs
 from qemu_user.migration import journal as journals
 from qemu_user.migration.announce import announce
-from qemu_user.migration.channel import Channel, ChannelError, Frame, StreamChannel
+from qemu_user.migration.channel import Channel, ChannelError, Frame, StreamChannel, ZmqChannel
 from qemu_user.migration.delta import xor
+from qemu_user.migration.host import authenticated
 from qemu_user.migration.journal import Journal
+from qemu_user.migration.left_memory import LeftPostcopy, encoded
 from qemu_user.migration.messages import Accept, Hello
 from qemu_user.migration.recovery import Door, Hopeless
 from qemu_user.migration.sections import SectionError
@@ -61,9 +65,9 @@ class RemotePages:
 
     cluster = messages.PIECE
 
-    def __init__(self, channel: Channel, door: Door, gone: Callable[[], bool]) -> None:
-        """`gone`: whether the source is known to be dead."""
-        self._channel, self._door, self._gone = channel, door, gone
+    def __init__(self, channel: Channel, door: Door, left: LeftPostcopy, connected: bool = True) -> None:
+        """`left`: how another process of ours would find the source. Not `connected`: this is one, and waits until it calls."""
+        self._channel, self._door, self._left, self._connected = channel, door, left, connected
         self.lost: Callable[[str], None] = lambda reason: None
         """Called when the connection is lost, with the reason, and with "" when it is back."""
 
@@ -71,6 +75,7 @@ class RemotePages:
         """Fetch a piece, over another connection if this one breaks. Hopeless: the source is dead."""
         while True:
             try:
+                self._look()
                 self._channel.send(messages.FETCH, offset)
                 steps.reached("destination:page", self._channel.cut)
                 frame = self._channel.receive(_PAGE_SECONDS)
@@ -81,13 +86,49 @@ class RemotePages:
             except ChannelError as error:
                 self.lost(str(error))
                 self._door.again(self._gone)
+                self._connected = True
                 self.lost("")
+
+    def _look(self) -> None:
+        if not self._connected:
+            raise ChannelError("this device process has taken another one's place")
+
+    def _gone(self) -> bool:
+        """Whether the source is known to be dead."""
+        return bool(self._left.journal) and journals.is_dead(self._left.journal)
+
+    def left(self) -> tuple[bytes, list[int]]:
+        return encoded(self._left), self._door.descriptors()
+
+    @classmethod
+    def of(cls, left: LeftPostcopy, fds: list[int]) -> RemotePages:
+        """What a device process that has died has left. ValueError: the source cannot be listened to."""
+        channel: Channel
+        listener = None
+        if left.listen:
+            try:
+                key = keys.own()
+                if key.public.decode() != left.public:
+                    raise ValueError("the source of its memory knows another key of this host (host serve --key)")
+                context, authenticator = authenticated([left.peer.encode()])
+                channel = ZmqChannel(zmq_socket.router(context, left.listen, key), is_router=True)
+            except (keys.KeyFileError, zmq.ZMQError) as error:
+                raise ValueError(f"{left.listen}, where the source of its memory calls: {error}") from error
+            channel.held = authenticator
+        else:
+            if len(fds) != 1:
+                raise ValueError("the socket that the source of its memory calls is missing")
+            listener = socket.socket(fileno=fds[0])
+            channel = StreamChannel(socket.socketpair()[0])  # nobody's, until the source calls
+        door = Door(channel, left.uuid, left.generation, listener, left.path)
+        return cls(channel, door, left, connected=False)
 
     def close(self) -> None:
         """All of it is here: tell the source, which may have to call again to hear it."""
         try:
             while True:
                 try:
+                    self._look()
                     self._channel.send(messages.DONE)
                     self._channel.receive(_PAGE_SECONDS)  # it hangs up
                     break
@@ -95,11 +136,19 @@ class RemotePages:
                     if "hung up" in str(error) or "gone" in str(error):
                         break
                     self._door.again(self._gone, _PAGE_SECONDS)
+                    self._connected = True
         except Hopeless:
             pass  # it has died: it was not needed any more
         finally:
             self._door.close()
             self._channel.close()
+
+
+def fill_behind(machine: Machine, source: RemotePages) -> None:
+    """The VM runs: the rest of its memory comes in the background."""
+    job = jobs.arriving(machine, "arrival", jobs.POSTCOPY)
+    source.lost = partial(_lost, machine, job)
+    threading.Thread(target=fill, args=(machine, job), name="fill", daemon=True).start()
 
 
 def fill(machine: Machine, job: jobs.Job) -> None:
@@ -232,7 +281,7 @@ class Incoming:
         if hello.running:
             instance.machine.resume()
         else:
-            instance.machine.status = PAUSED
+            instance.machine.arrive_paused()
         steps.reached("destination:running", self._channel.cut)
         if not self._pages_follow:
             with suppress(ChannelError):
@@ -423,7 +472,12 @@ class Incoming:
         self._pages_follow = True
         assert self._door is not None
         local = hello.host == messages.boot_id()
-        self._source = RemotePages(self._channel, self._door, lambda: local and journals.is_dead(hello.journal))
+        listen, public, peer = self._channel.called_at if isinstance(self._channel, ZmqChannel) else ("", "", "")
+        where = LeftPostcopy(
+            uuid=machine.config.uuid, generation=hello.generation, journal=hello.journal if local else "",
+            path=self._door.path, listen=listen, public=public, peer=peer,
+        )  # fmt: skip
+        self._source = RemotePages(self._channel, self._door, where)
         machine.await_pages(AbsentPages(ram, self._source, offsets))
 
     def _take_runs(self, channel: Channel, frame: Frame, ram: memoryview) -> None:

@@ -30,20 +30,28 @@ class Hopeless(Exception):
 class Door:
     """The destination's side. `uuid` and `generation` name the move."""
 
-    def __init__(self, channel: Channel, uuid: str, generation: int) -> None:
-        """OSError."""
+    def __init__(
+        self, channel: Channel, uuid: str, generation: int, listener: socket.socket | None = None, path: str = ""
+    ) -> None:
+        """`listener`, at `path`: the one of a device process that has died. OSError."""
         self._channel, self._uuid, self._generation = channel, uuid, generation
-        self._listener: socket.socket | None = None
-        self.path = ""
+        self._listener = listener
+        self.path = path
         """Where the source is to call; "" over tcp, where it calls as before."""
-        if isinstance(channel, StreamChannel):
-            path = made_runtime_directory() / f"recover-{os.getpid()}.sock"
-            path.unlink(missing_ok=True)
+        if listener is not None:
+            listener.settimeout(RETRY_SECONDS)
+        elif isinstance(channel, StreamChannel):
+            own = made_runtime_directory() / f"recover-{os.getpid()}.sock"
+            own.unlink(missing_ok=True)
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._listener.bind(str(path))
+            self._listener.bind(str(own))
             self._listener.listen(1)
             self._listener.settimeout(RETRY_SECONDS)
-            self.path = str(path)
+            self.path = str(own)
+
+    def descriptors(self) -> list[int]:
+        """What it listens on, for who opens it when we have died."""
+        return [self._listener.fileno()] if self._listener is not None else []
 
     def again(self, gone: Callable[[], bool], seconds: float | None = None) -> None:
         """Wait until the source has called; the channel works as before then. Hopeless: it is `gone`, or has not called in
@@ -118,6 +126,7 @@ class Caller:
         if not Path(self._path).is_socket():
             raise Hopeless("the destination has ended, or has everything")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)  # where nobody accepts, as its device process has died and its VM has not, it is busy
         try:
             sock.connect(self._path)
         except ConnectionRefusedError as error:

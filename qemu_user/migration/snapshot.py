@@ -455,14 +455,21 @@ class Clusters:
 
     cluster = CLUSTER
 
-    def __init__(self, path: Path, size: int, sums: bytes, inherited: bytes = b"", parent: Clusters | None = None) -> None:
-        """`inherited`: the bitmap of the pages that are in the `parent` instead, which is closed with this one."""
+    def __init__(
+        self, path: Path | str, size: int, sums: bytes, inherited: bytes = b"", parent: Clusters | None = None, fd: int = -1
+    ) -> None:
+        """`inherited`: the bitmap of the pages that are in the `parent` instead, which is closed with this one. `fd`: the open
+        file, ours from now on."""
         self.path, self.size = path, size
-        self._inherited, self._parent = inherited, parent
+        self.inherited, self._parent = inherited, parent
         self.sums = memoryview(sums).cast("I")
         self._checked = bytearray(len(self.sums))
         """1: its checksum was right when it was first read."""
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd < 0 else fd
+
+    def chain(self) -> list[Clusters]:
+        """This one, its parent, and so on."""
+        return [self, *(self._parent.chain() if self._parent is not None else ())]
 
     def offsets(self) -> Iterator[int]:
         """Where data is; the rest is zero."""
@@ -485,7 +492,7 @@ class Clusters:
     def _read_inherited(self, offset: int, into: memoryview) -> None:
         assert self._parent is not None
         first = offset // increments.PAGE
-        wanted = increments.inherited_pages(self._inherited, first, -(-len(into) // increments.PAGE))
+        wanted = increments.inherited_pages(self.inherited, first, -(-len(into) // increments.PAGE))
         if wanted:
             theirs = memoryview(bytearray(len(into)))
             self._parent.read(offset, theirs)

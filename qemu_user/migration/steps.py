@@ -1,6 +1,6 @@
 """Named points of a hand-over at which tests can break it: SOFTKVM_MIGRATION_FAULT="source:committed=kill" in the
 environment of a process makes it kill itself there; "=killvm" kills the kvmcore process of its VM; "=cut" makes it lose
-the connection.
+the connection; "=kill:5" when it comes there for the fifth time.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 
 STEPS = (
@@ -17,16 +18,22 @@ STEPS = (
     "destination:prepared-sent", "destination:commit", "destination:running", "destination:done",
 )  # fmt: skip
 POSTCOPY_STEPS = ("source:page", "destination:page")
+RESTORE_STEPS = ("restored:page", "restored:whole")
 CHANNEL_STEPS = ("source:extra", "destination:extra")
 
 
 _broken: set[str] = set()
+_times: Counter[str] = Counter()
 
 
 def reached(step: str, cut: Callable[[], None], vm_pid: int = 0) -> None:
     """The hand-over is at `step`; `cut` ends its connection; `vm_pid` is the VM's kvmcore process."""
     name, _, action = os.environ.get("SOFTKVM_MIGRATION_FAULT", "").partition("=")
     if name != step or step in _broken:
+        return
+    action, _, which = action.partition(":")
+    _times[step] += 1
+    if _times[step] < int(which or 1):
         return
     _broken.add(step)
     if action == "kill":

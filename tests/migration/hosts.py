@@ -43,6 +43,13 @@ class HostUnderTest:
         command = [sys.executable, "-P", "-m", "qemu_user.cli.main", *words]
         return subprocess.run(command, env=self.environment, capture_output=True, timeout=seconds, check=False)
 
+    def started(self, *words: str) -> subprocess.Popen[bytes]:
+        """A verb that is under way."""
+        command = [sys.executable, "-P", "-m", "qemu_user.cli.main", *words]
+        child = subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL)
+        self._children.append(child)
+        return child
+
     def serve(self, listen: str = "", fault: str = "") -> str:
         """`softkvm host serve` in the background; where it listens."""
         command = [sys.executable, "-P", "-m", "qemu_user.cli.main", "host", "serve"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from protocol.channel.shared_memory import PAGE, Mapping
 from qemu_user.devices.absent import AbsentPages, PageLost
+from qemu_user.migration.left_memory import LeftSnapshot, SnapshotMemory, decoded, snapshot_memory
 from qemu_user.migration.snapshot import CLUSTER, Clusters
 
 SIZE = 4 * CLUSTER
@@ -79,3 +82,40 @@ def test_a_page_of_a_damaged_cluster_is_not_had(saved: Clusters) -> None:
         with pytest.raises(PageLost, match="damaged"):
             absent.ensure(3 * CLUSTER, 1)
     assert memory[3 * CLUSTER] == 0
+
+
+@pytest.mark.parametrize("piece", [PAGE, CLUSTER])
+def test_another_process_goes_on_where_one_died(saved: Clusters, piece: int) -> None:
+    """With the bitmap and the source that were left, the file's name being gone; the guest's writes stay."""
+    memory = bytearray(SIZE)
+    first = AbsentPages(memoryview(memory), SnapshotMemory(saved), list(saved.offsets()), piece)
+    first.ensure(2 * CLUSTER + PAGE, 1)
+    memory[2 * CLUSTER + PAGE] = 0xEE
+    data, fds = first.source.left()
+    Path(saved.path).unlink()
+    left = decoded(data)
+    assert isinstance(left, LeftSnapshot)
+    source = snapshot_memory(left, [os.dup(fd) for fd in fds])
+    with pytest.raises(ValueError, match="other memory"):
+        AbsentPages(memoryview(bytearray(64 * SIZE << 4)), source, None, first.piece, os.dup(first.fd))
+    second = AbsentPages(memoryview(memory), source, None, first.piece, os.dup(first.fd))
+    assert bits_of(second) == bits_of(first)
+    assert second.fill()
+    second.close()
+    expected = [0 if page // PAGES == 1 else page + 1 for page in range(SIZE // PAGE)]
+    expected[2 * PAGES + 1] = 0xEE
+    assert pages_of(memory) == expected
+    assert bits_of(first) == []
+
+
+def test_what_was_left_is_checked(saved: Clusters) -> None:
+    data, fds = SnapshotMemory(saved).left()
+    left = decoded(data)
+    assert isinstance(left, LeftSnapshot)
+    (file,) = left.files
+    for files in ([], [msgspec.structs.replace(file, size=SIZE + 1)], [msgspec.structs.replace(file, sums=b"")],
+                  [msgspec.structs.replace(file, inherited=b"\1")], [file, file]):  # fmt: skip
+        with pytest.raises(ValueError, match="left"):
+            snapshot_memory(LeftSnapshot(files), [os.dup(fds[0])])
+    with pytest.raises(ValueError, match="truncated"):
+        decoded(data[:-1])
