@@ -15,6 +15,7 @@ from tests.framework import memory_guest
 from tests.migration.hosts import HostUnderTest
 from tests.migration.test_attach import kill_device_process, row
 
+slow = pytest.mark.slow
 PAGES = 8000
 """Of 16384: some 500 clusters."""
 
@@ -60,7 +61,10 @@ def memory_of(host: HostUnderTest, tag: str) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("moment", ["page=kill:30", "page=kill:200", "page=kill:450", "whole=kill"])
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param("page=kill:30", marks=slow), "page=kill:200", pytest.param("page=kill:450", marks=slow), "whole=kill"],
+)
 def test_a_restored_vm_goes_on(moment: str, host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path) -> None:
     disk = memory_guest.drive(tmp_path / "disk")
     before = memory_guest.content(disk.file)
@@ -117,7 +121,7 @@ def test_a_clone_goes_on(host: HostUnderTest, goes_on: Callable[..., int], tmp_p
     assert host.names() == ["other"]
 
 
-@pytest.mark.parametrize(("way", "which"), [("unix", 1), ("unix", 40), ("tcp", 40)])
+@pytest.mark.parametrize(("way", "which"), [pytest.param("unix", 1, marks=slow), ("unix", 40), ("tcp", 40)])
 def test_a_post_copy_goes_on(
     way: str, which: int, hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path
 ) -> None:
