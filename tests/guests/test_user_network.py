@@ -68,6 +68,22 @@ def test_published_and_restarted(product: Product, how: list[str]) -> None:
     assert product.wait_gone(again.pid) == []
 
 
+def test_restarted_behind_a_guest_that_says_nothing(product: Product) -> None:
+    """A new passt has to hear of the guest's MAC: an idle guest without IPv6 sends nothing when its link comes back."""
+    port = free_port()
+    quiet = "echo 1 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6"
+    guest = product.start("run", "--name", "web", "-p", f"127.0.0.1:{port}:80", "--", "sh", "-c", f"{quiet}; echo up; {SERVE}")
+    read_until(guest, b"up\n", 120)
+    assert ask(port) == b"hello from web\n"
+    time.sleep(5)  # what the guest still had to say about that connection has been said
+    (passt,) = product.named("passt")
+    passt.send_signal(signal.SIGKILL)
+    product.wait_gone(passt.pid)
+    assert ask(port) == b"hello from web\n"
+    guest.kill()
+    guest.communicate()
+
+
 def test_a_plan_of_ones_own_and_restricted(product: Product) -> None:
     """net=, dns= as the guest gets them; restrict=on: forwarded ports answer, the host cannot be reached."""
     port, file = free_port(), product.runtime / "x.pcap"

@@ -1,12 +1,12 @@
 """`restrict=on` of the user network: the guest answers who comes through a forwarded port, and begins nothing itself.
 
-What is let through is what an answer needs: ARP, DHCP, neighbour discovery, TCP segments that open no connection, UDP from
-forwarded ports, echo replies. Pure.
+What is let through is what an answer needs: ARP, RARP, DHCP, neighbour discovery, TCP segments that open no connection,
+UDP from forwarded ports, echo replies. Pure.
 """
 
 from __future__ import annotations
 
-_ARP, _IPV4, _IPV6 = 0x0806, 0x0800, 0x86DD
+_ARP, _RARP, _IPV4, _IPV6 = 0x0806, 0x8035, 0x0800, 0x86DD
 _ICMP, _TCP, _UDP, _ICMPV6 = 1, 6, 17, 58
 _SYN, _ACK = 0x02, 0x10
 _ECHO_REPLY = 0
@@ -18,7 +18,7 @@ _DHCP = frozenset(((68, 67), (546, 547)))
 def allowed(head: bytes, udp_ports: frozenset[int]) -> bool:
     """Whether a frame that begins with `head` (its first 128 bytes) may leave; `udp_ports`: the guest's that are forwarded."""
     kind = int.from_bytes(head[12:14], "big")
-    if kind == _ARP:
+    if kind in (_ARP, _RARP):
         return True
     if kind == _IPV4 and len(head) >= 34:
         if int.from_bytes(head[20:22], "big") & 0x1FFF:

@@ -20,6 +20,7 @@ from qemu_user.devices.virtio.device import F_VERSION_1, VirtioDevice, VirtioSta
 from qemu_user.devices.virtio.net_control import ERR, Control, FilterState
 from qemu_user.devices.virtio.net_offload import DATA_VALID, GSO_NONE, NEEDS_CSUM, BadHeader, Header, plain_frames
 from qemu_user.devices.virtio.queue import Chain, Queue, QueueError, split
+from qemu_user.devices.virtio.rarp import rarp
 
 F_CSUM, F_GUEST_CSUM, F_CTRL_GUEST_OFFLOADS, F_MTU, F_MAC = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5
 F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_ECN, F_GUEST_UFO = 1 << 7, 1 << 8, 1 << 9, 1 << 10
@@ -402,6 +403,9 @@ class VirtioNet(VirtioDevice):
         if transport is not None:
             with transport.lock:
                 transport.notify_config()
+                if up and self._plugged and self.negotiated:
+                    # Who has come anew knows no addresses, and a guest that is idle may say nothing for hours.
+                    self.announce()
 
     def plug(self, plugged: bool) -> None:
         """The user plugs the cable in or pulls it out (QMP's set_link). Any thread."""
@@ -421,10 +425,10 @@ class VirtioNet(VirtioDevice):
             self.transport.notify_config()
         self._moved = False
 
-    def announce(self, frame: bytes) -> None:
-        """Send a frame of the host's own making: who has moved tells the switches, whatever the guest does."""
+    def announce(self) -> None:
+        """Tell the network where the guest's address is, whatever the guest does. On the device's I/O thread."""
         header = [memoryview(Header().pack(0))] if self._backend.virtio_header else []
-        self._backend.send([*header, memoryview(frame)])
+        self._backend.send([*header, memoryview(rarp(self._mac))])
 
     def change_mac(self, mac: bytes) -> None:
         """A clone is another device on the wire; the driver is told that the configuration has changed."""

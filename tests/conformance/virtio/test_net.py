@@ -165,6 +165,19 @@ def test_5_1_4_2_link_status_changes_are_told(bench: Bench) -> None:
     assert len(card.wire.frames) == 1
 
 
+def test_who_comes_back_is_told_the_address(bench: Bench) -> None:
+    """RARP with the guest's address when the other end has come anew, but not through a cable that is pulled out."""
+    card = Card(bench, Wire())
+    card.wire.frontend.link(False)
+    assert card.wire.frames == []
+    card.wire.frontend.link(True)
+    (frame,) = card.wire.frames
+    assert (bytes(frame[:6]), bytes(frame[6:12]), bytes(frame[12:14])) == (b"\xff" * 6, MAC, b"\x80\x35")
+    card.device.plug(False)
+    card.wire.frontend.link(True)
+    assert len(card.wire.frames) == 1
+
+
 def test_5_1_2_without_mq_the_control_queue_is_the_third(bench: Bench) -> None:
     card = Card(bench, Wire(), features=net.F_CTRL_VQ | net.F_CTRL_RX, pairs=4)
     assert card.command(net_control.RX, net_control.RX_PROMISC, b"\1") == net_control.OK

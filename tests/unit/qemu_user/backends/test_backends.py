@@ -674,7 +674,8 @@ def test_restrict_lets_answers_out_only() -> None:
         return struct.pack(">HHHH", source, target, 8, 0)
 
     good = [
-        bytes(12) + b"\x08\x06" + bytes(28), ipv4(6, tcp(0x12)), ipv4(6, tcp(0x10)), ipv4(6, tcp(0x04)), ipv6(6, tcp(0x12)),
+        bytes(12) + b"\x08\x06" + bytes(28), bytes(12) + b"\x80\x35" + bytes(46),
+        ipv4(6, tcp(0x12)), ipv4(6, tcp(0x10)), ipv4(6, tcp(0x04)), ipv6(6, tcp(0x12)),
         ipv4(17, udp(68, 67)), ipv4(17, udp(53, 999)), ipv6(17, udp(546, 547)), ipv4(1, bytes(8)), ipv6(58, b"\x87" + bytes(8)),
         ipv6(0, b"\x3a\0\x05\x02\0\0\x01\0" + b"\x8f" + bytes(8)),
     ]  # fmt: skip
