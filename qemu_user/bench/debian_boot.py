@@ -34,7 +34,7 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
     peer = have_qemu(tell)
     with scratch() as name, place(Path(name) / "warm") as warm:
         folder = Path(name)
-        initrd = _initrd(image, folder)
+        initrd = initrd_file(image, folder)
         booted = folder / "booted.qcow2"
         create_overlay(image.disk, booted, base_format="qcow2")
         tell("debian: the first boot")
@@ -59,7 +59,7 @@ def boots(rounds: int, tell: Tell) -> dict[str, Kernel]:
     return kernels
 
 
-def _initrd(image: Image, folder: Path) -> Path:
+def initrd_file(image: Image, folder: Path) -> Path:
     """The image's, with modules and settings: for QEMU takes one file."""
     data = image.initrd.read_bytes()
     data += bytes(-len(data) % 4) + settings({"ROOT": ROOT, "NAME": "bench", "MACHINE_ID": "5" * 32, "SSH_KEYS": ""})
@@ -68,10 +68,11 @@ def _initrd(image: Image, folder: Path) -> Path:
     return path
 
 
-def _words(image: Image, initrd: Path, disk: Path) -> list[str]:
+def words(image: Image, initrd: Path, disk: Path, name: str) -> list[str]:
+    """Options that both sides take: console on standard input and output, `disk` (qcow2) as the root's."""
     return [
-        "-M", "virt", "-m", "512M", "-smp", "1", "-display", "none", "-monitor", "none", "-serial", "none", "-nic", "none",
-        "-name", f"bench-debian-{os.getpid()}",
+        "-M", "virt", "-m", "512M", "-smp", "1", "-display", "none", "-monitor", "none", "-serial", "none",
+        "-name", name,
         "-no-reboot", "-kernel", str(image.kernel), "-initrd", str(initrd), "-append", image.append,
         "-drive", f"file={disk},format=qcow2,if=none,id=root", "-device", "virtio-blk-pci,drive=root",
         "-device", "virtio-rng-pci", "-device", "virtio-serial-pci", "-chardev", "stdio,id=console,signal=off",
@@ -79,15 +80,24 @@ def _words(image: Image, initrd: Path, disk: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _softkvm(image: Image, initrd: Path, disk: Path) -> list[str]:
+def softkvm_command() -> list[str]:
+    """Who takes these options here."""
     # The daemon is looked for, and started, by the command itself: that belongs to the time.
     start = "from qemu_user.cli.daemon import ensure; import sys; from qemu_user.__main__ import main; " \
             "sys.exit(main([*sys.argv[1:], '-accel', 'kvmcore,endpoint=' + ensure()]))"  # fmt: skip
-    return [sys.executable, "-P", "-c", start, *_words(image, initrd, disk)]
+    return [sys.executable, "-P", "-c", start]
+
+
+def _softkvm(image: Image, initrd: Path, disk: Path) -> list[str]:
+    return [*softkvm_command(), *words(image, initrd, disk, _name()), "-nic", "none"]
 
 
 def _qemu(image: Image, initrd: Path, disk: Path) -> list[str]:
-    return [QEMU, *_words(image, initrd, disk)]
+    return [QEMU, *words(image, initrd, disk, _name()), "-nic", "none"]
+
+
+def _name() -> str:
+    return f"bench-debian-{os.getpid()}"
 
 
 def _until_prompt(command: list[str], env: dict[str, str], finish: bytes = b"") -> float:

@@ -15,11 +15,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qemu_user.bench.debian_guest import Debian
 from qemu_user.bench.linux import end_daemon
 from qemu_user.bench.wire import GUEST, HOST, Wire
 from qemu_user.images.store import Image, settings
@@ -31,18 +32,21 @@ _SETTLE_SECONDS = 3.0
 _IDLE_SECONDS = 12.0
 """After which a VM that does nothing has given back what it does not need."""
 _DISK = 1 << 20
-_PROBE = Path(__file__).parent / "kernels" / "probe.bin"
+PROBE = Path(__file__).parent / "kernels" / "probe.bin"
+_SAMPLE = "/tmp/probe sample /dev/vda 0"
 _TICKS = 1e7
 Row = dict[str, Any]
+Popen = subprocess.Popen[bytes]
+Ready = Callable[[Popen], None]
 
 
 def command(*load: str, idle: bool = False) -> str:
     """What the guest runs: the probe as a sampler, for some seconds only if the guest is to be `idle` then; and `load`, its
     other modes."""
-    packed = base64.b64encode(gzip.compress(_PROBE.read_bytes(), 9, mtime=0)).decode()
+    packed = base64.b64encode(gzip.compress(PROBE.read_bytes(), 9, mtime=0)).decode()
     lines = [f"echo {packed} | base64 -d | gunzip >/tmp/probe", "chmod +x /tmp/probe"]
     lines += [f"ip addr add {GUEST}/24 dev eth0 2>/dev/null; ip link set eth0 up", f"ping -c 3 -W 1 {HOST} >/dev/null"]
-    lines += [f"{mode} &" for mode in ("timeout 3 /tmp/probe sample 0" if idle else "/tmp/probe sample 0", *load)]
+    lines += [f"{mode} &" for mode in (f"timeout 3 {_SAMPLE}" if idle else _SAMPLE, *load)]
     return "\n".join([*lines, "sleep 100000"])
 
 
@@ -132,7 +136,7 @@ class Host:
 
     def boot(self, name: str, memory: int, disk: Path, wire: Wire, *load: str, cpus: int = 1, idle: bool = False) -> None:
         """A guest that is watched (at its start only if it is to be `idle`), booted and settled; `disk` is new."""
-        disk.write_bytes(bytes(_DISK))
+        new_disk(disk)
         script = command(*load, idle=idle)
         words = (
             "run", "--name", name, "--memory", str(memory >> 20), "--smp", str(cpus), "--drive", f"file={disk},format=raw",
@@ -142,6 +146,25 @@ class Host:
         process = subprocess.Popen(self._command(*words), env=self._environment, stdin=nothing, stdout=nothing)
         self._processes.append(process)
         wait_until_up(disk, wire)
+
+    def boot_debian(self, debian: Debian, disk: Path, wire: Wire) -> None:
+        """A whole Debian that is watched, booted and settled; `disk` is new."""
+        debian.new_probe_disk(disk)
+        words = [*debian.softkvm_command(), *debian.words(disk, wire)]
+        process = subprocess.Popen(words, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._processes.append(process)
+        debian.log_in(process)
+        wait_until_up(disk, wire)
+
+    def pause(self, name: str) -> None:
+        """It stands, and uses no CPU, until resume()."""
+        with self._qmp(name) as client:
+            client.execute("stop")
+
+    def resume(self, name: str) -> None:
+        """It goes on."""
+        with self._qmp(name) as client:
+            client.execute("cont")
 
     @contextmanager
     def _qmp(self, name: str) -> Iterator[QmpClient]:
@@ -238,6 +261,11 @@ def _guest_memory(pid: int) -> int:
     return found
 
 
+def new_disk(path: Path) -> None:
+    """What a probe reports on: nothing yet."""
+    path.write_bytes(bytes(_DISK))
+
+
 def wait_until_up(disk: Path, wire: Wire) -> None:
     """Until the guest looks at its clock and has called the host."""
     end = time.monotonic() + _READY_SECONDS
@@ -251,32 +279,37 @@ def wait_until_up(disk: Path, wire: Wire) -> None:
 # -- QEMU ------------------------------------------------------------------------------------------
 
 
-class Qemu:
-    """Two of them, the second one waiting for the first one's guest. A context manager."""
+def busybox_words(image: Image, memory: int, folder: Path, disk: Path, wire: Wire, *load: str, cpus: int = 1) -> list[str]:
+    """QEMU's, for the guest of Host.boot()."""
+    new_disk(disk)
+    initrd, data = folder / "initrd", image.initrd.read_bytes()
+    conf = settings({"NAME": "bench", "COMMAND": command(*load), "TTY": "1"}) + image.extra("ext4").read_bytes()
+    initrd.write_bytes(data + bytes(-len(data) % 4) + conf)
+    return [
+        "-M", "virt", "-m", str(memory >> 20), "-smp", str(cpus), "-kernel", str(image.kernel),
+        "-initrd", str(initrd), "-append", image.append, "-display", "none", "-serial", "null", "-monitor", "none",
+        "-global", "virtio-mmio.force-legacy=false",
+        "-device", "virtio-serial-device", "-chardev", "null,id=console", "-device", "virtconsole,chardev=console",
+        "-chardev", "file,id=c,path=/dev/null", "-device", "virtserialport,chardev=c,name=org.softkvm.control",
+        "-device", "virtio-rng-device", "-drive", f"file={disk},format=raw,if=none,id=d",
+        "-device", "virtio-blk-device,drive=d", "-device", "virtio-net-device,netdev=n0",
+        "-netdev", f"stream,id=n0,server=off,addr.type=unix,addr.path={wire.path}",
+    ]  # fmt: skip
 
-    def __init__(self, image: Image, memory: int, folder: Path, wire: Wire, *load: str, cpus: int = 1) -> None:
-        disk = self.disk = folder / "qemu.disk"
-        disk.write_bytes(bytes(_DISK))
-        initrd, data = folder / "initrd", image.initrd.read_bytes()
-        conf = settings({"NAME": "bench", "COMMAND": command(*load), "TTY": "1"}) + image.extra("ext4").read_bytes()
-        initrd.write_bytes(data + bytes(-len(data) % 4) + conf)
-        words = [
-            QEMU, "-M", "virt", "-m", str(memory >> 20), "-smp", str(cpus), "-kernel", str(image.kernel),
-            "-initrd", str(initrd), "-append", image.append, "-display", "none", "-serial", "null", "-monitor", "none",
-            "-device", "virtio-serial-device", "-chardev", "null,id=console", "-device", "virtconsole,chardev=console",
-            "-chardev", "file,id=c,path=/dev/null", "-device", "virtserialport,chardev=c,name=org.softkvm.control",
-            "-device", "virtio-rng-device", "-drive", f"file={disk},format=raw,if=none,id=d",
-            "-device", "virtio-blk-device,drive=d", "-device", "virtio-net-device,netdev=n0",
-            "-netdev", f"stream,id=n0,server=off,addr.type=unix,addr.path={wire.path}",
-        ]  # fmt: skip
-        self._uri = f"unix:{folder / 'move'}"
-        self._qmp = folder / "a"
-        self._processes = [subprocess.Popen([*words, "-qmp", f"unix:{folder / 'a'},server=on,wait=off"])]
+
+class Qemu:
+    """Its guest, watched, booted and settled, that moves from process to process. A context manager. `ready`: what is to be
+    said to the guest at its console."""
+
+    def __init__(self, words: list[str], folder: Path, disk: Path, wire: Wire, ready: Ready | None = None) -> None:
+        self._words, self._folder = words, folder
+        self._count = 0
+        self._here = self._start()
+        self._there: tuple[Popen, Path, str] | None = None
         try:
+            if ready is not None:
+                ready(self._here[0])
             wait_until_up(disk, wire)
-            incoming = ["-qmp", f"unix:{folder / 'b'},server=on,wait=off", "-incoming", self._uri]
-            self._processes.append(subprocess.Popen([*words, *incoming]))
-            time.sleep(1)
         except BaseException:
             self.__exit__()
             raise
@@ -284,22 +317,62 @@ class Qemu:
     def __enter__(self) -> Qemu:
         return self
 
+    def _start(self, uri: str = "") -> tuple[Popen, Path, str]:
+        self._count += 1
+        path = self._folder / f"qmp{self._count}"
+        words = [QEMU, *self._words, "-qmp", f"unix:{path},server=on,wait=off", *(("-incoming", uri) if uri else ())]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE), path, uri
+
+    def pause(self) -> None:
+        """It stands, and uses no CPU, until resume()."""
+        with _connected(self._here[1]) as client:
+            client.execute("stop")
+
+    def resume(self) -> None:
+        """It goes on."""
+        with _connected(self._here[1]) as client:
+            client.execute("cont")
+
+    def prepare(self) -> None:
+        """Start the process that migrate() moves the guest to."""
+        self._there = self._start(f"unix:{self._folder / f'move{self._count}'}")
+        with _connected(self._there[1]):
+            time.sleep(0.5)
+
     def migrate(self, seconds: float) -> Row:
-        """Hand the guest over, 30 ms allowed; what query-migrate says at the end, or after so many seconds."""
-        with _connected(self._qmp) as client:
+        """Hand the guest over, 30 ms allowed; what query-migrate says at the end, or after so many seconds, when it is called
+        off. prepare() before each."""
+        assert self._there is not None
+        with _connected(self._here[1]) as client:
             client.execute("migrate-set-parameters", max_bandwidth=10 << 30, downtime_limit=30)
-            client.execute("migrate", uri=self._uri)
+            client.execute("migrate", uri=self._there[2])
             end = time.monotonic() + seconds
-            while (numbers := client.execute("query-migrate"))["status"] not in ("completed", "failed"):
+            while (numbers := dict(client.execute("query-migrate")))["status"] not in ("completed", "failed"):
                 if time.monotonic() > end:
+                    client.execute("migrate_cancel")
                     break
                 time.sleep(0.01)
-        return dict(numbers)
+        if numbers["status"] == "completed":
+            self._here, self._there = self._there, self._here
+        return numbers
+
+    def end_other(self) -> None:
+        """End the process that has the guest no longer, or has never had it."""
+        if self._there is not None:
+            _end(self._there[0])
+            self._there = None
 
     def __exit__(self, *exc_info: object) -> None:
-        for process in self._processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        self.end_other()
+        _end(self._here[0])
+
+
+def _end(process: Popen) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
 
 
 def _connected(path: Path) -> QmpClient:

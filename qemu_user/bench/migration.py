@@ -14,11 +14,13 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.channel.shared_memory import create_memfd
-from qemu_user.bench.hosts import QEMU, Host, Qemu, Row, Watch
+from qemu_user.bench.debian_guest import Debian
+from qemu_user.bench.hosts import QEMU, Host, Qemu, Ready, Row, Watch, busybox_words
 from qemu_user.bench.wire import Wire
 from qemu_user.images.store import Store
 from qemu_user.migration import pages
@@ -27,6 +29,7 @@ from qemu_user.migration.channel import StreamChannel
 _DIRTY = "/tmp/probe dirty 240 500"
 """0.5 GB/s."""
 _PATIENCE = 12.0
+_SETTLE = 0.5
 _SPAN = 256 << 20
 _CHUNK = 1 << 20
 
@@ -77,21 +80,18 @@ class _Place:
     def disk(self) -> Path:
         return self.folder / "disk"
 
-    def there_and_back(self, rounds: int, name: str, **arguments: object) -> list[Row]:
-        """So many moves from one to two, watched, each with one back."""
-        values = []
-        for _ in range(rounds):
-            with Watch(self.disk, self.wire) as watch:
-                numbers = self.one.migrate(name, self._there, **arguments)
-                self.two.wait_for(name)
-            row = _row(numbers, watch)
-            if arguments.get("postcopy"):
-                arrived = self.two.arrived(name)["postcopy"]
-                row |= {"fault us": arrived["median-us"], "faults": arrived["faults"]}
-            values.append(row)
-            self.two.migrate(name, self._back)
-            self.one.wait_for(name)
-        return values
+    def there_and_back(self, name: str, **arguments: object) -> Row:
+        """A move from one to two, watched, and one back."""
+        with Watch(self.disk, self.wire) as watch:
+            numbers = self.one.migrate(name, self._there, **arguments)
+            self.two.wait_for(name)
+        row = _row(numbers, watch)
+        if arguments.get("postcopy"):
+            arrived = self.two.arrived(name)["postcopy"]
+            row |= {"fault us": arrived["median-us"], "faults": arrived["faults"]}
+        self.two.migrate(name, self._back)
+        self.one.wait_for(name)
+        return row
 
 
 def _row(numbers: Row, watch: Watch) -> Row:
@@ -102,27 +102,96 @@ def _row(numbers: Row, watch: Watch) -> Row:
     }  # fmt: skip
 
 
+_WAYS: dict[str, dict[str, object]] = {"copied": {"copy": True}, "memory given": {}, "post-copy": {"postcopy": True}}
+
+
 def _idle(rounds: int, memory: int, put: Put) -> None:
     with _Place() as place:
         place.one.boot("bench", memory, place.disk, place.wire)
-        put("idle, copied", place.there_and_back(rounds, "bench", copy=True))
-        put("idle, memory given", place.there_and_back(rounds, "bench"))
-        put("idle, post-copy", place.there_and_back(rounds, "bench", postcopy=True))
+        with _peer(place, memory) as qemu:
+            _moves(place, rounds, put, "idle", _WAYS, qemu)
         put("snapshot", [place.one.snapshot("bench", f"s{number}") for number in range(rounds)])
+
+
+def _debian(rounds: int, memory: int, put: Put) -> None:
+    with _Place() as place:
+        place.one.boot_debian(Debian(place.folder), place.disk, place.wire)
+        with _peer(place, memory, debian=True) as qemu:
+            _moves(place, rounds, put, "idle Debian", _WAYS, qemu)
 
 
 def _busy(rounds: int, memory: int, put: Put) -> None:
     with _Place() as place:
         place.one.boot("bench", memory, place.disk, place.wire, _DIRTY, cpus=2)
-        put("0.5 GB/s dirtied, copied", place.there_and_back(rounds, "bench", copy=True))
-        put("0.5 GB/s dirtied, post-copy", place.there_and_back(rounds, "bench", postcopy=True))
+        with _peer(place, memory, _DIRTY, cpus=2) as qemu:
+            _moves(place, rounds, put, "0.5 GB/s dirtied", {way: _WAYS[way] for way in ("copied", "post-copy")}, qemu)
 
 
 def _large(rounds: int, memory: int, put: Put) -> None:
     with _Place() as place:
         fill = "dd if=/dev/zero of=/tmp/fill bs=1M count=3500 2>/dev/null"
         place.one.boot("bench", 4 << 30, place.disk, place.wire, fill)
-        put("4 GB, memory given", place.there_and_back(rounds, "bench"))
+        _moves(place, rounds, put, "4 GB", {"memory given": {}}, None)
+
+
+class _Peer:
+    """QEMU's VM with the same guest, which stands while it is not measured."""
+
+    def __init__(self, words: list[str], folder: Path, disk: Path, wire: Wire, ready: Ready | None) -> None:
+        self.qemu, self._disk, self._wire = Qemu(words, folder, disk, wire, ready), disk, wire
+        self.qemu.pause()
+
+    def move(self) -> Row:
+        """Once, watched."""
+        self.qemu.prepare()
+        self.qemu.resume()
+        with Watch(self._disk, self._wire) as watch:
+            numbers = self.qemu.migrate(_PATIENCE)
+        self.qemu.end_other()
+        self.qemu.pause()
+        return _row(numbers, watch)
+
+
+@contextmanager
+def _peer(place: _Place, memory: int, *load: str, cpus: int = 1, debian: bool = False) -> Iterator[_Peer | None]:
+    """None where there is no QEMU. Our VM stands while it boots."""
+    if shutil.which(QEMU) is None:
+        yield None
+        return
+    place.one.pause("bench")
+    with tempfile.TemporaryDirectory(prefix="skb-") as text:
+        folder = Path(text)
+        wire, disk = Wire(folder / "wire"), folder / "disk"
+        ready: Ready | None = None
+        if debian:
+            guest = Debian(folder)
+            guest.new_probe_disk(disk)
+            words, ready = guest.words(disk, wire), guest.log_in
+        else:
+            image = Store().ensure("busybox", lambda *_: None, extras=["ext4"])
+            words = busybox_words(image, memory, folder, disk, wire, *load, cpus=cpus)
+        peer = _Peer(words, folder, disk, wire, ready)
+        with peer.qemu:
+            place.one.resume("bench")
+            yield peer
+        wire.close()
+
+
+def _moves(
+    place: _Place, rounds: int, put: Put, guest: str, ways: dict[str, dict[str, object]], peer: _Peer | None
+) -> None:
+    """Our ways and QEMU's, alternated."""
+    values: dict[str, list[Row]] = {}
+    for _ in range(rounds):
+        for way, arguments in ways.items():
+            values.setdefault(f"{guest}, {way}", []).append(place.there_and_back("bench", **arguments))
+        if peer is not None:
+            place.one.pause("bench")
+            values.setdefault(f"{guest}, QEMU TCG", []).append(peer.move())
+            place.one.resume("bench")
+            time.sleep(_SETTLE)
+    for name, rows in values.items():
+        put(name, rows)
 
 
 def _copies(rounds: int, memory: int, put: Put) -> None:
@@ -131,31 +200,6 @@ def _copies(rounds: int, memory: int, put: Put) -> None:
         place.one.keep("bench", "s")
         put("restore", [place.one.restore("bench", "s") for _ in range(rounds)])
         put("20 clones", [place.one.clone("bench", 20)])
-
-
-def _qemu_idle(rounds: int, memory: int, put: Put) -> None:
-    _qemu(rounds, memory, put, "QEMU TCG: idle", 1)
-
-
-def _qemu_busy(rounds: int, memory: int, put: Put) -> None:
-    _qemu(1, memory, put, "QEMU TCG: 0.5 GB/s dirtied", 2, _DIRTY)
-
-
-def _qemu(rounds: int, memory: int, put: Put, name: str, cpus: int, *load: str) -> None:
-    if shutil.which(QEMU) is None:
-        return
-    image = Store().ensure("busybox", lambda *_: None, extras=["ext4"])
-    values = []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory(prefix="skb-") as text:
-            folder = Path(text)
-            wire = Wire(folder / "wire")
-            with Qemu(image, memory, folder, wire, *load, cpus=cpus) as qemu:
-                with Watch(qemu.disk, wire) as watch:
-                    numbers = qemu.migrate(_PATIENCE)
-                values.append(_row(numbers, watch))
-            wire.close()
-    put(name, values)
 
 
 # -- parts -------------------------------------------------------------------------------------------
@@ -208,9 +252,8 @@ def _pages() -> float:
 _MEASUREMENTS: dict[str, Callable[[int, int, Put], None]] = {
     "throughput": _throughput,
     "idle": _idle,
-    "qemu-idle": _qemu_idle,
+    "debian": _debian,
     "busy": _busy,
-    "qemu-busy": _qemu_busy,
     "large": _large,
     "copies": _copies,
 }

@@ -1,7 +1,7 @@
 /* A Linux program for guests that are moved while they run: what a migration does to them, seen from inside. No libc.
 
-   probe sample BLOCK      looks at the clock every 0.2 ms; writes the longest gap between two looks of each half second, in
-                           ticks, with a running number, to block BLOCK (4 KiB) of /dev/vda
+   probe sample DISK BLOCK looks at the clock every 0.2 ms; writes the longest gap between two looks of each half second, in
+                           ticks, with a running number, to block BLOCK (4 KiB) of DISK
    probe dirty MIB RATE    writes to pages of MIB, RATE MB (pages times 4 KiB) a second
    probe check MIB         counts in every page of MIB, round after round; ends with status 1 when a page has another count
 */
@@ -44,10 +44,10 @@ static char *memory(u64 bytes)
     return (char *)call(MMAP, 0, (long)bytes, 3, 0x22);
 }
 
-static void sample(u64 block)
+static void sample(const char *path, u64 block)
 {
     u64 *report = (u64 *)memory(PAGE);
-    long disk = call(OPENAT, -100, (long)"/dev/vda", 0x101001 | 040000, 0); /* O_WRONLY | O_SYNC | O_DIRECT */
+    long disk = call(OPENAT, -100, (long)path, 0x101001 | 040000, 0); /* O_WRONLY | O_SYNC | O_DIRECT */
     for (;;) {
         u64 begin = now(), last = begin, longest = 0;
         while (last - begin < TICKS / 2) {
@@ -96,7 +96,7 @@ __attribute__((used)) void begin(u64 *stack)
 {
     char **words = (char **)(stack + 1);
     int status = 2;
-    if (stack[0] == 3 && words[1][0] == 's') sample(number(words[2]));
+    if (stack[0] == 4 && words[1][0] == 's') sample(words[2], number(words[3]));
     if (stack[0] == 4 && words[1][0] == 'd') dirty(number(words[2]) << 20, number(words[3]));
     if (stack[0] == 3 && words[1][0] == 'c') status = check(number(words[2]) << 20);
     call(EXIT, status, 0, 0, 0);
