@@ -54,7 +54,7 @@ class Debian:
             *debian_boot.words(self._image, self._initrd, self._root, NAME),
             "-drive", f"file={disk},format=raw,if=none,id=probe", "-device", "virtio-blk-pci,drive=probe",
             "-netdev", f"stream,id=n0,server=off,addr.type=unix,addr.path={wire.path}",
-            "-device", "virtio-net-pci,netdev=n0",
+            "-device", "virtio-net-pci,netdev=n0,romfile=",
         ]  # fmt: skip
 
     def softkvm_command(self) -> list[str]:

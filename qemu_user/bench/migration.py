@@ -60,10 +60,10 @@ def _text(row: Row) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "runs")
 
 
-class _Place:
+class Place:
     """Two hosts, a wire between them, a folder that both see. A context manager."""
 
-    def __enter__(self) -> _Place:
+    def __enter__(self) -> Place:
         self.folder = Path(tempfile.mkdtemp(prefix="skb-"))
         self.wire = Wire(self.folder / "wire")
         self.one, self.two = Host(), Host()
@@ -106,7 +106,7 @@ _WAYS: dict[str, dict[str, object]] = {"copied": {"copy": True}, "memory given":
 
 
 def _idle(rounds: int, memory: int, put: Put) -> None:
-    with _Place() as place:
+    with Place() as place:
         place.one.boot("bench", memory, place.disk, place.wire)
         with _peer(place, memory) as qemu:
             _moves(place, rounds, put, "idle", _WAYS, qemu)
@@ -114,21 +114,21 @@ def _idle(rounds: int, memory: int, put: Put) -> None:
 
 
 def _debian(rounds: int, memory: int, put: Put) -> None:
-    with _Place() as place:
+    with Place() as place:
         place.one.boot_debian(Debian(place.folder), place.disk, place.wire)
         with _peer(place, memory, debian=True) as qemu:
             _moves(place, rounds, put, "idle Debian", _WAYS, qemu)
 
 
 def _busy(rounds: int, memory: int, put: Put) -> None:
-    with _Place() as place:
+    with Place() as place:
         place.one.boot("bench", memory, place.disk, place.wire, _DIRTY, cpus=2)
         with _peer(place, memory, _DIRTY, cpus=2) as qemu:
             _moves(place, rounds, put, "0.5 GB/s dirtied", {way: _WAYS[way] for way in ("copied", "post-copy")}, qemu)
 
 
 def _large(rounds: int, memory: int, put: Put) -> None:
-    with _Place() as place:
+    with Place() as place:
         fill = "dd if=/dev/zero of=/tmp/fill bs=1M count=3500 2>/dev/null"
         place.one.boot("bench", 4 << 30, place.disk, place.wire, fill)
         _moves(place, rounds, put, "4 GB", {"memory given": {}}, None)
@@ -145,7 +145,7 @@ class _Peer:
         """Once, watched."""
         self.qemu.prepare()
         self.qemu.resume()
-        with Watch(self._disk, self._wire) as watch:
+        with Watch(self._disk, self._wire, sampled=False) as watch:
             numbers = self.qemu.migrate(_PATIENCE)
         self.qemu.end_other()
         self.qemu.pause()
@@ -153,7 +153,7 @@ class _Peer:
 
 
 @contextmanager
-def _peer(place: _Place, memory: int, *load: str, cpus: int = 1, debian: bool = False) -> Iterator[_Peer | None]:
+def _peer(place: Place, memory: int, *load: str, cpus: int = 1, debian: bool = False) -> Iterator[_Peer | None]:
     """None where there is no QEMU. Our VM stands while it boots."""
     if shutil.which(QEMU) is None:
         yield None
@@ -178,7 +178,7 @@ def _peer(place: _Place, memory: int, *load: str, cpus: int = 1, debian: bool = 
 
 
 def _moves(
-    place: _Place, rounds: int, put: Put, guest: str, ways: dict[str, dict[str, object]], peer: _Peer | None
+    place: Place, rounds: int, put: Put, guest: str, ways: dict[str, dict[str, object]], peer: _Peer | None
 ) -> None:
     """Our ways and QEMU's, alternated."""
     values: dict[str, list[Row]] = {}
@@ -195,7 +195,7 @@ def _moves(
 
 
 def _copies(rounds: int, memory: int, put: Put) -> None:
-    with _Place() as place:
+    with Place() as place:
         place.one.boot("bench", memory, place.disk, place.wire, idle=True)
         place.one.keep("bench", "s")
         put("restore", [place.one.restore("bench", "s") for _ in range(rounds)])
