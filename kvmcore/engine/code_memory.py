@@ -21,7 +21,8 @@ _COLLAPSE = 25  # MADV_COLLAPSE
 class CodeMemory:
     """`size` bytes that nobody can write but by write(). `fd`: its memfd. OSError."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, large: bool = True) -> None:
+        """`large`: in large pages. Who has been in one has all of it."""
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -34,13 +35,13 @@ class CodeMemory:
         if self._libc.mmap(at, length, protection, flags, self.fd, ctypes.c_long(0)) != self._address:
             raise OSError(ctypes.get_errno(), f"cannot map {size} bytes for code")
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _FUTURE_WRITE)
-        self._size, self._gathered = size, 0
+        self._size, self._large, self._gathered = size, large, 0
 
     def write(self, at: int, code: bytes) -> None:
         """Put code at an offset; what is written first lies in front of what is written later."""
         assert 0 <= at <= at + len(code) <= self._size
         ctypes.memmove(self._address + at, code, len(code))
-        while self._gathered < at + len(code):  # the host does that only with what is not empty
+        while self._large and self._gathered < at + len(code):  # the host does that only with what is not empty
             where = ctypes.c_void_p(self._address + self._gathered)
             self._libc.madvise(where, ctypes.c_size_t(LARGE), _COLLAPSE)  # a host that cannot: slower
             self._gathered += LARGE

@@ -72,7 +72,8 @@ def decoded_page(h: FunctionHart) -> None:
     bucket = h.machine("buckets") + (((gpa >> 12) & (machine_state.PAGE_BUCKETS - 1)) << 3)
     page, _ = call("find_page", load(bucket), gpa, host)
     if page != 0:
-        store(page + machine_state.PAGE_USED, u64(1))
+        used = load(page + machine_state.PAGE_USED)
+        store(page + machine_state.PAGE_USED, select(used < machine_state.MOST_USED, used + 1, used))
         if load(page + machine_state.PAGE_CHECKED) >= h.get("code_epoch"):
             returns(page)
         epoch = load(h.machine("epoch"), 64, "volatile")

@@ -25,10 +25,12 @@ from kvmcore.engine import hart_state, machine_state, warm_pages
 from kvmcore.engine.cold_code import ColdCode
 from kvmcore.engine.known_pages import KnownPages
 from kvmcore.engine.translation import (
+    MAX_KNOWN,
     MAX_LATER,
     MAX_PAGES,
     MAX_WAITING,
     PAGE,
+    Answered,
     Assembled,
     BadMessage,
     Elsewhere,
@@ -73,6 +75,8 @@ _AWAY, _MAPPED = 8192, 65536
 #: Samples of one place at least before it is wished for, and seconds between two lots of wishes.
 _SEEN = 2
 _WISHES = 10.0
+#: Seconds between two looks at how much code there is.
+_BOUND = 0.25
 #: Before a VM that comes from elsewhere runs the translator is waited for so long, if it is there at all.
 _HELLO_SECONDS, _HELLO_PAUSE = 0.05, 0.001
 
@@ -122,10 +126,13 @@ class HotCode:
         """The hottest of them, some moments ago; the hottest one last."""
         self._next_queue = 0.0
         self._under_way: dict[tuple[int, int], float] = {}
+        self._unknown: list[HotPage] = []
+        """Pages that the translator is about to be asked about."""
         self._expected = b""
         self._pages_elsewhere: list[int] = []
         self._known = KnownPages(machine)
         self._next_wishes = time.monotonic() + _WISHES
+        self._next_bound = 0.0
         self.cold = ColdCode(machine)
         self._counted = False
         """Whether samples were counted since the translator was asked for anything."""
@@ -156,8 +163,12 @@ class HotCode:
                 more = self._ask()  # as long as it executes what was not seen before it is looked at more often
                 wanted = hart_state.FEW_SAMPLES if more else 2 * hart.state.samples_wanted
                 hart.state.samples_wanted = min(wanted, hart_state.SAMPLES)
-                if time.monotonic() > self._next_wishes:
+                now = time.monotonic()
+                if now > self._next_wishes:
                     self._wish()
+                if now > self._next_bound:
+                    self._next_bound = now + _BOUND
+                    self._machine.bound_code()
             self._watch()
 
     @property
@@ -309,6 +320,9 @@ class HotCode:
                     self._assembled(message)
                 elif isinstance(message, Regions):
                     self._install(message)
+                elif isinstance(message, Answered):
+                    self.host = message.host
+                    self._awaited = max(0, self._awaited - 1)
                 elif isinstance(message, Wanted):
                     self._under_way.pop((message.page, message.offset), None)
                     self._translate((message.page, message.offset), message.numbers, final=True)
@@ -329,11 +343,17 @@ class HotCode:
             self._image.map_arena(regions)
             self._machine.state.templates, self._machine.state.regions = self._image.templates, self._image.arena
             self._known.begin(hello.secret, os.pread(index, self._image.arena_bytes, 0))
+        same = hello.arena == self._arena  # only template code begins anew
         self._secret, self._arena, self._templates = hello.secret, hello.arena, hello.templates
         self._under_way.clear()
+        for page in self._unknown:
+            page.asked = False
+        self._unknown.clear()
         for page in self._away.values():  # all of them are
-            page.heads.clear()
-            page.asked, page.patience, page.assembled = False, 1, 0
+            if not same:
+                page.heads.clear()
+                page.asked = False
+            page.patience, page.assembled = 1, 0
         self.cold.begin()
         self._awaited = 0
         self._watch()
@@ -368,12 +388,15 @@ class HotCode:
             return None
         halves = (machine_state.PAGE_IDENTITY, machine_state.PAGE_IDENTITY_END)
         identity = b"".join(ctypes.string_at(base + half, 8) for half in halves)
-        page = self._away.pop(identity, None) or HotPage(base, identity)
+        page = self._away.pop(identity, None)
+        if page is None:
+            page = HotPage(base, identity)
+            page.heads.update(self._known.heads(identity))
         page.base = base
         self._pages[base] = page
-        page.heads.update(self._known.heads(identity))
         if not page.heads and not page.asked:
-            page.asked = self._send_and_wait(Known(base, page.identity))
+            page.asked = True
+            self._unknown.append(page)
         return page
 
     @staticmethod
@@ -383,6 +406,7 @@ class HotCode:
     # -- regions -------------------------------------------------------------------------------------------------
     def _ask(self) -> bool:
         """Have pages that the interpreter runs assembled, and the hottest places translated. Whether there were such pages."""
+        self._ask_what_is_known()
         more = self.cold.ask(self._send_and_wait)
         now = time.monotonic()
         for place, since in list(self._under_way.items()):
@@ -401,6 +425,14 @@ class HotCode:
                 self._translate((page.base, offset), [], final=False)
         return more
 
+    def _ask_what_is_known(self) -> None:
+        pages, self._unknown = self._unknown, []
+        for first in range(0, len(pages), MAX_KNOWN):
+            some = pages[first : first + MAX_KNOWN]
+            if not self._send_and_wait(Known([(page.base, page.identity) for page in some])):
+                for page in some:
+                    page.asked = False
+
     def _translate(self, place: tuple[int, int], wanted: list[int], final: bool) -> None:
         base, offset = place
         page = self._pages.get(base)
@@ -417,7 +449,7 @@ class HotCode:
     def _assembled(self, message: Assembled) -> None:
         """Let the records lead to template code."""
         self.host = message.host
-        self._awaited -= 1
+        self._awaited = max(0, self._awaited - 1)  # 0: it was asked for before the memory was a new one
         if message.templates != self._templates:
             return
         for base, identity, place in message.pages:
@@ -438,12 +470,13 @@ class HotCode:
         self.translated += message.took > 0
         if message.offset >= 0:
             self._under_way.pop((message.page, message.offset), None)
-        else:
-            self._awaited -= 1
         if message.arena != self._arena:
             return
         for offset, at in message.regions:
             self._known.region(message.identity, offset, at)
+        away = self._away.get(message.identity)
+        if away is not None:
+            away.heads.update(offset for offset, _ in message.regions)
         page = self._pages.get(message.page)
         if page is None or not self._is(page, message.identity):
             return  # it had to go meanwhile, and when it comes back it gets them; or its bytes have changed since

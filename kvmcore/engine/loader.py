@@ -14,7 +14,7 @@ from kvmcore.engine import image
 from kvmcore.engine.code_memory import LARGE
 
 #: Address space for template code, behind the image, and for translated regions, behind that; records reach 4 GB.
-TEMPLATE_BYTES, ARENA_BYTES = 64 << 20, 48 << 20
+TEMPLATE_BYTES, ARENA_BYTES = 32 << 20, 48 << 20
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _NORESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
@@ -171,6 +171,11 @@ class Image:
         finally:
             os.close(fd)
         return entries[7::8].translate(_PRESENT).count(1) * mmap.PAGESIZE
+
+    def leave_shared(self) -> None:
+        """Be in no template code and no region any more. Harts may run: what they go on using comes back as they touch it."""
+        size = ctypes.c_size_t(TEMPLATE_BYTES + ARENA_BYTES)
+        self._libc.madvise(ctypes.c_void_p(self._base + self._room), size, mmap.MADV_DONTNEED)
 
     def install_templates(self, page: int, place: int) -> None:
         """Let the records of a decoded page lead to its template code, whose list of heads is at `place` of that memory."""

@@ -33,6 +33,10 @@ U64 = (1 << 64) - 1
 PAGE = 4096
 #: Bytes of decoded pages that one machine may hold.
 POOL_BYTES = 40 << 20
+#: And with the template code and regions that it has been in lately, which are other machines' as well.
+CODE_BYTES = 64 << 20
+_CODE_SOON = 8 << 20
+"""What it may come to be in until somebody looks again."""
 _FEW_BYTES = 1 << 20
 """Of decoded pages: they are cleared, more are given back to the host."""
 _LARGE_BYTES = 12 << 20
@@ -69,6 +73,11 @@ class _PageHeader(ctypes.Structure):
     used: int
 
 
+_GPA, _HOST, _NEXT, _USED = (
+    offset // 8
+    for offset in (machine_state.PAGE_GPA, machine_state.PAGE_HOST, machine_state.PAGE_NEXT, machine_state.PAGE_USED)
+)
+"""Words of a decoded page's header."""
 _NO_SLOTS, _NO_IMSICS = (machine_state.Slot * 0)(), (ctypes.c_uint64 * 0)()
 
 
@@ -260,6 +269,16 @@ class Machine:
             if not self.state.free and self.state.pool_used + machine_state.PAGE_STRIDE > self.pool_bytes:
                 self._give_up_pages(self._unused_pages())
 
+    @property
+    def code_bytes(self) -> int:
+        """Decoded pages, and the host's pages of template code and regions that this process has been in."""
+        return int(self.state.pool_used) + self.image.shared_bytes()
+
+    def bound_code(self) -> None:
+        """Called some times a second, by any thread, so that there is no more than CODE_BYTES."""
+        if self.code_bytes > CODE_BYTES - _CODE_SOON:
+            self.image.leave_shared()
+
     def pool_grows(self) -> None:
         """Decoded pages have been made: a program that needs many of them is better off with the host's large pages, an idle VM
         without."""
@@ -281,6 +300,7 @@ class Machine:
         """
         from kvmcore.engine import warm_pages
 
+        self.bound_code()
         count = sum(hart.state.icount for hart in self.harts)
         done, self._icount_seen = count - self._icount_seen, count
         if done > _IDLE_INSTRUCTIONS or self.state.pool_used < _FEW_BYTES:
@@ -304,33 +324,44 @@ class Machine:
         """Free these decoded pages; no hart is in native code."""
         if self.hot_code is not None:
             self.hot_code.pages_go(gone)
+        words, pool, buckets, free = self._pool_words(), self.state.pool, self.state.buckets, self.state.free
         for page in gone:
-            header = _PageHeader.from_address(page)
-            at = ctypes.addressof(self.state.buckets) + 8 * ((header.gpa >> 12) % machine_state.PAGE_BUCKETS)
-            while (link := ctypes.c_uint64.from_address(at)).value != page:
-                at = link.value + machine_state.PAGE_NEXT
-            link.value = header.next
-            header.host, header.next = 0, self.state.free
-            self.state.free = page
+            at = (page - pool) // 8
+            following, bucket = words[at + _NEXT], (words[at + _GPA] >> 12) % machine_state.PAGE_BUCKETS
+            before = buckets[bucket]
+            if before == page:
+                buckets[bucket] = following
+            while before != page:
+                link = (before - pool) // 8 + _NEXT
+                before = words[link]
+                if before == page:
+                    words[link] = following
+            words[at + _HOST], words[at + _NEXT] = 0, free
+            free = page
+        self.state.free = free
         self.pages_given_up += len(gone)
         for hart in self.harts:
             hart.forget_fetches()
 
     def _unused_pages(self) -> set[int]:
-        """Addresses of an eighth of the decoded pages, such as were not entered lately (second chance). The hand goes round at
-        most twice: the first time it takes their mark from all pages."""
+        """Addresses of an eighth of the decoded pages, such as were not entered lately or often: the hand goes round and counts
+        down what decoded_page counts up, so that pages which come back each time outlast those of a long way through much code.
+        """
         count = self.state.pool_used // machine_state.PAGE_STRIDE
         wanted = max(1, count // 8)
+        words, pool = self._pool_words(), self.state.pool
         found: set[int] = set()
         while len(found) < wanted:
-            page = self.state.pool + self._hand * machine_state.PAGE_STRIDE
+            at = self._hand * (machine_state.PAGE_STRIDE // 8)
             self._hand = (self._hand + 1) % count
-            header = _PageHeader.from_address(page)
-            if header.used and header.host:
-                header.used = 0
+            if words[at + _USED] and words[at + _HOST]:
+                words[at + _USED] -= 1
             else:
-                found.add(page)
+                found.add(pool + 8 * at)
         return found
+
+    def _pool_words(self) -> ctypes.Array[ctypes.c_uint64]:
+        return (ctypes.c_uint64 * (self.pool_bytes // 8)).from_address(self.state.pool)
 
     @contextmanager
     def quiesce(self) -> Iterator[None]:

@@ -112,8 +112,9 @@ PAGE_NEXT = 16
 PAGE_CHECKED = 24
 #: What the page's bytes are, for regions that go on in it: a keyed hash of them, or 0 while nobody knows.
 PAGE_IDENTITY = 32
-#: 1: a fetch TLB was filled with the page since room was last made.
+#: How often a fetch TLB was filled with the page, at most MOST_USED, less how often the hand has come by that looks for room.
 PAGE_USED = 40
+MOST_USED = 7
 #: Second half of the identity.
 PAGE_IDENTITY_END = 48
 PAGE_HEADER = 64

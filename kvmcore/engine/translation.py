@@ -28,6 +28,8 @@ MAX_PAGES_ELSEWHERE = 4096
 #: Pages that one request may hold: what fits a packet.
 MAX_PAGES = 8
 MAX_ASSEMBLED = 24
+#: Pages of one Known.
+MAX_KNOWN = 1024
 WANTED = PAGE // 16
 _MAX_PACKET = 128 << 10
 
@@ -44,10 +46,10 @@ class Hello(msgspec.Struct, tag="hello", array_like=True):
 
 
 class Known(msgspec.Struct, tag="known", array_like=True):
-    """VM to translator: which regions of this page are there already? Answered by Regions."""
+    """VM to translator: which regions of these pages, (page, identity), are there already? Answered by Regions for each that
+    has some, then by Answered."""
 
-    page: int
-    identity: bytes
+    pages: list[tuple[int, bytes]]
 
 
 class Translate(msgspec.Struct, tag="translate", array_like=True):
@@ -126,8 +128,8 @@ class Assembled(msgspec.Struct, tag="assembled", array_like=True):
 class Regions(msgspec.Struct, tag="regions", array_like=True):
     """Translator to VM: regions of a page, as (offset of the head in the page, offset of the code in the arena).
 
-    offset: what Translate asked for (it is done, even if there is no region), -1 after Known. took: nanoseconds of CPU time for
-    it; 0: it was there.
+    offset: what Translate asked for (it is done, even if there is no region), -1 after Known (if there are any). took:
+    nanoseconds of CPU time for it; 0: it was there.
     """
 
     page: int
@@ -139,6 +141,12 @@ class Regions(msgspec.Struct, tag="regions", array_like=True):
     host: Totals = Totals()
 
 
+class Answered(msgspec.Struct, tag="answered", array_like=True):
+    """Translator to VM: all that there is to say to a Known."""
+
+    host: Totals = Totals()
+
+
 class Wanted(msgspec.Struct, tag="wanted", array_like=True):
     """Translator to VM: the region would go on in these pages: send them as well, as many as are mapped."""
 
@@ -147,7 +155,7 @@ class Wanted(msgspec.Struct, tag="wanted", array_like=True):
     numbers: list[int]
 
 
-Message = Hello | Known | Translate | Assemble | Assembled | Used | Later | Regions | Wanted
+Message = Hello | Known | Translate | Assemble | Assembled | Used | Later | Regions | Answered | Wanted
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -181,8 +189,6 @@ def receive(sock: socket.socket) -> tuple[Message | None, list[int]]:
     except msgspec.DecodeError as error:
         fd_passing.close_all(fds)
         raise BadMessage(str(error)) from error
-
-
 
 
 def in_memory(name: str, content: bytes) -> int:

@@ -27,9 +27,11 @@ from kvmcore.engine.template_code import Assembler, TemplateMemory
 from kvmcore.engine.translation import (
     ENTRY,
     MAX_ASSEMBLED,
+    MAX_KNOWN,
     MAX_PAGES,
     PAGE,
     WANTED,
+    Answered,
     Assemble,
     Assembled,
     BadMessage,
@@ -64,7 +66,7 @@ class Arena:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.memory = CodeMemory(f"softkvm-regions-{number}", ARENA_BYTES)
+        self.memory = CodeMemory(f"softkvm-regions-{number}", ARENA_BYTES, large=False)
         self.used = 0
         self.placed: dict[bytes, dict[int, int]] = {}
 
@@ -207,7 +209,7 @@ class Translator:
                 os.close(fd)
 
     def _take(self, client: Client, message: Message | None, fds: list[int]) -> None:
-        if isinstance(message, Known):
+        if isinstance(message, Known) and len(message.pages) <= MAX_KNOWN:
             self._known(client, message)
         elif isinstance(message, Used):
             self._cache.used(message.identities)
@@ -249,11 +251,13 @@ class Translator:
         self._send(client, Assembled(self._templates.number, placed, self._totals))
 
     def _known(self, client: Client, message: Known) -> None:
-        identity = message.identity
-        for offset, code in self._kept(identity).items():
-            if offset not in self._arena.placed.get(identity, {}) and not self._place(identity, offset, code):
-                return
-        self._answer(client, message.page, identity, -1)
+        for page, identity in message.pages:
+            for offset, code in self._kept(identity).items():
+                if offset not in self._arena.placed.get(identity, {}) and not self._place(identity, offset, code):
+                    return
+            if self._arena.placed.get(identity):
+                self._answer(client, page, identity, -1)
+        self._send(client, Answered(self._totals))
 
     def _kept(self, identity: bytes) -> dict[int, bytes]:
         if identity not in self._asked:

@@ -226,7 +226,7 @@ _VM_FIGURES: dict[str, Callable[[Machine], int]] = {
     "decoded_pages": lambda machine: sum(hart.state.count_page for hart in machine.harts),
     "decoded_pages_given_up": lambda machine: machine.pages_given_up,
     "decoded_bytes": lambda machine: int(machine.state.pool_used),
-    "code_bytes": lambda machine: int(machine.state.pool_used) + machine.image.shared_bytes(),
+    "code_bytes": lambda machine: machine.code_bytes,
     "assembled_pages": lambda machine: machine.hot_code.cold.pages if machine.hot_code is not None else 0,
     "regions": lambda machine: _hot(machine, "regions"),
     "regions_ready_made": lambda machine: _hot(machine, "ready_made"),

@@ -36,6 +36,7 @@ def test_top(product: Product) -> None:
     assert last["memory"] > 20 << 20
     assert 0 < last["decoded_bytes"] <= 40 << 20
     assert last["code_bytes"] > last["decoded_bytes"], "regions are there, so some of them are mapped"
+    assert last["code_bytes"] <= 64 << 20
     assert report["translator"]["arena_bytes"] <= 48 << 20
     done = product.run("top", "--once", "--interval", "0.1")
     lines = done.stdout.decode().splitlines()

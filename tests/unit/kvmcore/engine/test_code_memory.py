@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 
 import pytest
 
+from kvmcore.engine import machine_state
 from kvmcore.engine.code_memory import LARGE, CodeMemory
-from kvmcore.engine.loader import TEMPLATE_BYTES, Image
+from kvmcore.engine.loader import ARENA_BYTES, TEMPLATE_BYTES, Image
+from kvmcore.engine.machine import CODE_BYTES, POOL_BYTES, Machine
 
 
 def test_others_see_what_is_written_and_cannot_write() -> None:
@@ -34,3 +37,36 @@ def test_code_lies_where_the_host_can_use_large_pages() -> None:
     assert (decode + image.templates) % LARGE == 0
     assert image.arena - image.templates == TEMPLATE_BYTES
     assert TEMPLATE_BYTES % LARGE == 0
+
+
+def test_a_machine_is_in_no_more_code_than_it_may() -> None:
+    """What it leaves it can enter as before, and it is counted again."""
+    image = Image.load()
+    machine = Machine(image)
+    templates, regions = CodeMemory("templates", TEMPLATE_BYTES), CodeMemory("regions", ARENA_BYTES, large=False)
+    templates.write(0, b"\x01" * TEMPLATE_BYTES)
+    regions.write(0, b"\x02" * ARENA_BYTES)
+    image.map_templates(templates.fd)
+    image.map_arena(regions.fd)
+    zero = image.address("decode")  # what records are relative to
+
+    def enter(at: int, size: int) -> set[int]:
+        return {ctypes.string_at(zero + at + offset, 1)[0] for offset in range(0, size, mmap.PAGESIZE)}
+
+    assert machine.code_bytes == 0
+    enter(image.templates, TEMPLATE_BYTES)
+    machine.bound_code()
+    assert machine.code_bytes == TEMPLATE_BYTES, "it is not too much yet"
+    machine.state.pool_used = POOL_BYTES // machine_state.PAGE_STRIDE * machine_state.PAGE_STRIDE
+    enter(image.arena, ARENA_BYTES)
+    assert machine.code_bytes > CODE_BYTES
+    machine.bound_code()
+    assert machine.code_bytes == machine.state.pool_used
+    few = 1 << 20
+    assert enter(image.arena, few) == {2}
+    assert enter(image.templates, few) == {1}
+    machine.bound_code()
+    assert machine.state.pool_used + 2 * few <= machine.code_bytes <= CODE_BYTES - 2 * few
+    machine.state.pool_used = 0
+    for memory in (templates, regions):
+        memory.close()

@@ -20,12 +20,16 @@ from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.loader import Image, ensure_image
 from kvmcore.engine.translation import (
     MAX_ASSEMBLED,
+    MAX_KNOWN,
+    Answered,
     Assemble,
     Assembled,
     BadMessage,
     Hello,
+    Known,
     Later,
     Message,
+    Regions,
     Wishes,
     encode_wishes,
     in_memory,
@@ -229,9 +233,7 @@ def test_straight_code_is_assembled_page_by_page(translator: Process, monkeypatc
 
 
 @pytest.mark.parametrize("leaves", ["the VM ends", "the pages go"])
-def test_what_was_seen_is_translated_in_idle_time(
-    translator: Process, monkeypatch: pytest.MonkeyPatch, leaves: str
-) -> None:
+def test_what_was_seen_is_translated_in_idle_time(translator: Process, monkeypatch: pytest.MonkeyPatch, leaves: str) -> None:
     monkeypatch.setattr(hot_code, "THRESHOLD", 1 << 40)  # never hot
     g = fresh(translator.path)
     hot = g.machine.hot_code
@@ -403,6 +405,53 @@ def talk(sock: socket.socket, message: Message | None = None) -> Message | None:
             os.close(fd)
         return said
     raise AssertionError("nothing is said")
+
+
+def test_many_pages_are_one_question(translator: Process) -> None:
+    g = fresh(translator.path)
+    run_until_regions(g)
+    hot = g.machine.hot_code
+    assert hot is not None
+    (page,) = hot._pages.values()
+    sock = fd_passing.connect(translator.path)
+    assert isinstance(talk(sock), Hello)
+    said = talk(sock, Known([(number, bytes(16)) for number in range(100)] + [(100, page.identity)] + [(101, bytes(16))]))
+    assert isinstance(said, Regions)
+    assert (said.page, said.identity, said.offset) == (100, page.identity, -1)
+    assert {head for head, _ in said.regions} >= page.heads
+    assert isinstance(talk(sock), Answered)
+    assert isinstance(talk(sock, Known([(0, bytes(16))])), Answered)
+    send(sock, Known([(number, bytes(16)) for number in range(MAX_KNOWN + 1)]))
+    assert talk(sock) is None
+    sock.close()
+
+
+def test_when_template_code_begins_anew_regions_are_not_asked_for_again(translator: Process) -> None:
+    g = fresh(translator.path)
+    run_until_regions(g)
+    hot = g.machine.hot_code
+    assert hot is not None
+    g.put(RAM + 4096, "1: addi a1, a1, 1\n j 1b")  # no region is asked for so soon
+    g.harts[0].state.pc = RAM + 4096
+    end = time.monotonic() + 60
+    while not any(page.asked for page in hot._pages.values()):
+        assert g.run(0.02) == ExitKind.KICK
+        assert time.monotonic() < end
+    asked = {page.identity for page in hot._pages.values() if page.asked}
+    before = hot._templates
+    sock = fd_passing.connect(translator.path)
+    assert isinstance(talk(sock), Hello)
+    load, number = bytes.fromhex("83b58500"), 0
+    while not isinstance(talk(sock, Assemble(
+        [(0, (number + i).to_bytes(4, "little") + load * 1023, b"\xff" * 256) for i in range(MAX_ASSEMBLED)]
+    )), Hello):  # fmt: skip
+        number += MAX_ASSEMBLED
+    while hot._templates == before:
+        assert g.run(0.02) == ExitKind.KICK
+        assert time.monotonic() < end
+    known = {page.identity: page for page in (*hot._away.values(), *hot._pages.values())}
+    assert all(known[identity].asked for identity in asked)
+    sock.close()
 
 
 def test_when_the_memory_is_full_a_new_one_begins(translator: Process) -> None:

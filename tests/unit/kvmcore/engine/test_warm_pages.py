@@ -106,6 +106,39 @@ def test_an_idle_machine_gives_decoded_pages_back(image: Image) -> None:
     assert g.harts[0].state.count_page == 0, "what it had entered was given back, too"
 
 
+def test_pages_that_are_entered_often_outlast_a_way_through_much_code(image: Image) -> None:
+    g = Guest(image, """
+        li a1, 10
+    again:
+        fence.i
+        call other
+        addi a1, a1, -1
+        bnez a1, again
+        ecall
+        .balign 4096
+    other:
+        ret
+    """)
+    assert g.run() == ExitKind.ECALL
+    often = range(g.machine.state.pool, g.machine.state.pool + g.machine.state.pool_used, machine_state.PAGE_STRIDE)
+    assert [_used(page).value for page in often] == [machine_state.MOST_USED] * 2
+    with g.machine.quiesce():
+        once = warm_pages.make(g.machine, [RAM + PAGE * number for number in range(2, 42)])
+        for _ in range(machine_state.MOST_USED - 1):
+            for page in once:
+                _used(page).value = 1
+            gone = g.machine._unused_pages()
+            assert len(gone) == 42 // 8
+            assert not gone & set(often)
+        for page in once:
+            _used(page).value = machine_state.MOST_USED
+        assert g.machine._unused_pages() & set(often), "they are not entered any more"
+
+
+def _used(page: int) -> ctypes.c_uint64:
+    return ctypes.c_uint64.from_address(page + machine_state.PAGE_USED)
+
+
 def test_an_idle_machine_gives_up_large_pages(image: Image) -> None:
     g = Guest(image, CODE)
     with g.machine.quiesce():
