@@ -269,6 +269,7 @@ class VmProcess:
 def main(order: VmOrder, fds: list[int]) -> None:
     """Be the VM process of `order`. `fds`: control socket, then the owner's pidfd if it is a local process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    fd_passing.make_room()
     control = socket.socket(fileno=fds.pop(0))
     process.set_title("kvmcore-spare" if order.spare else _title(order))
     confinement.files(os.path.dirname(order.door), network=bool(order.remote))

@@ -24,6 +24,8 @@ from protocol.channel import fd_passing
 log = logging.getLogger("kvmcore.zygote")
 
 MAX_ORDER = 8192
+_IDLE_MS = 500
+"""Without an order for so long nobody waits for a VM."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,14 @@ class Zygote:
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         self._preload()
+        rehearsed = False
         while True:
-            for fd, _ in poller.poll():
+            pause = _IDLE_MS if self._children and not rehearsed else None
+            ready = poller.poll(pause)
+            if not ready:
+                self._rehearse()
+                rehearsed = True
+            for fd, _ in ready:
                 if fd == self._control.fileno():
                     if not self._take_order(poller):
                         self._clean_up()
@@ -102,6 +110,18 @@ class Zygote:
 
         ioctl.preload()
         vm_process.preload()
+        gc.collect()
+        gc.freeze()
+
+    @staticmethod
+    def _rehearse() -> None:
+        """When the first VM has been made, and nobody waits for the next: what it has run is warm in those that follow."""
+        from kvmcore.server import rehearsal
+
+        try:
+            rehearsal.rehearse()
+        except Exception:
+            log.exception("no rehearsal; VMs start more slowly")
         gc.collect()
         gc.freeze()
 

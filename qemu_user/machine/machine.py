@@ -26,7 +26,7 @@ import msgspec
 from protocol.abi.errors import KvmError
 from protocol.abi.run_page import IMMEDIATE_EXIT
 from protocol.abi.structs import MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_USERFAULT
-from protocol.abi.structs_riscv import SBI_EXT, SbiExt, one_reg
+from protocol.channel import fd_passing
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.io_threads import IoThreads
 from qemu_user.config.machine_config import MachineConfig
@@ -40,6 +40,7 @@ from qemu_user.machine.cpu import Isa, read_isa, reset_state, set_boot_state
 from qemu_user.machine.fdt import flatten
 from qemu_user.machine.irq import AiaInterrupts, PlicInterrupts
 from qemu_user.machine.kicks import Kicks
+from qemu_user.machine.made import RAM_SEGMENT, MadeVm, make_vm
 from qemu_user.machine.tree import machine_tree
 from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
 
@@ -51,9 +52,8 @@ PRELAUNCH, RUNNING, PAUSED, SHUTDOWN = "prelaunch", "running", "paused", "shutdo
 INTERNAL_ERROR, ENDED = "internal-error", "ended"
 INMIGRATE, POSTMIGRATE = "inmigrate", "postmigrate"
 RAM_SLOT = 0
-_RAM_SEGMENT, _BITMAP_SEGMENT = 1 << 41, 1 << 40
-"""Where memory that is no guest_memfd, and the bitmap of absent pages, lie in the address space of our session with
-kvmcore."""
+_BITMAP_SEGMENT = 1 << 40
+"""Where the bitmap of absent pages lies in the address space of our session with kvmcore."""
 _SWITCH_SECONDS = 0.0005
 """How long a thread that computes may keep the others, which mostly have some microseconds to do, from running."""
 STOP_SECONDS = 10.0
@@ -125,18 +125,24 @@ class Machine:
         """The Interrupts (irq.py), once there is a VM."""
         self._kicks: Kicks | None = None
         self._isa: Isa | None = None
+        self._made_aia: AiaInterrupts | None = None
 
     # -- start -------------------------------------------------------------------------------------
 
     def start(
-        self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1, predecessor: Predecessor | None = None
-    ) -> None:
+        self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1, predecessor: Predecessor | None = None,
+        made: MadeVm | None = None,
+    ) -> None:  # fmt: skip
         """Build the machine and let it run (unless `paused`). `arriving`: its memory and state come from elsewhere,
         so nothing is booted; it stands (INMIGRATE) until resume(). Not `lock_disks`: whoever still has them hands them
         over before that. `ram_fd`: the sealed memfd that is its memory, ours from now on. `predecessor`: the device process
-        that ran it, and died. StartError, with nothing left behind.
+        that ran it, and died. `made`: what kvmcore keeps, made before for this configuration. StartError, with nothing left
+        behind.
         """
         self._predecessor = predecessor
+        if made is not None:
+            self._take(made)
+        fd_passing.make_room()
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             self.parts.open_backends(lock_disks and predecessor is None)
@@ -218,7 +224,12 @@ class Machine:
     def _create(self, ram_fd: int) -> None:
         """Everything that kvmcore keeps: memory, vCPUs, interrupt controller, eventfds."""
         config = self.config
-        aia = self._find(self._predecessor) if self._predecessor is not None else self._make(ram_fd)
+        if self._predecessor is not None:
+            aia = self._find(self._predecessor)
+        else:
+            if self.vm is None:
+                self._take(make_vm(config, self._endpoint, ram_fd, self.vm_made))
+            aia = self._made_aia
         vm = self.vm
         ram = memoryview(mmap.mmap(self.ram_fd, config.memory))
         self.memory = GuestMemory([(virt.RAM_BASE, ram)])
@@ -270,25 +281,9 @@ class Machine:
     def _was_done(self, cpu: int) -> bool:
         return self.keeper is not None and self.keeper.was_done(cpu)
 
-    def _make(self, ram_fd: int) -> AiaInterrupts | None:
-        """A new VM with its memory and vCPUs, and the interrupt controller that kvmcore has."""
-        from protocol.client import Kvm
-
-        config = self.config
-        self._kvm = Kvm.open(self._endpoint, name=config.name, accel="" if config.accel == "kvmcore" else config.accel)
-        vm = self.vm = self._kvm.create_vm()
-        self.vm_made(vm.pid)
-        aia = AiaInterrupts(vm) if config.aia == "aplic-imsic" else None
-        if ram_fd < 0:
-            self._memfd = vm.create_guest_memfd(config.memory)
-            self.ram_fd = self._memfd.fd
-        else:
-            vm.map_segment(_RAM_SEGMENT, config.memory, ram_fd)
-            self.ram_fd = ram_fd
-        self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
-        for vcpu in self.vcpus:
-            vcpu.set_one_reg(one_reg(SBI_EXT, SbiExt.DBCN), 1)
-        return aia
+    def _take(self, made: MadeVm) -> None:
+        self._kvm, self.vm, self._made_aia = made.kvm, made.vm, made.aia
+        self._memfd, self.ram_fd, self.vcpus = made.memfd, made.ram_fd, made.vcpus
 
     def _find(self, predecessor: Predecessor) -> AiaInterrupts | None:
         """The same of a VM that is there. Its vCPUs leave the guest: KVM_GET_ONE_REG would wait behind their KVM_RUN."""
@@ -348,7 +343,7 @@ class Machine:
     def _set_ram_slot(self) -> None:
         flags = MEM_LOG_DIRTY_PAGES if self._logging else 0
         flags |= MEM_USERFAULT if self.memory.absent is not None else 0
-        where = _RAM_SEGMENT
+        where = RAM_SEGMENT
         if self._memfd is not None:
             flags, where = flags | MEM_GUEST_MEMFD, 0
         self.vm.set_user_memory_region2(

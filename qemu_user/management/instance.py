@@ -28,6 +28,7 @@ from qemu_user.management.registry import ATTACH_FILE, NameTaken, Registration, 
 if TYPE_CHECKING:
     from qemu_user.devices.absent import PageSource
     from qemu_user.machine.keeper import Predecessor
+    from qemu_user.machine.made import MadeVm
 
 
 class Instance:
@@ -57,8 +58,9 @@ class Instance:
         return str(self._registration.directory)
 
     def start(
-        self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1, predecessor: Predecessor | None = None
-    ) -> None:
+        self, arriving: bool = False, lock_disks: bool = True, ram_fd: int = -1, predecessor: Predecessor | None = None,
+        made: MadeVm | None = None,
+    ) -> None:  # fmt: skip
         """StartError, with nothing left behind. The arguments are Machine.start()'s."""
         try:
             if not arriving and predecessor is None:  # who goes on with a VM goes on with its log
@@ -66,7 +68,7 @@ class Instance:
                 console_log.begin(logs_folder(), self.config.name, running)
             paths = [self._control, *(qmp.path for qmp in self.config.qmp)]
             self._qmp = QmpServer(self.machine, paths)
-            self.machine.start(arriving, lock_disks, ram_fd, predecessor)
+            self.machine.start(arriving, lock_disks, ram_fd, predecessor, made)
             self._qmp.start()
             self._registration.describe(
                 vm_pid=self.machine.vm.pid,

@@ -23,7 +23,8 @@ from typing import Any
 import msgspec
 import zmq
 
-from protocol.channel import zmq_socket
+from protocol.abi.errors import KvmError
+from protocol.channel import fd_passing, zmq_socket
 from protocol.channel.shared_memory import PAGE
 from protocol.channel.zmq_socket import Curve
 from qemu_user.backends.block.opening import format_by_name, is_nbd, open_disk
@@ -37,6 +38,7 @@ from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import State, StateError
 from qemu_user.machine.drives import open_drive
 from qemu_user.machine.machine import Machine, StartError
+from qemu_user.machine.made import make_vm
 from qemu_user.management.instance import Instance
 from qemu_user.management.registry import find
 from qemu_user.migration import identity, machine_state
@@ -127,31 +129,32 @@ def read(order: Restore) -> Snapshot:
 
 def restored(order: Restore, name: str, snapshot: Snapshot | None = None, began: float = 0.0) -> Instance:
     """The VM, running (or paused, as ordered). StartError, with nothing left behind but restored disks. `snapshot`: what
-    read() gave. The job of the VM counts from `began` to the moment at which its vCPUs may run."""
+    read() gave. The job of the VM counts from `began` to the moment at which its vCPUs may run, without the time in which
+    nothing could be done but wait for the end of the VM that is replaced."""
     began = began or time.monotonic()
     snapshot = read(order) if snapshot is None else snapshot
-    written = Written()
+    config = for_background(snapshot.config, name)
+    if order.new:
+        config = identity.renewed(config)
+    made = None
+    if order.replace and _told_to_end(name):
+        try:
+            made = make_vm(config, order.endpoint)  # kvmcore's half can be made meanwhile
+            began += _wait_until_ended(name)
+        except (KvmError, OSError) as error:
+            raise StartError(f"kvmcore at {order.endpoint}: {error}") from error
+        except StartError:
+            if made is not None:
+                made.close()
+            raise
     try:
-        config = for_background(snapshot.config, name)
-        if order.new:
-            config = identity.renewed(config)
-        for index, drive in enumerate(config.drives):
-            if not drive.readonly:
-                if drive.layout or is_nbd(drive.file):
-                    with closing(open_drive(msgspec.structs.replace(drive, limits={}))) as disk:
-                        snapshot.write_over(f"disk{index}", disk)
-                else:
-                    Path(drive.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    snapshot.write_disk(f"disk{index}", drive.file)
-                    written.add(drive.file)
-        for index, bank in enumerate(config.flash):
-            if not bank.readonly:
-                _write_bank(snapshot, f"flash{index}", bank, written)
-        written.start()
+        written = _put_disks_back(config, snapshot)
     except (SnapshotError, BackendError, OSError) as error:
+        if made is not None:
+            made.close()
         raise StartError(str(error)) from error
     instance = Instance(config, order.endpoint)
-    instance.start(arriving=True)
+    instance.start(arriving=True, made=made)
     job = jobs.arriving(instance.machine, "restore", jobs.SETUP)
     job.started = began
     try:
@@ -172,6 +175,25 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None, began:
     if order.fill:
         threading.Thread(target=_fill, args=(instance.machine,), name="fill", daemon=True).start()
     return instance
+
+
+def _put_disks_back(config: MachineConfig, snapshot: Snapshot) -> Written:
+    """Disks and banks of the flash are what was saved, and on their way to the disk. SnapshotError, BackendError, OSError."""
+    written = Written()
+    for index, drive in enumerate(config.drives):
+        if not drive.readonly:
+            if drive.layout or is_nbd(drive.file):
+                with closing(open_drive(msgspec.structs.replace(drive, limits={}))) as disk:
+                    snapshot.write_over(f"disk{index}", disk)
+            else:
+                Path(drive.file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                snapshot.write_disk(f"disk{index}", drive.file)
+                written.add(drive.file)
+    for index, bank in enumerate(config.flash):
+        if not bank.readonly:
+            _write_bank(snapshot, f"flash{index}", bank, written)
+    written.start()
+    return written
 
 
 def _write_bank(snapshot: Snapshot, name: str, bank: Flash, written: Written) -> None:
@@ -210,6 +232,7 @@ def several(order: Restore) -> str:
     for name in order.names:
         if os.fork() == 0:
             os.setsid()
+            fd_passing.make_room()
             return name
     return ""
 
@@ -273,6 +296,7 @@ def main(arguments: list[str]) -> int:
     """The order on stdin; the arguments are `--tell FD`."""
     tell = int(arguments[arguments.index("--tell") + 1])
     try:
+        fd_passing.make_room()
         preload()
         data, fds = _hear_order()
         began = time.monotonic()
@@ -281,8 +305,6 @@ def main(arguments: list[str]) -> int:
         order = msgspec.json.decode(data, type=Restore | TakeIn | Attach)
         if isinstance(order, Restore):
             snapshot = read(order)  # before the fork: clones share it
-            if order.replace:
-                began += _end_running(order.names[0])
             name = order.names[0] if len(order.names) == 1 else several(order)
             if not name:
                 return 0
@@ -306,21 +328,25 @@ def main(arguments: list[str]) -> int:
     return instance.wait()
 
 
-def _end_running(name: str) -> float:
-    """End the VM of that name, if there is one; the seconds that it took. StartError if it does not go."""
-    began = time.monotonic()
+def _told_to_end(name: str) -> bool:
+    """Tell the VM of that name to end; False if there is none. StartError if it does not listen."""
     if find(name) is None:
-        return 0.0
+        return False
     try:
         execute(name, "quit")
     except VerbError as error:
         if find(name) is not None:
             raise StartError(str(error)) from error
-    end = time.monotonic() + _GONE_SECONDS
+    return True
+
+
+def _wait_until_ended(name: str) -> float:
+    """Until it is gone; the seconds that it took. StartError if it does not go."""
+    began = time.monotonic()
     while find(name) is not None:
-        if time.monotonic() > end:
+        if time.monotonic() > began + _GONE_SECONDS:
             raise StartError(f"VM {name}: does not end; softkvm kill {name} forces it")
-        time.sleep(0.005)
+        time.sleep(0.002)
     return time.monotonic() - began
 
 

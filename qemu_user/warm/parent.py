@@ -294,6 +294,11 @@ def main(lock: int, daemon: int) -> int:
     process_title.set_words(["softkvm-warm"])
     if not preload(daemon):
         return 0
+    from qemu_user.backends.errors import BackendError
+    from qemu_user.warm import rehearsal
+
+    with suppress(BackendError, OSError):  # then its children are less warm
+        rehearsal.rehearse()
     parent = Parent(Path(runtime_folder()), lock, daemon)
     gc.collect()
     gc.freeze()
