@@ -264,6 +264,11 @@ class HandlerHart(Atomics):
         tracer().effect("tail", (ip, self.s, ab, self.base, ic, self.tlb, handler))
         raise PathEnd
 
+    def enter_template(self, place: Value, a0: Value) -> NoReturn:
+        """Run template code at `place`, relative to what records are relative to."""
+        tracer().effect("tail", (self.ip, self.s, self.ab, self.base, self.ic, self.tlb, a0, self.base + place))
+        raise PathEnd
+
     def go(self, target: Value, ic: Value) -> NoReturn:
         """Go on at any address."""
         entry = self.tlb + (((target >> 12) & (hart_state.FETCH_TLB_ENTRIES - 1)) << 4)
@@ -324,8 +329,12 @@ class HandlerHart(Atomics):
         tag = load(entry + (8 if write else 0))
         last = address + (size - 1) if size > 1 else address
         if (last & PAGE_MASK) != tag:
-            self.tail(self.name + ".slow")
+            self.miss(address, write)
         return address + load(entry + 16)
+
+    def miss(self, address: Value, write: bool) -> NoReturn:
+        """The TLB does not have an address."""
+        self.tail(self.name + ".slow")
 
     def load(self, address: Value, size: int) -> Value:
         if self.memory == "fast":

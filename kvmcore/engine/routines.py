@@ -187,6 +187,8 @@ HANDLERS: dict[str, tuple[Callable[[HandlerHart], None], bool]] = {
     "straddle": (code_pages.straddle, True),
     "interpret": (code_pages.interpret, True),
     "resume": (code_pages.resume, False),
+    "refill_load": (code_pages.refill_function("load"), False),
+    "refill_store": (code_pages.refill_function("store"), False),
     "page_end": (code_pages.page_end, False),
     "fetch_miss": (code_pages.fetch_miss, True),
     "poll": (poll, True),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 
 from kvmcore.engine import machine_state
+from kvmcore.engine.hart_state import X0_SINK
 from kvmcore.engine.native_hart import FunctionHart, call, load, param, returns, store
 from kvmcore.ir.value import Value, select, u64
 
@@ -29,12 +30,12 @@ HALVES = 2048
 """Halfwords of a page."""
 
 #: Templates that are no instruction's, by their numbers in the table (templates.py has their meaning).
-STUBS = ("sync", "go", "exit", "taken", "back", "entry")
-SYNC, GO, EXIT, TAKEN, BACK, ENTRY = range(len(STUBS))
+STUBS = ("sync", "go", "exit", "taken", "back", "entry", "load_miss", "store_miss")
+SYNC, GO, EXIT, TAKEN, BACK, ENTRY, LOAD_MISS, STORE_MISS = range(len(STUBS))
 
 #: Kinds of patches: a number out of the record; a word of Work; a jump whose target is not known yet.
 OPERAND, WORD, LATER = range(3)
-LATER_EXIT, LATER_TAKEN = range(2)
+LATER_EXIT, LATER_TAKEN, LATER_LOAD_MISS, LATER_STORE_MISS = range(4)
 
 
 class Table(ctypes.Structure):
@@ -103,8 +104,7 @@ def variant(rs1: int, rs2: int, sink: int) -> int:
 
 
 _NOTHING = 64
-"""No register's number."""
-X0_SINK = 32
+"""No register's number; its low bits are x0's."""
 
 
 class Work(ctypes.Structure):
@@ -123,6 +123,8 @@ class Work(ctypes.Structure):
         ("offset", _U64),  # of the instruction, in the page
         ("record", _U64),
         ("packed", _U64),  # resume's argument
+        ("start", _U64),  # offset of the instruction's code
+        ("again", _U64),  # refill's argument
         ("to", _U64),  # offset of the record that a branch goes to
         ("target", _U64),  # place of the code that it goes to
         ("exit", _U64),  # place of the way back to the interpreter
@@ -132,7 +134,7 @@ class Work(ctypes.Structure):
         ("fix_count", _U64),
         ("head_count", _U64),
         ("records", _U64 * HALVES),
-        ("fixes", _U64 * (2 * _FIXES)),  # place, then kind | offset << 8 | before << 32
+        ("fixes", _U64 * (2 * _FIXES)),  # place | start << 32, then kind | offset << 8 | before << 32 | last << 48
         ("places", _U32 * (HALVES + 2)),  # 1 + offset of the code of a leader
         ("heads", _U16 * HALVES),
         ("groups", _U16 * HALVES),
@@ -292,6 +294,7 @@ def step(h: FunctionHart) -> None:
     record, group = load(_item(w, "records", offset >> 1)), _group(w, offset >> 1)
     before = _get(w, "before")
     _put(w, "offset", offset)
+    _put(w, "start", _get(w, "used"))
     _put(w, "record", record)
     _put(w, "count", before + 1)
     rd_byte = _field(group, Group, "rd")
@@ -352,8 +355,8 @@ def number(h: FunctionHart) -> None:
     if _field(at, Patch, "kind") == LATER:
         count = _get(w, "fix_count")
         fix = w + WORD_OF["fixes"] + (count << 4)
-        store(fix, place)
-        store(fix + 8, word | (_get(w, "offset") << 8) | (_get(w, "before") << 32))
+        store(fix, place | (_get(w, "start") << 32))
+        store(fix + 8, word | (_get(w, "offset") << 8) | (_get(w, "before") << 32) | (_get(w, "last") << 48))
         _put(w, "fix_count", count + 1)
         _put(w, "used", place + 4)
         returns(u64(4))
@@ -386,16 +389,21 @@ def fix(h: FunctionHart) -> None:
     if index == _get(w, "fix_count"):
         returns(u64(0))
     at = w + WORD_OF["fixes"] + (index << 4)
-    place, what = load(at), load(at + 8)
-    offset, before = (what >> 8) & 0xFFFF, what >> 32
+    place, start, what = load(at, 32).zext(64), load(at + 4, 32).zext(64), load(at + 8)
+    kind, offset, before, last = what & 0xFF, (what >> 8) & 0xFFFF, (what >> 32) & 0xFFFF, what >> 48
+    packed = (offset << 2) | (before << 16)
     _put(w, "offset", offset)
     _put(w, "count", before + 1)
-    _put(w, "packed", (offset << 2) | (before << 16))
-    if (what & 0xFF) == LATER_EXIT:
+    _put(w, "packed", packed)
+    if kind == LATER_EXIT:
         call("template_exit", w)
         target = _get(w, "exit")
-    else:
+    elif kind == LATER_TAKEN:
         target, _ = call("template_taken", w)
+    else:
+        _put(w, "again", packed | (last << 24) | ((_get(w, "base") + start) << 32))
+        target = _get(w, "base") + _get(w, "used")
+        call("template_copy", w, select(kind == LATER_LOAD_MISS, u64(LOAD_MISS), u64(STORE_MISS)))
     store(_get(w, "out") + place, (target - (_get(w, "base") + place + 4)).trunc(32), "plain", 1)
     returns(*call("template_fix", w, index + 1))
 

@@ -29,11 +29,20 @@ from kvmcore.ir.trace import Block, PathEnd, Tracer
 from kvmcore.ir.value import Value, as_value, u64
 from kvmcore.isa.traps import Trap
 
-#: Where jumps go: the next instruction; the interpreter; a near branch's target; the code that Work.target is the place of.
-_NEXT, _EXIT, _TAKEN, _TARGET = "t_next", "t_exit", "t_taken", "t_target"
-_JUMPS = (_NEXT, _EXIT, _TAKEN, _TARGET)
+#: Where jumps go: the next instruction; the interpreter; a near branch's target; the code that Work.target is the place of;
+#: what fills the TLB for a load, for a store (a1: the address).
+_NEXT, _EXIT, _TAKEN, _TARGET, _LOAD_MISS, _STORE_MISS = "t_next", "t_exit", "t_taken", "t_target", "t_load_miss", "t_store_miss"
+_JUMPS = (_NEXT, _EXIT, _TAKEN, _TARGET, _LOAD_MISS, _STORE_MISS)
+#: Those that are put in when the page's code is there, by what stands there then.
+_LATER = {
+    _EXIT: assembler.LATER_EXIT,
+    _TAKEN: assembler.LATER_TAKEN,
+    _LOAD_MISS: assembler.LATER_LOAD_MISS,
+    _STORE_MISS: assembler.LATER_STORE_MISS,
+}
+_LEAVING = (_EXIT, _LOAD_MISS, _STORE_MISS)
 #: Handlers of the image that templates go to.
-_HANDLERS = ("resume", "poll", "fetch_miss")
+_HANDLERS = ("resume", "refill_load", "refill_store", "poll", "fetch_miss")
 #: What code that is copied cannot do, for it has no stack and no neighbours.
 _IMPOSSIBLE = frozenset({"call", "return", "leave", "syscall", "ticks", "pause"})
 _EFFECTS = frozenset({"store", "atomicrmw", "cmpxchg", "mxcsr_write"})
@@ -50,7 +59,7 @@ class NoTemplate(Exception):
 
 
 def _symbol(name: str) -> Value:
-    """A number that is put in later: "w_" and a word of Work, "s_" or "u_" (not negative) and an operand."""
+    """A number that is put in later: "w_" or "l_" (of 64 bits) and a word of Work, "s_" or "u_" (not negative) and an operand."""
     return tracer().pure("address", (), 64, (name,))
 
 
@@ -102,10 +111,10 @@ class TemplateHart(HandlerHart):
     def pc(self) -> Value:
         return (self.ip - self.ab).sar(2) + _symbol("w_offset")
 
-    def to(self, where: str, ip: Value | None = None, ic: Value | None = None, *a0: Value) -> NoReturn:
-        """Go to a symbol."""
+    def to(self, where: str, ip: Value | None = None, ic: Value | None = None, *arguments: Value) -> NoReturn:
+        """Go to a symbol, with a0 and a1."""
         words = (ip if ip is not None else self.ip, self.s, self.ab, self.base, ic if ic is not None else self.ic, self.tlb)
-        tracer().effect("tail", (*words, *a0), 0, (where,))
+        tracer().effect("tail", (*words, *arguments), 0, (where,))
         raise PathEnd
 
     def tail(self, handler: str, a0: Value | int = 0, a1: Value | int = 0, ic: Value | None = None) -> NoReturn:
@@ -133,6 +142,11 @@ class TemplateHart(HandlerHart):
             self.tail("poll", target, ic=ic)
         self.go(target, ic)
 
+    def miss(self, address: Value, write: bool) -> NoReturn:
+        where = _STORE_MISS if write else _LOAD_MISS
+        tracer().effect("tail", (self.ip, self.s, self.ab, self.base, self.ic, self.tlb, address), 0, (where, "a1"))
+        raise PathEnd
+
     def exit(self, kind: str) -> NoReturn:
         self.to(_EXIT)
 
@@ -157,6 +171,14 @@ def _leave(h: TemplateHart) -> None:
     h.to("resume", None, None, _symbol("w_packed"))
 
 
+def _load_miss(h: TemplateHart) -> None:
+    h.to("refill_load", None, None, _symbol("l_again"), h.a1)
+
+
+def _store_miss(h: TemplateHart) -> None:
+    h.to("refill_store", None, None, _symbol("l_again"), h.a1)
+
+
 def _taken(h: TemplateHart) -> None:
     h.to(_TARGET, None, h.counted())
 
@@ -174,7 +196,7 @@ def _entry(h: TemplateHart) -> None:
 
 
 _STUBS: dict[str, Callable[[TemplateHart], None]] = dict(
-    zip(assembler.STUBS, (_sync, _go, _leave, _taken, _back, _entry), strict=True)
+    zip(assembler.STUBS, (_sync, _go, _leave, _taken, _back, _entry, _load_miss, _store_miss), strict=True)
 )
 
 
@@ -220,7 +242,7 @@ def _goes_on(block: Block, done: bool) -> bool:
     for op in block.ops:
         if op.opcode in _IMPOSSIBLE:
             raise NoTemplate(op.opcode)
-        if op.opcode == "tail" and op.attrs == (_EXIT,):
+        if op.opcode == "tail" and op.attrs and op.attrs[0] in _LEAVING:
             if done:
                 raise NoTemplate("it would be done twice")
             return False
@@ -337,9 +359,13 @@ def _module(emitter: Emitter) -> str:
     text = emitter.module().replace("attributes #0 = {", "attributes #0 = { optsize")
     types = ", ".join(["i64"] * len(HANDLER_PARAMETERS))
     lines = [f"declare preserve_nonecc void @{name}({types})" for name in (*_JUMPS, *_HANDLERS)]
-    for name in sorted(set(re.findall(r"@([wsu]_\w+)", text))):
-        lines.append(f"@{name} = external global i8, align 1, !absolute_symbol !{int(name[0] == 's')}")
-    return "\n".join([*lines, text, "!0 = !{i64 0, i64 2147483648}", "!1 = !{i64 -2147483648, i64 2147483648}", ""])
+    for name in sorted(set(re.findall(r"@([wsul]_\w+)", text))):
+        lines.append(f"@{name} = external global i8, align 1, !absolute_symbol !{_RANGES[name[0]]}")
+    ranges = ["!0 = !{i64 0, i64 2147483648}", "!1 = !{i64 -2147483648, i64 2147483648}", "!2 = !{i64 -1, i64 -1}"]
+    return "\n".join([*lines, text, *ranges, ""])
+
+
+_RANGES = {"w": 0, "u": 0, "s": 1, "l": 2}
 
 
 # -- the table -----------------------------------------------------------------------------------------------
@@ -372,7 +398,7 @@ def table(made: Made, pieces: Mapping[str, Piece], functions: Mapping[str, int])
 
 def _stands_alone(piece: Piece) -> bool:
     """Whether the code has no constants elsewhere, as some of floating point has."""
-    return all(relocation.symbol in _KNOWN or relocation.symbol[:2] in ("w_", "s_", "u_") for relocation in piece.relocations)
+    return all(relocation.symbol in _KNOWN or relocation.symbol[:2] in ("w_", "l_", "s_", "u_") for relocation in piece.relocations)
 
 
 _KNOWN = frozenset((*_JUMPS, *_HANDLERS))
@@ -441,9 +467,9 @@ def _patch(relocation: Relocation, handler: Handler | None, functions: Mapping[s
         patch.relative = 1
         if symbol in functions:
             patch.addend, patch.word = addend + functions[symbol], assembler.WORD_OF["zero"]
-        elif symbol == _TAKEN or (symbol == _EXIT and handler is not None):
+        elif symbol in _LATER and handler is not None:
             assert addend == -4
-            patch.kind, patch.word = assembler.LATER, assembler.LATER_EXIT if symbol == _EXIT else assembler.LATER_TAKEN
+            patch.kind, patch.word = assembler.LATER, _LATER[symbol]
         else:
             assert symbol in _JUMPS, f"{symbol} is relative to the code"
             patch.word = assembler.WORD_OF[{_NEXT: "end", _EXIT: "exit", _TARGET: "target"}[symbol]]
@@ -452,7 +478,7 @@ def _patch(relocation: Relocation, handler: Handler | None, functions: Mapping[s
     sort, name = symbol.split("_", 1)
     if code and kind == R_32S:  # signed: no move into 32 bits of a register
         _shorten(patch, code)
-    if sort == "w":
+    if sort in "wl":
         patch.word = assembler.WORD_OF[name]
         return patch
     assert handler is not None

@@ -236,8 +236,8 @@ def _return(emitter: Emitter, op: Op, name: str) -> list[str]:
 
 
 def _tail(emitter: Emitter, op: Op, name: str) -> list[str]:
-    """args: the handler parameters, as many as matter; attrs: a handler's name, or none:
-    args[-1] is its address.
+    """args: the handler parameters, as many as matter; attrs: a handler's name, or none: args[-1] is its address. A second
+    name: the last argument is that parameter, and those before it do not matter.
     """
     args = list(op.args)
     lines = []
@@ -247,7 +247,10 @@ def _tail(emitter: Emitter, op: Op, name: str) -> list[str]:
         pointer = emitter.fresh()
         lines.append(f"%{pointer} = inttoptr {typed(args.pop())} to ptr")
         target = f"%{pointer}"
-    words = [typed(arg) for arg in args] + ["i64 poison"] * (len(HANDLER_PARAMETERS) - len(args))
+    words = [typed(arg) for arg in args]
+    if len(op.attrs) > 1:
+        words[-1:-1] = ["i64 poison"] * (HANDLER_PARAMETERS.index(str(op.attrs[1])) + 1 - len(args))
+    words += ["i64 poison"] * (len(HANDLER_PARAMETERS) - len(words))
     return [*lines, f"musttail call preserve_nonecc void {target}({', '.join(words)})", "ret void"]
 
 

@@ -105,6 +105,66 @@ def test_straight_code_can_be_entered_now_and_then(guest) -> None:
         assert g.harts[0].state.x[10] + (offset == 0) == g.harts[0].state.icount - before
 
 
+@pytest.mark.parametrize("access", ["ld a2, 0(s0)", "sd a2, 0(s0)", "lbu a2, 9(s0)", "amoadd.d a2, a2, (s0)"])
+def test_a_miss_comes_back(guest, access: str) -> None:
+    """Made of other bytes than the page has, so one sees what ran behind the access."""
+    g = guest(f"lui s0, 0x80800\nslli s0, s0, 32\nsrli s0, s0, 32\n{access}\n" + "addi a0, a0, 1\n" * 10 + "ecall")
+    assert g.run() == ExitKind.ECALL
+    templates = Templates(g.machine, g.machine.image)
+    (page,) = pages(g)
+    copy = page + machine_state.PAGE_COPY
+    original = ctypes.string_at(copy, 64)
+    ctypes.memmove(copy, original.replace(assemble("addi a0, a0, 1", 0).image, assemble("addi a0, a0, 4", 0).image), 64)
+    assert templates.install(page)
+    ctypes.memmove(copy, original, 64)
+    for _ in range(2):
+        g.harts[0].flush_tlb()
+        g.harts[0].state.x[10] = 0
+        misses = g.harts[0].state.count_fill
+        assert again(g) == ExitKind.ECALL
+        assert g.harts[0].state.count_fill == misses + 1
+        assert g.harts[0].state.x[10] == 40
+
+
+def test_misses_are_as_exact_as_hits(guest) -> None:
+    """More pages than there are entries, accesses at each place of a page's end; a base that the instruction before has made."""
+    g = guest(
+        """
+        li s2, 3
+    round:
+        li s0, 0x80800ff0
+        li s1, 0x80ff0000
+    loop:
+        addi a1, s0, 0
+        ld a2, 0(a1)
+        add a0, a0, a2
+        addi a1, s0, 1
+        sd a1, 8(a1)
+        xor a0, a0, s0
+        addi a0, a0, 7
+        lhu a3, 14(s0)
+        sw a0, 13(s0)
+        add a0, a0, a3
+        addi s0, s0, 2047
+        addi s0, s0, 2047
+        bltu s0, s1, loop
+        addi s2, s2, -1
+        bnez s2, round
+        ecall
+    """
+    )
+    assert g.run() == ExitKind.ECALL
+    result, steps = list(g.harts[0].state.x), g.harts[0].state.icount
+    content = bytes(g.memory[0x800000:0x1000000])
+    g.memory[0x800000:0x1000000] = bytes(0x800000)
+    g.harts[0].state.x[10] = 0
+    assembled(g)
+    assert again(g) == ExitKind.ECALL
+    assert list(g.harts[0].state.x) == result
+    assert g.harts[0].state.icount == 2 * steps
+    assert bytes(g.memory[0x800000:0x1000000]) == content
+
+
 def test_an_immediate_may_be_nothing(guest) -> None:
     """As the address of a symbol it could not."""
     cases = [f"{name} s{index + 2}, x0, {number}" for name in ("slti", "sltiu") for index, number in enumerate((0, 1, -1))]
