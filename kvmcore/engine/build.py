@@ -42,7 +42,7 @@ in:
   %t = load i64, ptr %tp
   %base = ptrtoint ptr @decode to i64
   call preserve_nonecc void @enter(i64 poison, i64 %s, i64 poison,
-      i64 %base, i64 %ic, i64 %t, i64 poison, i64 poison)
+      i64 %base, i64 %ic, i64 %t, i64 poison, i64 poison, i64 poison)
   call void @llvm.x86.sse.ldmxcsr(ptr %hp)
   %left = atomicrmw xchg ptr %inp, i32 0 seq_cst
   %k = load i32, ptr %kp

@@ -257,10 +257,10 @@ def interpret(h: HandlerHart) -> None:
 
 def resume(h: HandlerHart) -> None:
     """Out of template code; the interpreter does an instruction from its beginning. ip is the page's first record, a0 says
-    which one it is (16 bits, in bytes), and how many instructions have retired since ic was exact (8 bits).
+    which one it is (16 bits, in bytes), and how many instructions have retired since ic was exact (5 bits).
     """
     h.ip = h.ip + (param("a0") & 0xFFFF)
-    h.ic = h.ic + ((param("a0") >> 16) & 0xFF)
+    h.ic = h.ic + ((param("a0") >> 16) & 0x1F)
     record = load(h.ip, 32).zext(64)
     if record - 1 < load(h.machine("templates")) - 1:
         h.dispatch(h.ip, h.ab, h.ic)
@@ -269,15 +269,17 @@ def resume(h: HandlerHart) -> None:
 
 def refill_function(access: str) -> Callable[[HandlerHart], None]:
     def refill(h: HandlerHart) -> None:
-        """Out of template code (a0 as resume's, and at bit 24 the register that a0 held, at bit 32 the place of the
-        instruction's template; a1 address): fill the TLB and run the template again, which has changed nothing. If there is more to it
+        """Out of template code: fill the TLB and run the template again, which has changed nothing. If there is more to it
         than that, a trap, a device, perhaps a second page, the interpreter does the instruction.
+
+        a0: as resume's; at bit 21 how many bytes are wanted, in units of 8 (5 bits); at bit 26 the register that a0 held; at
+        bit 32 the place of the template. a1: address.
         """
-        packed, address = param("a0"), param("a1")
-        if (address & 4095) <= 4096 - 8:
+        packed, address, gd = param("a0"), param("a1"), param("gd")
+        if (address & 4095) + ((packed >> 18) & 0xF8) <= 4096:
             _, status = call(f"host_for_{access}", h.s, address, u64(8))
             if status == OK:
-                h.enter_template(packed >> 32, h.x[(packed >> 24) & 0x3F])
+                h.enter_template(packed >> 32, h.x[(packed >> 26) & 0x1F], gd)
         h.tail("resume", packed)
 
     return refill

@@ -264,9 +264,10 @@ class HandlerHart(Atomics):
         tracer().effect("tail", (ip, self.s, ab, self.base, ic, self.tlb, handler))
         raise PathEnd
 
-    def enter_template(self, place: Value, a0: Value) -> NoReturn:
+    def enter_template(self, place: Value, a0: Value, gd: Value) -> NoReturn:
         """Run template code at `place`, relative to what records are relative to."""
-        tracer().effect("tail", (self.ip, self.s, self.ab, self.base, self.ic, self.tlb, a0, self.base + place))
+        words = (self.ip, self.s, self.ab, self.base, self.ic, self.tlb, a0, a0, gd)
+        tracer().effect("tail", (*words, self.base + place))
         raise PathEnd
 
     def go(self, target: Value, ic: Value) -> NoReturn:

@@ -430,7 +430,7 @@ class RegionEmitter(Emitter):
         self._musttail(f"%{n}p", "%ip", "%ab", count, a0)
 
     def _musttail(self, target: str, ip: str, ab: str, count: str, a0: str) -> None:
-        arguments = f"i64 {ip}, i64 %s, i64 {ab}, i64 %base, i64 {count}, i64 %tlb, i64 {a0}, i64 poison"
+        arguments = f"i64 {ip}, i64 %s, i64 {ab}, i64 %base, i64 {count}, i64 %tlb, i64 {a0}, i64 poison, i64 poison"
         self._out(f"musttail call preserve_nonecc void {target}({arguments})", "ret void")
 
     # -- registers -------------------------------------------------------------------------------------------------

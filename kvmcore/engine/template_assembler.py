@@ -47,12 +47,12 @@ class Table(ctypes.Structure):
 class Group(ctypes.Structure):
     """Of a handler: its templates, one for each way to come by its operands (variant), and what the assembler has to know.
 
-    rs1, rs2, rd: the operand's byte in the record, or 0. shift, bits, scale: where a near branch has its offset; bits 0: it
-    is none.
+    rs1, rs2, rd: the operand's byte in the record, or 0. shift, bits, scale: where a near branch has its offset, or an access
+    its displacement; bits 0: it is neither.
     """
 
     _fields_ = [
-        ("variants", _U16 * 18),
+        ("variants", _U16 * 54),
         ("rs1", _U8),
         ("rs2", _U8),
         ("rd", _U8),
@@ -61,6 +61,9 @@ class Group(ctypes.Structure):
         ("bits", _U8),
         ("scale", _U8),
         ("result", _U8),  # rd's new value is in a0 afterwards
+        ("access", _U8),  # 1 load, 2 store; 0: it has no access that may share a look
+        ("size", _U8),  # of the access
+        ("signed", _U8),  # the displacement is
     ]
 
 
@@ -98,13 +101,19 @@ MEM, ZERO, LAST = range(3)
 """How an instruction comes by a source register: from the hart's block; it is x0; it is what the last one has left in a0."""
 
 
-def variant(rs1: int, rs2: int, sink: int) -> int:
+ALONE, LEAD, FOLLOW = range(3)
+"""How an access comes to its host address: by a look of its own; by one for all that share it; by such a look done before."""
+_REACH = 128
+"""Bytes from the first to the last that share a look at most. If they lie on two pages, the interpreter does all of it."""
+
+
+def variant(rs1: int, rs2: int, sink: int, share: int) -> int:
     """Index in Group.variants; sink: the result goes nowhere."""
-    return rs1 + 3 * rs2 + 9 * sink
+    return rs1 + 3 * rs2 + 9 * sink + 18 * share
 
 
 _NOTHING = 64
-"""No register's number; its low bits are x0's."""
+"""No register's number; its low five bits are x0's."""
 
 
 class Work(ctypes.Structure):
@@ -125,6 +134,12 @@ class Work(ctypes.Structure):
         ("packed", _U64),  # resume's argument
         ("start", _U64),  # offset of the instruction's code
         ("again", _U64),  # refill's argument
+        ("wants", _U64),  # bytes that a look is for, in units of 8
+        ("shared", _U64),  # register whose accesses share a look, or 0
+        ("upto", _U64),  # offset of the last of them
+        ("kind", _U64),  # the look is good for: 1 loads, 2 stores as well
+        ("low", _U64),  # of what it covers, relative to the register: the first byte
+        ("high", _U64),  # the last byte
         ("to", _U64),  # offset of the record that a branch goes to
         ("target", _U64),  # place of the code that it goes to
         ("exit", _U64),  # place of the way back to the interpreter
@@ -134,7 +149,8 @@ class Work(ctypes.Structure):
         ("fix_count", _U64),
         ("head_count", _U64),
         ("records", _U64 * HALVES),
-        ("fixes", _U64 * (2 * _FIXES)),  # place | start << 32, then kind | offset << 8 | before << 32 | last << 48
+        # place | start << 32, then kind | offset << 8 | wants << 24 | before << 32 | last << 48:
+        ("fixes", _U64 * (2 * _FIXES)),
         ("places", _U32 * (HALVES + 2)),  # 1 + offset of the code of a leader
         ("heads", _U16 * HALVES),
         ("groups", _U16 * HALVES),
@@ -229,7 +245,7 @@ def lead(h: FunctionHart) -> None:
     group = _group(w, offset >> 1)
     if (load(_item(w, "groups", offset >> 1), 16) == 0) | (_field(group, Group, "ends") != 0):
         store(_item(w, "leaders", (offset + length) >> 1), Value(8, 1))
-    if _field(group, Group, "bits") != 0:
+    if (_field(group, Group, "bits") != 0) & (_field(group, Group, "access") == 0):
         target = _goes_to(group, load(_item(w, "records", offset >> 1)), offset)
         if target < 4096:
             store(_item(w, "leaders", target >> 1), Value(8, 1))
@@ -278,6 +294,7 @@ def begin(h: FunctionHart) -> None:
     _put(w, "open", 1)
     _put(w, "before", 0)
     _put(w, "last", _NOTHING)
+    _put(w, "shared", 0)
     returns(u64(0))
 
 
@@ -286,6 +303,75 @@ def _source(w: Value, record: Value, byte: Value) -> Value:
     number = (record >> (byte << 3)) & 0xFF
     way = select(number == 0, u64(ZERO), select(number == _get(w, "last"), u64(LAST), u64(MEM)))
     return select(byte == 0, u64(MEM), way)
+
+
+def _covers(group: Value, record: Value) -> tuple[Value, Value]:
+    """Of an access: its first byte, relative to the register, and its last one."""
+    shift, bits = _field(group, Group, "shift"), _field(group, Group, "bits")
+    top = record << (u64(64) - shift - bits)
+    number = select(_field(group, Group, "signed") != 0, top.sar(u64(64) - bits), top >> (u64(64) - bits))
+    first = number * _field(group, Group, "scale")
+    return first, first + _field(group, Group, "size") - 1
+
+
+def share(h: FunctionHart) -> None:
+    """(Work, offset) of an access -> how it comes to its host address."""
+    w, offset = param("p0"), param("p1")
+    group, record = _group(w, offset >> 1), load(_item(w, "records", offset >> 1))
+    kind, register = _field(group, Group, "access"), (record >> (_field(group, Group, "rs1") << 3)) & 0xFF
+    first, last = _covers(group, record)
+    within = (offset <= _get(w, "upto")) & (_get(w, "shared") != 0)
+    same = within & (_get(w, "shared") == register)
+    if same & (kind <= _get(w, "kind")):
+        inside = ~first.slt(_get(w, "low")) & ~_get(w, "high").slt(last)
+        returns(select(inside, u64(FOLLOW), u64(ALONE)))
+    if (within & ~same) | (register == 0):
+        returns(u64(ALONE))
+    before, upto, low, high = (_get(w, name) for name in ("kind", "upto", "low", "high"))
+    _put(w, "kind", kind)
+    _put(w, "upto", offset)
+    _put(w, "low", first)
+    _put(w, "high", last)
+    call("template_gather", w, offset, register, _get(w, "before"))
+    if _get(w, "upto") != offset:
+        _put(w, "shared", register)
+        returns(u64(LEAD))
+    _put(w, "kind", before)
+    _put(w, "upto", upto)
+    _put(w, "low", low)
+    _put(w, "high", high)
+    returns(u64(ALONE))
+
+
+def gather(h: FunctionHart) -> None:
+    """(Work, offset, register, instructions since ic was exact): widen what a look covers by the accesses behind this
+    instruction, up to where the register changes or code can be entered.
+    """
+    w, offset, register, before = (param(f"p{index}") for index in range(4))
+    group, record = _group(w, offset >> 1), load(_item(w, "records", offset >> 1))
+    rd_byte = _field(group, Group, "rd")
+    changes = (rd_byte != 0) & (((record >> (rd_byte << 3)) & 0xFF) == register)
+    long = (load(_item(w, "content", offset), 16, "plain", 1) & 3) == 3
+    after = offset + select(long, u64(4), u64(2))
+    half = after >> 1
+    if changes | (_field(group, Group, "ends") != 0) | (after >= 4096) | (before + 1 >= _STRAIGHT):
+        returns(u64(0))
+    there = (load(_item(w, "wanted", half), 8) != 0) & (load(_item(w, "groups", half), 16) != 0)
+    if ~there | (load(_item(w, "leaders", half), 8) != 0):
+        returns(u64(0))
+    group, record = _group(w, half), load(_item(w, "records", half))
+    kind = _field(group, Group, "access")
+    if (kind != 0) & (((record >> (_field(group, Group, "rs1") << 3)) & 0xFF) == register):
+        if kind > _get(w, "kind"):
+            returns(u64(0))
+        first, last = _covers(group, record)
+        low, high = _get(w, "low"), _get(w, "high")
+        low, high = select(first.slt(low), first, low), select(high.slt(last), last, high)
+        if high - low < _REACH:
+            _put(w, "low", low)
+            _put(w, "high", high)
+            _put(w, "upto", after)
+    returns(*call("template_gather", w, after, register, before + 1))
 
 
 def step(h: FunctionHart) -> None:
@@ -301,7 +387,12 @@ def step(h: FunctionHart) -> None:
     rd = select(rd_byte == 0, u64(_NOTHING), (record >> (rd_byte << 3)) & 0xFF)
     rs1 = _source(w, record, _field(group, Group, "rs1"))
     rs2 = _source(w, record, _field(group, Group, "rs2"))
-    index = rs1 + rs2 * 3 + select(rd == X0_SINK, u64(9), u64(0))
+    how, wants = u64(ALONE), u64(1)
+    if _field(group, Group, "access") != 0:
+        how, _ = call("template_share", w, offset)
+        wants = select(how == LEAD, (_get(w, "high") - _get(w, "low") + 8) >> 3, u64(1))
+    _put(w, "wants", wants)
+    index = rs1 + rs2 * 3 + select(rd == X0_SINK, u64(9), u64(0)) + how * 18
     call("template_copy", w, load(group + Group.variants.offset + (index << 1), 16, "plain", 1).zext(64))
     left = (_field(group, Group, "result") != 0) & (rd != X0_SINK)
     _put(w, "last", select(left, rd, u64(_NOTHING)))
@@ -356,7 +447,8 @@ def number(h: FunctionHart) -> None:
         count = _get(w, "fix_count")
         fix = w + WORD_OF["fixes"] + (count << 4)
         store(fix, place | (_get(w, "start") << 32))
-        store(fix + 8, word | (_get(w, "offset") << 8) | (_get(w, "before") << 32) | (_get(w, "last") << 48))
+        counts = (_get(w, "wants") << 24) | (_get(w, "before") << 32) | (_get(w, "last") << 48)
+        store(fix + 8, word | (_get(w, "offset") << 8) | counts)
         _put(w, "fix_count", count + 1)
         _put(w, "used", place + 4)
         returns(u64(4))
@@ -390,7 +482,8 @@ def fix(h: FunctionHart) -> None:
         returns(u64(0))
     at = w + WORD_OF["fixes"] + (index << 4)
     place, start, what = load(at, 32).zext(64), load(at + 4, 32).zext(64), load(at + 8)
-    kind, offset, before, last = what & 0xFF, (what >> 8) & 0xFFFF, (what >> 32) & 0xFFFF, what >> 48
+    kind, offset, wants = what & 0xFF, (what >> 8) & 0xFFFF, (what >> 24) & 0xFF
+    before, last = (what >> 32) & 0xFFFF, what >> 48
     packed = (offset << 2) | (before << 16)
     _put(w, "offset", offset)
     _put(w, "count", before + 1)
@@ -401,7 +494,7 @@ def fix(h: FunctionHart) -> None:
     elif kind == LATER_TAKEN:
         target, _ = call("template_taken", w)
     else:
-        _put(w, "again", packed | (last << 24) | ((_get(w, "base") + start) << 32))
+        _put(w, "again", packed | (wants << 21) | ((last & 31) << 26) | ((_get(w, "base") + start) << 32))
         target = _get(w, "base") + _get(w, "used")
         call("template_copy", w, select(kind == LATER_LOAD_MISS, u64(LOAD_MISS), u64(STORE_MISS)))
     store(_get(w, "out") + place, (target - (_get(w, "base") + place + 4)).trunc(32), "plain", 1)
@@ -494,6 +587,8 @@ FUNCTIONS = {
     "template_close": (2, close),
     "template_begin": (2, begin),
     "template_step": (2, step),
+    "template_share": (2, share),
+    "template_gather": (4, gather),
     "template_copy": (2, copy),
     "template_bytes": (3, copy_bytes),
     "template_patch": (5, patch),

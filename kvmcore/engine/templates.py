@@ -4,9 +4,10 @@ Made from the semantics when the image is built: the traces are those of the int
 address of a symbol that nobody defines, so LLVM's relocations say where it has to go. A template falls through to the next
 instruction. It has the handlers' parameters in the handlers' registers (`HANDLER_PARAMETERS`), with two differences: `ip`
 stays at the page's first record, and `ic` counts only up to the last leader; how far the instruction is from there is a
-constant. `a0` is the result of the instruction before. Whatever is not the plain case (a TLB miss, a trap, an odd rounding
-mode) leaves before anything has happened, by `exit`, and the interpreter does that instruction from its beginning. What would
-need a call has no template. Called by build.py only.
+constant. `a0` is the result of the instruction before; `gd` what an access by the same pointer has found in the TLB, for all
+that share its look. Whatever is not the plain case (a trap, an odd rounding mode) leaves before anything has happened, by
+`exit`, and the interpreter does that instruction from its beginning; after a TLB miss the template may run again instead
+(code_pages.refill_function). What would need a call has no template. Called by build.py only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kvmcore.engine import hart_state
 from kvmcore.engine import template_assembler as assembler
 from kvmcore.engine.interpreter import Handler, handlers
 from kvmcore.engine.link import R_32, R_32S, R_64, R_PC32, R_PLT32, Piece, Relocation
-from kvmcore.engine.native_hart import HandlerHart, load, store, tracer
+from kvmcore.engine.native_hart import PAGE_MASK, HandlerHart, load, param, store, tracer
 from kvmcore.ir.llvm_text import HANDLER_PARAMETERS, Emitter
 from kvmcore.ir.trace import Block, PathEnd, Tracer
 from kvmcore.ir.value import Value, as_value, u64
@@ -31,7 +32,8 @@ from kvmcore.isa.traps import Trap
 
 #: Where jumps go: the next instruction; the interpreter; a near branch's target; the code that Work.target is the place of;
 #: what fills the TLB for a load, for a store (a1: the address).
-_NEXT, _EXIT, _TAKEN, _TARGET, _LOAD_MISS, _STORE_MISS = "t_next", "t_exit", "t_taken", "t_target", "t_load_miss", "t_store_miss"
+_NEXT, _EXIT, _TAKEN, _TARGET = "t_next", "t_exit", "t_taken", "t_target"
+_LOAD_MISS, _STORE_MISS = "t_load_miss", "t_store_miss"
 _JUMPS = (_NEXT, _EXIT, _TAKEN, _TARGET, _LOAD_MISS, _STORE_MISS)
 #: Those that are put in when the page's code is there, by what stands there then.
 _LATER = {
@@ -52,6 +54,7 @@ _FREQUENT = ("rv64i.", "rv64m.mul", "rv64f.flw", "rv64f.fsw", "rv64d.fld", "rv64
 
 _JUMPING = ("rv64i.jal.", "rv64i.jalr.")
 _WAYS = (assembler.MEM, assembler.ZERO, assembler.LAST)
+_SHARES = (assembler.ALONE, assembler.LEAD, assembler.FOLLOW)
 
 
 class NoTemplate(Exception):
@@ -59,7 +62,9 @@ class NoTemplate(Exception):
 
 
 def _symbol(name: str) -> Value:
-    """A number that is put in later: "w_" or "l_" (of 64 bits) and a word of Work, "s_" or "u_" (not negative) and an operand."""
+    """A number that is put in later: "w_", "n_" (signed) or "l_" (of 64 bits) and a word of Work; "s_" or "u_" (not negative)
+    and an operand.
+    """
     return tracer().pure("address", (), 64, (name,))
 
 
@@ -86,8 +91,12 @@ class _Registers:
         at = self._at(number)
         assert isinstance(number, _Register)
         if number.way == assembler.MEM:
-            return load(at, kind="volatile" if self._h.immediate else "plain")  # else the immediate gets 64 bits, for itself
-        return u64(0) if number.way == assembler.ZERO else self._h.a0
+            value = load(at, kind="volatile" if self._h.immediate else "plain")  # else the immediate gets 64 bits, for itself
+        else:
+            value = u64(0) if number.way == assembler.ZERO else self._h.a0
+        if number.name == "rs1":
+            self._h.pointer = value
+        return value
 
     def __setitem__(self, number: object, value: Value) -> None:
         at = self._at(number)
@@ -101,8 +110,11 @@ class _Registers:
 class TemplateHart(HandlerHart):
     """One instruction of template code."""
 
-    def __init__(self, name: str, length: int = 4, near: bool = True) -> None:
+    def __init__(self, name: str, length: int = 4, near: bool = True, share: int = assembler.ALONE) -> None:
         super().__init__(name, length, "fast", near)
+        self.gd, self.share = param("gd"), share
+        self.pointer: Value | None = None
+        self.access = (0, 0)
         self.x, self.f = _Registers(self, "x"), _Registers(self, "f")  # type: ignore[assignment]
         self.result: Value | None = None
         self.immediate = False
@@ -111,15 +123,15 @@ class TemplateHart(HandlerHart):
     def pc(self) -> Value:
         return (self.ip - self.ab).sar(2) + _symbol("w_offset")
 
-    def to(self, where: str, ip: Value | None = None, ic: Value | None = None, *arguments: Value) -> NoReturn:
-        """Go to a symbol, with a0 and a1."""
+    def to(self, where: str, ip: Value | None = None, ic: Value | None = None, **others: Value) -> NoReturn:
+        """Go to a symbol; others: a0, a1, gd, as far as they matter."""
         words = (ip if ip is not None else self.ip, self.s, self.ab, self.base, ic if ic is not None else self.ic, self.tlb)
-        tracer().effect("tail", (*words, *arguments), 0, (where,))
+        tracer().effect("tail", (*words, *others.values()), 0, (where, *others))
         raise PathEnd
 
     def tail(self, handler: str, a0: Value | int = 0, a1: Value | int = 0, ic: Value | None = None) -> NoReturn:
         if handler in _HANDLERS and ic is not None:  # of a jump, which is done
-            self.to(handler, None, ic, as_value(a0, 64))
+            self.to(handler, None, ic, a0=as_value(a0, 64))
         self.to(_EXIT)
 
     def counted(self) -> Value:
@@ -129,7 +141,7 @@ class TemplateHart(HandlerHart):
     def finish(self) -> NoReturn:
         if self._refetch:
             raise NoTemplate("translations change")
-        self.to(_NEXT, None, None, *(() if self.result is None else (self.result,)))
+        self.to(_NEXT, gd=self.gd, **({} if self.result is None else {"a0": self.result}))
 
     def branch(self, offset: Value) -> NoReturn:
         if self.near:
@@ -143,9 +155,28 @@ class TemplateHart(HandlerHart):
         self.go(target, ic)
 
     def miss(self, address: Value, write: bool) -> NoReturn:
-        where = _STORE_MISS if write else _LOAD_MISS
-        tracer().effect("tail", (self.ip, self.s, self.ab, self.base, self.ic, self.tlb, address), 0, (where, "a1"))
-        raise PathEnd
+        self.to(_STORE_MISS if write else _LOAD_MISS, a1=address, gd=self.gd)
+
+    def load(self, address: Value, size: int) -> Value:
+        self.access = (1, size)
+        return load(self._shared_host(address, size, False), 8 * size, "volatile", 1)
+
+    def store(self, address: Value, value: Value) -> None:
+        self.access = (2, value.width // 8)
+        store(self._shared_host(address, value.width // 8, True), value, "volatile", 1)
+
+    def _shared_host(self, address: Value, size: int, write: bool) -> Value:
+        """Host address; with a look for all who share it, or by the look that is done."""
+        if self.share == assembler.ALONE:
+            return self._host(address, size, write)
+        if self.share == assembler.LEAD:
+            assert self.pointer is not None
+            first, last = self.pointer + _symbol("n_low"), self.pointer + _symbol("n_high")
+            entry = self.tlb + ((first >> 7) & ((hart_state.DATA_TLB_ENTRIES - 1) << 5))
+            if (last & PAGE_MASK) != load(entry + (8 if write else 0)):
+                self.miss(first, write)
+            self.gd = load(entry + 16)
+        return address + self.gd
 
     def exit(self, kind: str) -> NoReturn:
         self.to(_EXIT)
@@ -168,15 +199,15 @@ def _go(h: TemplateHart) -> None:
 
 
 def _leave(h: TemplateHart) -> None:
-    h.to("resume", None, None, _symbol("w_packed"))
+    h.to("resume", a0=_symbol("w_packed"))
 
 
 def _load_miss(h: TemplateHart) -> None:
-    h.to("refill_load", None, None, _symbol("l_again"), h.a1)
+    h.to("refill_load", a0=_symbol("l_again"), a1=h.a1, gd=h.gd)
 
 
 def _store_miss(h: TemplateHart) -> None:
-    h.to("refill_store", None, None, _symbol("l_again"), h.a1)
+    h.to("refill_store", a0=_symbol("l_again"), a1=h.a1, gd=h.gd)
 
 
 def _taken(h: TemplateHart) -> None:
@@ -214,17 +245,19 @@ def _operands(handler: Handler, ways: Mapping[str, int]) -> Iterator[object]:
             yield value.trunc(8) if operand.width == 8 else value
 
 
-def _trace(handler: Handler, near: bool, ways: Mapping[str, int]) -> Block:
-    """NoTemplate: the instruction cannot have one."""
+def _trace(handler: Handler, near: bool, ways: Mapping[str, int], share: int) -> tuple[Block, tuple[int, int]]:
+    """And its access to memory: 1 load, 2 store, and its size. NoTemplate: the instruction cannot have one."""
     if "csr" in handler.constants:
         raise NoTemplate("seldom, and their checks are long")
     recorder = Tracer()
+    accesses = {(0, 0)}
 
     def body() -> None:
-        h = TemplateHart(handler.name, handler.length, near)
+        h = TemplateHart(handler.name, handler.length, near, share)
         h.immediate = not handler.branches and any(place.signed for place in handler.places.values())
         try:
             handler.rows[0].function(h, *_operands(handler, ways))
+            accesses.add(h.access)
             h.finish()
         except Trap as trap:
             h.trap(trap)
@@ -232,7 +265,7 @@ def _trace(handler: Handler, near: bool, ways: Mapping[str, int]) -> Block:
     recorder.trace(body)
     if not _goes_on(recorder.root, False):
         raise NoTemplate("it always leaves")
-    return recorder.root
+    return recorder.root, max(accesses)
 
 
 def _goes_on(block: Block, done: bool) -> bool:
@@ -277,16 +310,17 @@ def _touches_memory(block: Block) -> bool:
     return any(_touches_memory(successor) for successor in (block.if_true, block.if_false) if successor is not None)
 
 
-def _variants(handler: Handler) -> Iterator[tuple[int, dict[str, int]]]:
-    """(index in Group.variants, ways of the registers)."""
+def _variants(handler: Handler) -> Iterator[tuple[int, dict[str, int], int]]:
+    """(index in Group.variants, ways of the registers, how its access is made)."""
     names = [operand.name for operand in handler.rows[0].operands if operand.name not in handler.constants]
     frequent = handler.name.startswith(_FREQUENT)
     choices = [_WAYS if frequent and name in names else (assembler.MEM,) for name in ("rs1", "rs2")]
     sinks = (0, 1) if handler.name.startswith(_JUMPING) else (0,)
-    for rs1, rs2, sink in product(*choices, sinks):
-        if rs1 == rs2 != assembler.MEM:
+    for share, rs1, rs2, sink in product(_SHARES, *choices, sinks):
+        if rs1 == rs2 != assembler.MEM or (share != assembler.ALONE and rs1 == assembler.ZERO):
             continue
-        yield assembler.variant(rs1, rs2, sink), {"rs1": rs1, "rs2": rs2, "rd": assembler.ZERO if sink else assembler.MEM}
+        ways = {"rs1": rs1, "rs2": rs2, "rd": assembler.ZERO if sink else assembler.MEM}
+        yield assembler.variant(rs1, rs2, sink, share), ways, share
 
 
 @dataclass(slots=True)
@@ -300,6 +334,8 @@ class Made:
     """Of a template whose trace has nothing that LLVM makes jumps of."""
     groups: dict[str, tuple[Handler, dict[int, int]]]
     """Name of a handler -> its templates by variant."""
+    accesses: dict[str, tuple[int, int]]
+    """Name of a handler -> 1 load, 2 store, and its size, for those that may share a look at the TLB."""
 
 
 def _stub(function: Callable[[TemplateHart], None]) -> None:
@@ -309,7 +345,7 @@ def _stub(function: Callable[[TemplateHart], None]) -> None:
 def trace_all() -> Made:
     """All templates."""
     emitter = Emitter(likely_false=True)
-    made = Made("", {}, {}, {})
+    made = Made("", {}, {}, {}, {})
     known: dict[str, int] = {}
     count = 0
     for function in _STUBS.values():
@@ -323,8 +359,10 @@ def trace_all() -> Made:
             if not near and not handler.branches:
                 continue
             try:
-                for index, ways in _variants(handler):
-                    root = _trace(handler, near, ways)
+                for index, ways, share in _variants(handler):
+                    if share != assembler.ALONE and name not in made.accesses:
+                        continue
+                    root, access = _trace(handler, near, ways, share)
                     if ways["rs1"] == assembler.ZERO and _touches_memory(root):
                         continue  # an address that is all immediate: LLVM makes it relative to the code
                     if _asks_about_symbols(root, frozenset()):
@@ -340,6 +378,8 @@ def trace_all() -> Made:
                             made.decisions[count] = _decisions(root)
                         count += 1
                     made.groups.setdefault(name, (handler, {}))[1][index] = known[key]
+                    if access[0] and name.startswith(_FREQUENT):
+                        made.accesses[name] = access
             except NoTemplate:
                 continue
     made.text = _module(emitter)
@@ -359,13 +399,13 @@ def _module(emitter: Emitter) -> str:
     text = emitter.module().replace("attributes #0 = {", "attributes #0 = { optsize")
     types = ", ".join(["i64"] * len(HANDLER_PARAMETERS))
     lines = [f"declare preserve_nonecc void @{name}({types})" for name in (*_JUMPS, *_HANDLERS)]
-    for name in sorted(set(re.findall(r"@([wsul]_\w+)", text))):
+    for name in sorted(set(re.findall(r"@([wnsul]_\w+)", text))):
         lines.append(f"@{name} = external global i8, align 1, !absolute_symbol !{_RANGES[name[0]]}")
     ranges = ["!0 = !{i64 0, i64 2147483648}", "!1 = !{i64 -2147483648, i64 2147483648}", "!2 = !{i64 -1, i64 -1}"]
     return "\n".join([*lines, text, *ranges, ""])
 
 
-_RANGES = {"w": 0, "u": 0, "s": 1, "l": 2}
+_RANGES = {"w": 0, "u": 0, "n": 1, "s": 1, "l": 2}
 
 
 # -- the table -----------------------------------------------------------------------------------------------
@@ -389,7 +429,7 @@ def table(made: Made, pieces: Mapping[str, Piece], functions: Mapping[str, int])
         place, odd = divmod(functions[name], _UNIT)
         assert not odd, f"{name} is not aligned"
         places[2 * place : 2 * place + 2] = len(groups).to_bytes(2, "little")
-        groups.append(bytes(_group(handler, variants, name)))
+        groups.append(bytes(_group(handler, variants, name, made.accesses.get(name, (0, 0)))))
     groups_at = _append(data, b"".join(groups))
     head = assembler.Table(map=_append(data, bytes(places)), groups=groups_at, templates=templates_at)
     data[: ctypes.sizeof(head)] = bytes(head)
@@ -398,10 +438,11 @@ def table(made: Made, pieces: Mapping[str, Piece], functions: Mapping[str, int])
 
 def _stands_alone(piece: Piece) -> bool:
     """Whether the code has no constants elsewhere, as some of floating point has."""
-    return all(relocation.symbol in _KNOWN or relocation.symbol[:2] in ("w_", "l_", "s_", "u_") for relocation in piece.relocations)
+    return all(relocation.symbol in _KNOWN or relocation.symbol[:2] in _NUMBERS for relocation in piece.relocations)
 
 
 _KNOWN = frozenset((*_JUMPS, *_HANDLERS))
+_NUMBERS = tuple(f"{sort}_" for sort in _RANGES)
 _UNIT = 16
 """Bytes that handlers are aligned to."""
 
@@ -444,7 +485,7 @@ def _decisions(block: Block) -> int:
 def _shorten(patch: assembler.Patch, code: bytes) -> None:
     """If the place is a displacement behind a base, or an immediate, there is an encoding with one byte for it."""
     before = bytes(3) + code[: patch.at]
-    modrm, sib = before[-1], before[-2] & 0xC7 == 0x84 and before[-1] == 0x24
+    modrm, sib = before[-1], before[-2] & 0xC7 == 0x84
     if sib and before[-3] in _SHORT_DISPLACEMENT:
         patch.back, patch.flip = 2, 0xC0
     elif modrm & 0xC0 == 0x80 and modrm & 7 != 4 and before[-2] in _SHORT_DISPLACEMENT:
@@ -454,7 +495,7 @@ def _shorten(patch: assembler.Patch, code: bytes) -> None:
 
 
 _SHORT_DISPLACEMENT = frozenset(
-    bytes.fromhex("03 0B 13 1B 23 2B 33 3B 63 85 89 8A 8B 8D AF B6 B7 BE BF C7 F6 F7")
+    bytes.fromhex("03 0B 13 1B 23 2B 33 3B 63 85 88 89 8A 8B 8D AF B6 B7 BE BF C7 F6 F7")
 )
 """Opcodes whose operand may be memory: moves, lea, arithmetic, shifts of BMI2."""
 
@@ -478,7 +519,7 @@ def _patch(relocation: Relocation, handler: Handler | None, functions: Mapping[s
     sort, name = symbol.split("_", 1)
     if code and kind == R_32S:  # signed: no move into 32 bits of a register
         _shorten(patch, code)
-    if sort in "wl":
+    if sort in "wnl":
         patch.word = assembler.WORD_OF[name]
         return patch
     assert handler is not None
@@ -489,12 +530,18 @@ def _patch(relocation: Relocation, handler: Handler | None, functions: Mapping[s
     return patch
 
 
-def _group(handler: Handler, variants: Mapping[int, int], name: str) -> assembler.Group:
+def _group(handler: Handler, variants: Mapping[int, int], name: str, access: tuple[int, int]) -> assembler.Group:
     group = assembler.Group()
-    for rs1, rs2, sink in product(_WAYS, _WAYS, (0, 1)):
-        nearest = product((sink, 0), (rs1, assembler.MEM), (rs2, assembler.MEM))  # from the hart's block is always right
-        indices = (assembler.variant(one, two, drop) for drop, one, two in nearest)
-        group.variants[assembler.variant(rs1, rs2, sink)] = next(variants[index] for index in indices if index in variants)
+    for share, rs1, rs2, sink in product(_SHARES, _WAYS, _WAYS, (0, 1)):
+        # An operand from the hart's block is always right, and so is a look of its own.
+        nearest = product((share, assembler.ALONE), (sink, 0), (rs1, assembler.MEM), (rs2, assembler.MEM))
+        indices = (assembler.variant(one, two, drop, how) for how, drop, one, two in nearest)
+        found = next(variants[index] for index in indices if index in variants)
+        group.variants[assembler.variant(rs1, rs2, sink, share)] = found
+    if access[0] and all(assembler.variant(assembler.MEM, assembler.MEM, 0, share) in variants for share in _SHARES):
+        group.access, group.size = access
+        place = handler.places["imm"]
+        group.shift, group.bits, group.scale, group.signed = 8 * place.byte + place.shift, place.bits, place.scale, place.signed
     for operand in handler.rows[0].operands:
         if operand.name in ("rs1", "rs2") and operand.kind == "x":
             setattr(group, operand.name, handler.places[operand.name].byte)

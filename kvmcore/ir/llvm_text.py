@@ -15,7 +15,7 @@ from kvmcore.ir.value import Value
 
 #: The parameters that every handler has, in order. They live in machine registers for as long as guest code
 #: runs. The hart's block is in the second one, r13: as a base it costs a byte less than r12.
-HANDLER_PARAMETERS = ("ip", "s", "ab", "base", "ic", "tlb", "a0", "a1")
+HANDLER_PARAMETERS = ("ip", "s", "ab", "base", "ic", "tlb", "a0", "a1", "gd")
 _HANDLER_TYPES = ", ".join(f"i64 %{name}" for name in HANDLER_PARAMETERS)
 
 _COMPARE = {"eq": "eq", "ne": "ne", "ult": "ult", "ule": "ule", "slt": "slt", "sle": "sle"}
@@ -236,8 +236,8 @@ def _return(emitter: Emitter, op: Op, name: str) -> list[str]:
 
 
 def _tail(emitter: Emitter, op: Op, name: str) -> list[str]:
-    """args: the handler parameters, as many as matter; attrs: a handler's name, or none: args[-1] is its address. A second
-    name: the last argument is that parameter, and those before it do not matter.
+    """args: the handler parameters, as many as matter; attrs: a handler's name, or none: args[-1] is its address. Further
+    names are those of the last arguments.
     """
     args = list(op.args)
     lines = []
@@ -247,10 +247,9 @@ def _tail(emitter: Emitter, op: Op, name: str) -> list[str]:
         pointer = emitter.fresh()
         lines.append(f"%{pointer} = inttoptr {typed(args.pop())} to ptr")
         target = f"%{pointer}"
-    words = [typed(arg) for arg in args]
-    if len(op.attrs) > 1:
-        words[-1:-1] = ["i64 poison"] * (HANDLER_PARAMETERS.index(str(op.attrs[1])) + 1 - len(args))
-    words += ["i64 poison"] * (len(HANDLER_PARAMETERS) - len(words))
+    named = op.attrs[1:]
+    values = dict(zip((*HANDLER_PARAMETERS[: len(args) - len(named)], *named), args, strict=True))
+    words = [typed(values[name]) if name in values else "i64 poison" for name in HANDLER_PARAMETERS]
     return [*lines, f"musttail call preserve_nonecc void {target}({', '.join(words)})", "ret void"]
 
 

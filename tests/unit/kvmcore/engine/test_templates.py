@@ -127,7 +127,7 @@ def test_a_miss_comes_back(guest, access: str) -> None:
 
 
 def test_misses_are_as_exact_as_hits(guest) -> None:
-    """More pages than there are entries, accesses at each place of a page's end; a base that the instruction before has made."""
+    """More pages than there are entries, accesses at each place of a page's end, bases that were just made."""
     g = guest(
         """
         li s2, 3
@@ -163,6 +163,112 @@ def test_misses_are_as_exact_as_hits(guest) -> None:
     assert list(g.harts[0].state.x) == result
     assert g.harts[0].state.icount == 2 * steps
     assert bytes(g.memory[0x800000:0x1000000]) == content
+
+
+def test_accesses_by_one_pointer_share_a_look(image) -> None:
+    shared = [f"ld a{index}, {8 * index}(sp)" for index in range(8)]
+    apart = [f"ld a{index}, {8 * index}(s{index + 2})" for index in range(8)]
+    sizes = []
+    for lines in (shared, apart):
+        content = assemble("\n".join([*lines, "ret"]), 0).image.ljust(4096, b"\0")
+        sizes.append(len(Assembler(image).code(content, int("01" * 20, 2), 0)[0]))
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+SHARED = """
+    li s0, 0x80800f40
+    li s1, 0x80801080
+    li s2, 0x80a00f40
+loop:
+    sd s0, 16(s0)
+    sw a0, 40(s0)
+    ld a1, 0(s2)
+    lbu a2, 16(s0)
+    sd a2, 56(s0)
+    add a0, a0, a1
+    ld a3, 0(s0)
+    ld a4, 200(s0)
+    add a0, a0, a3
+    sh a0, -8(s0)
+    mv s3, s0
+    ld s3, 16(s3)
+    ld s4, 16(s3)
+    sd a0, 8(s3)
+    lw a5, 12(s3)
+    ld s3, 16(s3)
+    add a0, a0, a5
+    xor a0, a0, s4
+    addi s2, s2, 13
+    addi s0, s0, 7
+    bltu s0, s1, loop
+    ecall
+"""
+
+
+def test_a_shared_look_is_as_exact_as_many(guest) -> None:
+    """Over the end of a page; where the pointer changes; beside accesses that take the entry of the TLB."""
+    g = guest(SHARED)
+    before = bytes(g.memory)
+    assert g.run() == ExitKind.ECALL
+    result, steps, content = list(g.harts[0].state.x), g.harts[0].state.icount, bytes(g.memory)
+    g.memory[:] = before
+    g.harts[0].state.x[10] = 0
+    assembled(g)
+    g.harts[0].flush_tlb()
+    assert again(g) == ExitKind.ECALL
+    assert list(g.harts[0].state.x) == result
+    assert g.harts[0].state.icount == 2 * steps
+    assert bytes(g.memory) == content
+
+
+PAGED = """
+    li t0, 0x8000000000080100
+    csrw satp, t0
+    sfence.vma
+    la t0, trapped
+    csrw stvec, t0
+    li s0, 0x1000
+start:
+    ld a1, 0(s0)
+    addi a2, a2, 1
+    ld a3, 8(s0)
+    bnez a1, skip
+    addi a2, a2, 1
+    sd a2, 16(s0)
+    sd a2, 24(s0)
+skip:
+    ld a4, 24(s0)
+trapped:
+    csrr a5, scause
+    csrr a6, sepc
+    ecall
+"""
+_DIRTY, _WRITABLE = 1 << 7, 1 << 2
+
+
+@pytest.mark.parametrize(("value", "rights"), [(1, _WRITABLE), (0, _WRITABLE), (0, 0), (1, 0)])
+def test_a_look_for_loads_asks_for_no_store(guest, value: int, rights: int) -> None:
+    """A store that is jumped over sets no dirty bit; one that may not be traps, after all before it is done."""
+    g = guest(PAGED)
+    leaf = 0x8010_2008
+    g[0x8010_0000], g[0x8010_0010] = (0x8010_1000 >> 2) | 1, (0x8000_0000 >> 2) | 0xCF
+    g[0x8010_1000] = (0x8010_2000 >> 2) | 1
+
+    def once() -> tuple[list[int], int, int]:
+        g[leaf] = (0x8080_0000 >> 2) | 0x43 | rights
+        g[0x8080_0000], g[0x8080_0010] = value, 0
+        state = g.harts[0].state
+        state.x[12], state.satp, state.mode, state.scause, state.sepc = 0, 0, 1, 0, 0
+        g.harts[0].flush_tlb()
+        steps = state.icount
+        assert again(g) == ExitKind.ECALL
+        return list(state.x)[:32], g[leaf], state.icount - steps
+
+    first = once()
+    assert bool(first[1] & _DIRTY) == (value == 0 and rights != 0)
+    assert (first[0][15] == 15) == (value == 0 and rights == 0)
+    assembled(g)
+    assert once() == first
 
 
 def test_an_immediate_may_be_nothing(guest) -> None:
