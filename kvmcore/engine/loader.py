@@ -14,7 +14,7 @@ from kvmcore.engine import image
 from kvmcore.engine.code_memory import LARGE
 
 #: Address space for template code, behind the image, and for translated regions, behind that; records reach 4 GB.
-TEMPLATE_BYTES, ARENA_BYTES = 32 << 20, 48 << 20
+TEMPLATE_BYTES, ARENA_BYTES = 20 << 20, 48 << 20
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _NORESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000

@@ -32,10 +32,10 @@ STIP = 1 << 5
 U64 = (1 << 64) - 1
 PAGE = 4096
 #: Bytes of decoded pages that one machine may hold.
-POOL_BYTES = 40 << 20
+POOL_BYTES = 38 << 20
 #: And with the template code and regions that it has been in lately, which are other machines' as well.
 CODE_BYTES = 64 << 20
-_CODE_SOON = 8 << 20
+_CODE_SOON = 4 << 20
 """What it may come to be in until somebody looks again."""
 _FEW_BYTES = 1 << 20
 """Of decoded pages: they are cleared, more are given back to the host."""

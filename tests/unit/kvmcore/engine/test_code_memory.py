@@ -40,7 +40,8 @@ def test_code_lies_where_the_host_can_use_large_pages() -> None:
 
 
 def test_a_machine_is_in_no_more_code_than_it_may() -> None:
-    """What it leaves it can enter as before, and it is counted again."""
+    """Decoded pages and template code have no room for more; what it leaves it can enter as before, and it is counted again."""
+    assert POOL_BYTES + TEMPLATE_BYTES <= CODE_BYTES - (6 << 20)
     image = Image.load()
     machine = Machine(image)
     templates, regions = CodeMemory("templates", TEMPLATE_BYTES), CodeMemory("regions", ARENA_BYTES, large=False)
