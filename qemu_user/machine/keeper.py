@@ -295,9 +295,10 @@ def introduce(machine: Machine, path: Path, lock: int) -> None:
 class Predecessor:
     """What a device process that died has left of its VM. We are the VM's client from here on."""
 
-    def __init__(self, path: Path, source_of: Callable[[bytes, list[int]], PageSource]) -> None:
-        """`path`: what introduce() has written. `source_of` makes a PageSource of what was left of one, descriptors and all.
-        KvmError: EBUSY while the VM has its device process; StateError; OSError: it is not made to be attached to."""
+    def __init__(self, path: Path, source_of: Callable[[bytes, list[int]], PageSource] | None = None) -> None:
+        """`path`: what introduce() has written. `source_of` makes a PageSource of what was left of one, descriptors and all;
+        None: nobody goes on. KvmError: EBUSY while the VM has its device process; StateError; OSError: it is not made to be
+        attached to."""
         from protocol.client import Kvm
 
         how = json.loads(path.read_text())
@@ -328,6 +329,7 @@ class Predecessor:
         fd = self.vm.kept(AWAITED_KEY)
         if fd < 0:
             return None
+        assert self._source_of is not None
         fds: list[int] = []
         try:
             awaited = msgspec.msgpack.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=Awaited)
@@ -375,6 +377,16 @@ class Predecessor:
                     for queue in transport.virtio.queues:
                         due = record.answer[1:] if record.answer and record.answer[0] == queue.index else None
                         queue.recover(Flight(self.records.area(f"{device.name}/{queue.index}")), due)
+
+    def settle(self, end: bool) -> None:
+        """Nobody goes on with it: the VM ends, or waits as before."""
+        if end:
+            self.vm.close()
+        else:
+            self.vm.leave()
+        for fd in (self.registration, self.ram):  # the name is taken as long as one is open
+            if fd >= 0:
+                os.close(fd)
 
     def leave(self) -> None:
         """It could not be taken up: the VM goes on waiting."""

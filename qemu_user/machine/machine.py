@@ -45,6 +45,7 @@ from qemu_user.machine.tree import machine_tree
 from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
 
 if TYPE_CHECKING:
+    from qemu_user.backends.block.raw import BlockBackend
     from qemu_user.machine.flash import FlashMemory
     from qemu_user.machine.keeper import Keeper, Predecessor
 
@@ -57,6 +58,7 @@ _BITMAP_SEGMENT = 1 << 40
 _SWITCH_SECONDS = 0.0005
 """How long a thread that computes may keep the others, which mostly have some microseconds to do, from running."""
 STOP_SECONDS = 10.0
+_LOCK_SECONDS = 5.0
 DRAIN_SECONDS = 30.0
 _POWER_PORT = "org.softkvm.control"
 
@@ -191,8 +193,21 @@ class Machine:
         take = predecessor.locks()
         for image in self.parts.images:
             image.adopt_locks(take)
-            image.lock()
+            self._lock_again(image)
         self.keeper = Keeper(self, predecessor)
+
+    @staticmethod
+    def _lock_again(image: BlockBackend) -> None:
+        """The process that died may have been about to hand it over: who was to have it lets go soon. BackendError."""
+        end = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                image.lock()
+                return
+            except BackendError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
 
     def _go_on(self, predecessor: Predecessor) -> None:
         assert self.keeper is not None

@@ -113,9 +113,12 @@ class Instance:
         self._close()
 
     @classmethod
-    def attached(cls, directory: Path, source_of: Callable[[bytes, list[int]], PageSource]) -> Instance:
+    def attached(
+        cls, directory: Path, source_of: Callable[[bytes, list[int]], PageSource], ours: Callable[[str, int], bool]
+    ) -> Instance:
         """The VM of that directory, whose device process has died, with this one in its place; it goes on. `source_of`:
-        Predecessor's. StartError: there is nothing to attach to, or it has a device process; KvmError, StateError."""
+        Predecessor's; `ours`: whether the VM of that uuid and generation may run here, else it ends. StartError: it may not,
+        there is nothing to attach to, or it has a device process; KvmError, StateError."""
         from qemu_user.machine.keeper import Predecessor
 
         try:
@@ -127,6 +130,10 @@ class Instance:
             raise StartError(f"VM {directory.name}: {reason}") from error
         registration = Registration.adopted(directory, predecessor.registration)
         config = predecessor.config()
+        if not ours(config.uuid, predecessor.machine.generation):
+            predecessor.vm.close()
+            registration.close()
+            raise StartError(f"VM {directory.name}: has gone on at another host; what was left of it here has been ended")
         instance = cls(for_background(config, config.name), "", registration=registration)
         instance.start(predecessor=predecessor)
         if directory.name != config.name:  # it had just come, and its name was another process's yet

@@ -41,7 +41,7 @@ from qemu_user.machine.machine import Machine, StartError
 from qemu_user.machine.made import make_vm
 from qemu_user.management.instance import Instance
 from qemu_user.management.registry import find
-from qemu_user.migration import identity, machine_state
+from qemu_user.migration import identity, journal, machine_state
 from qemu_user.migration import job as jobs
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
 from qemu_user.migration.destination import Discarded, Incoming, RemotePages, fill_behind, refuse
@@ -216,13 +216,24 @@ def attached(order: Attach) -> Instance:
         coming.append(snapshot_memory(left, fds) if isinstance(left, LeftSnapshot) else RemotePages.of(left, fds))
         return coming[0]
 
-    instance = Instance.attached(Path(order.directory), source_of)
+    instance = Instance.attached(Path(order.directory), source_of, _is_ours)
     machine = instance.machine
     if coming and isinstance(coming[0], RemotePages):
         fill_behind(machine, coming[0])
     elif machine.memory.absent is not None and machine.memory.absent.comes_whole:
         threading.Thread(target=_fill, args=(machine,), name="fill", daemon=True).start()
     return instance
+
+
+def _is_ours(uuid: str, generation: int) -> bool:
+    end = time.monotonic() + _GONE_SECONDS
+    while True:
+        try:
+            return journal.claim(uuid, generation)
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise StartError("the other host is about to decide who runs it; try again") from error
+            time.sleep(0.02)
 
 
 def several(order: Restore) -> str:

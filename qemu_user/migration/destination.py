@@ -28,8 +28,10 @@ from qemu_user.config.background import for_background
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
+from qemu_user.machine.keeper import Predecessor
 from qemu_user.machine.machine import Machine, StartError
 from qemu_user.management.instance import Instance
+from qemu_user.management.registry import ATTACH_FILE, find
 from qemu_user.migration import identity, machine_state, messages, pages, places, sections, steps
 from qemu_user.migration import job as jobs
 from qemu_user.migration import journal as journals
@@ -53,6 +55,7 @@ except ImportError:
 _HELLO_SECONDS = 60.0
 _LOCK_SECONDS = 2.0
 _ASK_SECONDS = 0.02
+_ENDED_SECONDS = 10.0
 _PAGE_SECONDS = 30.0
 _MOST_UNITS = 1 << 20
 _PAGE = 4096
@@ -582,9 +585,34 @@ class Incoming:
             if told.exists():
                 return told.read_text().strip() == journals.COMMITTED
             if local:
-                word = journals.ask_source(hello.journal, hello.generation)
+                word = journals.ask_source(hello.journal, hello.generation, not self._pages_follow)
+                if word == journals.GRANTED:
+                    threading.Thread(target=self._end_what_waits, args=(hello,), name="end-left", daemon=True).start()
                 if word in (journals.COMMITTED, journals.GRANTED):
                     return True
                 if word == journals.ABORTED:
                     return False
             time.sleep(_ASK_SECONDS)
+
+    def _end_what_waits(self, hello: Hello) -> None:
+        """The VM is ours, its source's device process being dead: if what was the source waits for another one here, as it was
+        made to, it ends. Elsewhere `attach` finds out, and ends it."""
+        assert self._instance is not None
+        uuid, end = self._instance.config.uuid, time.monotonic() + _ENDED_SECONDS
+        while time.monotonic() < end and not _has_ended(hello.name, uuid, hello.generation):
+            time.sleep(_ASK_SECONDS)
+
+
+def _has_ended(name: str, uuid: str, generation: int) -> bool:
+    """Whether no VM of that name waits that is an earlier `generation` of ours. If one does, it ends."""
+    entry = find(name)
+    if entry is None:
+        return True
+    if not entry.waits:
+        return False  # perhaps its process has not quite ended
+    try:
+        left = Predecessor(entry.directory / ATTACH_FILE)
+        left.settle(end=left.config().uuid == uuid and left.machine.generation < generation)
+    except (KvmError, StateError, OSError, ValueError):
+        return False
+    return True

@@ -66,17 +66,24 @@ def _put(fd: int, state: str, generation: int) -> None:
 
 
 def _state(fd: int) -> str:
+    return _word(fd)[0]
+
+
+def _word(fd: int) -> tuple[str, int]:
+    """(state, generation)."""
     try:
-        return str(json.loads(os.pread(fd, _SIZE, 0))["state"])
-    except (ValueError, KeyError):
-        return ""  # made, and killed before the first word
+        word = json.loads(os.pread(fd, _SIZE, 0))
+        return str(word["state"]), int(word["generation"])
+    except (ValueError, KeyError, TypeError):
+        return "", 0  # made, and killed before the first word
 
 
-def ask_source(path: str, generation: int) -> str:
+def ask_source(path: str, generation: int, whole: bool = True) -> str:
     """The destination, PREPARED, has lost the source: what may it do? COMMITTED or GRANTED: run. ABORTED: forget.
-    OFFERED: the source lives and has not decided; ask again.
+    OFFERED: the source lives and has not decided; ask again. Not `whole`: memory was to follow, so it has not got a VM that
+    could run without the source.
     """
-    return _ask(path, GRANTED, generation, final=(COMMITTED, GRANTED, ABORTED), gone=ABORTED)
+    return _ask(path, GRANTED if whole else ABORTED, generation, final=(COMMITTED, GRANTED, ABORTED), gone=ABORTED)
 
 
 def ask_destination(path: str, generation: int) -> str:
@@ -108,6 +115,26 @@ def _ask(path: str, verdict: str, generation: int, final: tuple[str, ...], gone:
         return verdict
     finally:
         os.close(fd)
+
+
+def claim(uuid: str, generation: int) -> bool:
+    """A VM of that generation waits here, its device process having died, perhaps in the middle of a move: whether it is this
+    host's to run. What was not decided is, here and now. BlockingIOError: somebody else is about to."""
+    for path in places.journals().glob(f"{uuid}.*.source"):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            state, number = _word(fd)
+            if state in (COMMITTED, GRANTED) and number > generation:
+                return False
+            if state in ("", OFFERED) and number in (0, generation):
+                _put(fd, ABORTED, generation)
+        finally:
+            os.close(fd)
+    return True
 
 
 def is_dead(path: str) -> bool:

@@ -305,8 +305,6 @@ class Outgoing:
             try:
                 if not machine.settled:
                     raise JobError("the guest resets or shuts down at this moment")
-                if machine.keeper is not None:
-                    machine.keeper.stop()  # whoever settles our death from now on must not find two
                 left = copy.finish()
                 if self._postcopy:
                     channel.send(messages.ABSENT, payload=_pieces(left, machine.config.memory))
@@ -323,6 +321,8 @@ class Outgoing:
                 self._expect(messages.PREPARED)
                 job.check()  # the last moment at which it can be called off
                 steps.reached("source:prepared", channel.cut)
+                if machine.keeper is not None:
+                    machine.keeper.stop()  # until here another process could follow us; now there is the destination
             except BaseException:
                 self._journal.write(journals.ABORTED, machine.generation)
                 self._say_abort()

@@ -73,12 +73,18 @@ def test_upgrade_hands_over_to_new_processes(host: HostUnderTest, goes_on: Calla
     assert not list((host.runtime / "softkvm").glob("upgrade-*"))
 
 
-@pytest.mark.parametrize(("step", "stays"), [("source:round=kill", True), ("source:state=kill", False)])
+@pytest.mark.parametrize(
+    ("step", "stays"),
+    [
+        pytest.param("source:round=kill", True, marks=pytest.mark.slow), ("source:standing=kill", True),
+        ("source:state=kill", False), pytest.param("source:prepared=kill", False, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_source_that_is_killed_while_it_migrates(
     step: str, stays: bool, host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path
 ) -> None:
-    """Until the guest stands for the switch its VM waits here for another process; from then on it may be the other host's,
-    and does not."""
+    """Until the destination has everything its VM waits here for another process, also while the guest stands for the switch;
+    from then on it is the other host's, and what is left here is not attached to."""
     other = HostUnderTest(tmp_path, "b")
     try:
         uri = other.serve()
@@ -91,7 +97,39 @@ def test_a_source_that_is_killed_while_it_migrates(
             other.wait_for_names([])
         else:
             other.wait_for_names(["vm"])
+            done = host.softkvm("attach", "vm")
+            assert done.returncode == 1
+            assert b"has gone on at another host" in done.stderr
             host.wait_for_names([])
         goes_on("vm")
     finally:
         other.close()
+
+
+def test_a_source_that_is_killed_in_the_switch_of_a_post_copy(
+    host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path
+) -> None:
+    """The destination has no whole VM, so this one goes on."""
+    other = HostUnderTest(tmp_path, "b")
+    try:
+        uri = other.serve()
+        host.boot("vm", fault="source:state=kill", options=("-keep",), drives=(memory_guest.drive(tmp_path / "disk"),))
+        goes_on("vm")
+        assert host.softkvm("migrate", "vm", uri, "--postcopy").returncode == 1
+        other.wait_for_names([])
+        done = host.softkvm("attach", "vm")
+        assert done.returncode == 0, done.stderr.decode()
+        goes_on("vm")
+    finally:
+        other.close()
+
+
+def test_what_waits_ends_when_its_vm_has_moved(host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    """To the same host, where the name is needed: an upgrade whose old process is killed in the middle of the switch."""
+    host.boot("vm", fault="source:state=kill", options=("-keep",), drives=(memory_guest.drive(tmp_path / "disk"),))
+    goes_on("vm")
+    before = row(host)["vm_pid"]
+    host.softkvm("upgrade", "vm")
+    goes_on("vm")
+    host.wait_for_names(["vm"])
+    assert (row(host)["vm_pid"] == before, row(host)["waits"]) == (False, False)
