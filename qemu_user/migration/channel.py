@@ -30,6 +30,8 @@ HEADER = struct.Struct("<4sBBHIIQQI")
 MAX_PAYLOAD = 64 << 20
 CHUNK = 512 << 10
 """Bytes of payload that fit one ZeroMQ message with its header (zmq_socket.MAX_MESSAGE)."""
+_BLOCK = 256 << 10
+"""Bytes that go to a file at once: few enough to stay in a processor's cache."""
 _LOOK_SECONDS = 0.2
 _MOST_FDS = 16
 """That come with a frame: a guest's memory, other connections."""
@@ -78,6 +80,10 @@ class Channel(Protocol):
     def read_into(self, *views: memoryview) -> None:
         """The rest of it, into memory of just that length."""
 
+    def read_to(self, fd: int, spans: list[tuple[int, int]]) -> None:
+        """The rest of it, to (offset, length) of a file: for memory that is not there yet, which is not zeroed and mapped first
+        then. ChannelError, OSError."""
+
     def cut(self) -> None:
         """End the connection as if the network had."""
 
@@ -105,6 +111,19 @@ def _unpack(data: bytes | memoryview, sequence: int) -> Frame:
     return Frame(kind, a, b, length)
 
 
+def _check_spans(size: int, spans: list[tuple[int, int]]) -> None:
+    due = sum(length for _, length in spans)
+    if due != size:
+        raise ChannelError(f"a payload of {size} bytes where {due} were due")
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    """All of it."""
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
 class Patience:
     """What is left of so many seconds (None: no limit) of waiting; they count while we run: who was frozen, by a control group
     or SIGSTOP, perhaps together with the other end, has not waited meanwhile. To be asked every _LOOK_SECONDS."""
@@ -127,6 +146,7 @@ class StreamChannel:
     def __init__(self, sock: socket.socket) -> None:
         self.fds: list[int] = []
         self.look: Callable[[], None] = lambda: None
+        self._block = memoryview(b"")
         self._take(sock)
 
     def _take(self, sock: socket.socket) -> None:
@@ -213,6 +233,17 @@ class StreamChannel:
         if sum(map(len, views)) != self._unread:
             raise ChannelError(f"a payload of {self._unread} bytes where {sum(map(len, views))} were due")
         self._fill([view for view in views if view])
+
+    def read_to(self, fd: int, spans: list[tuple[int, int]]) -> None:
+        _check_spans(self._unread, spans)
+        if not self._block:
+            self._block = memoryview(bytearray(_BLOCK))
+        for offset, length in spans:
+            while length:
+                part = self._block[: min(length, _BLOCK)]
+                self._fill([part])
+                _write(fd, part, offset)
+                offset, length = offset + len(part), length - len(part)
 
     def _fill(self, views: list[memoryview]) -> None:
         at = 0
@@ -401,6 +432,12 @@ class ZmqChannel:
         for view in views:
             view[:] = self._payload[: len(view)]
             self._payload = self._payload[len(view) :]
+
+    def read_to(self, fd: int, spans: list[tuple[int, int]]) -> None:
+        _check_spans(len(self._payload), spans)
+        for offset, length in spans:
+            _write(fd, self._payload[:length], offset)
+            self._payload = self._payload[length:]
 
     def cut(self) -> None:
         self._broken = True

@@ -207,6 +207,8 @@ class Incoming:
         self._made: list[Path] = []
         self._door: Door | None = None
         self._source: RemotePages | None = None
+        self._fresh = -1
+        """RAM's memfd in the first round, in which every page is new."""
         self._pages_follow = False
         """Post-copy: the channel goes on as where memory comes from."""
 
@@ -416,6 +418,7 @@ class Incoming:
     def _take_volumes(self, machine: Machine, hello: Hello) -> bytes:
         """Everything up to the final state, whose bytes are returned."""
         channel = self._channel
+        self._fresh = machine.ram_fd
         ram = machine.memory.regions[0][1]
         disks = {number: Disk(number, machine.parts.disks[number - 1]) for number in hello.disks if number < FLASH}
         made = list(disks.values())
@@ -442,6 +445,7 @@ class Incoming:
                 self._take_memory(channel, frame, ram)
             elif frame.kind == messages.ROUND:
                 if frame.a == 1:
+                    self._fresh = -1
                     self._prepare_hot(machine)
                 channel.send(messages.ROUND, frame.a)
             elif frame.kind == messages.HOT and "hot" in self._features:
@@ -490,7 +494,10 @@ class Incoming:
         runs = messages.runs_of(channel.read_part(8 * frame.a))
         if any(first + count > pages for first, count in runs):
             raise ChannelError("memory beyond the machine's")
-        channel.read_into(*[ram[first * _PAGE : (first + count) * _PAGE] for first, count in runs])
+        if self._fresh >= 0:
+            channel.read_to(self._fresh, [(first * _PAGE, count * _PAGE) for first, count in runs])
+        else:
+            channel.read_into(*[ram[first * _PAGE : (first + count) * _PAGE] for first, count in runs])
 
     def _take_memory(self, channel: Channel, frame: Frame, ram: memoryview) -> None:
         if frame.kind == messages.RUNS:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20
 """Bytes that a sink is given at once, at most."""
 MAX_ROUNDS = 64
-_STATE_SECONDS = 0.01
+_STATE_SECONDS = 0.015
 """What saving and loading the state takes, taken off the downtime that the rest of the pages may use."""
 _THROTTLE_FIRST, _THROTTLE_STEP, _THROTTLE_MOST = 0.5, 0.75, 0.99
 """The first share, then each step takes this part of what the guest still has."""

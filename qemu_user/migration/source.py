@@ -299,8 +299,8 @@ class Outgoing:
         job.status = DEVICE
         for disk in self._disks:
             disk.disk.flush()  # most of it while the guest still runs
+        stopped = time.monotonic()
         with machine.standing():
-            stopped = time.monotonic()
             steps.reached("source:standing", channel.cut)
             try:
                 if not machine.settled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import pytest
 import zmq
 
 from protocol.channel import zmq_socket
+from protocol.channel.shared_memory import create_memfd
 from qemu_user.migration import messages
 from qemu_user.migration.channel import Channel, ChannelError, StreamChannel, ZmqChannel
 from qemu_user.migration.connect import refusal
@@ -39,24 +41,35 @@ def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Chann
         context.destroy(linger=0)
 
 
+@pytest.mark.parametrize("new", [False, True], ids=["there", "new"])
 @pytest.mark.parametrize("count", [1, 3, 700])
-def test_scattered_pages_arrive_where_they_belong(ends: tuple[Channel, Channel], count: int) -> None:
+def test_scattered_pages_arrive_where_they_belong(ends: tuple[Channel, Channel], count: int, new: bool) -> None:
+    """In memory that is mapped, or in a file of which nothing is there yet."""
     here, there = ends
     runs = [(5 * number, 1 + number % 3) for number in range(count)]
-    memory = bytearray(PAGE * 5 * count)
+    if count == 3:
+        runs.append((15, 200))  # more than goes to a file at once
+    memory = bytearray(PAGE * (5 * count + 200))
     for first, pages in runs:
         memory[first * PAGE : (first + pages) * PAGE] = bytes([1 + first % 250]) * PAGE * pages
     view = memoryview(memory)
     parts = [view[first * PAGE : (first + pages) * PAGE] for first, pages in runs]
     payload = [messages.runs_header(runs), *parts]
-    sender = threading.Thread(target=here.send, args=(messages.RUNS, count), kwargs={"payload": payload}, daemon=True)
+    sender = threading.Thread(target=here.send, args=(messages.RUNS, len(runs)), kwargs={"payload": payload}, daemon=True)
     sender.start()
     frame = there.receive(60)
     assert frame is not None
-    assert (frame.kind, frame.a) == (messages.RUNS, count)
-    assert messages.runs_of(there.read_part(8 * count)) == runs
-    arrived = memoryview(bytearray(len(memory)))
-    there.read_into(*[arrived[first * PAGE : (first + pages) * PAGE] for first, pages in runs])
+    assert (frame.kind, frame.a) == (messages.RUNS, len(runs))
+    assert messages.runs_of(there.read_part(8 * len(runs))) == runs
+    fd = create_memfd("pages", len(memory))
+    arrived = memoryview(mmap.mmap(fd, len(memory)))
+    if new:
+        with pytest.raises(ChannelError):
+            there.read_to(fd, [(0, 1)])
+        there.read_to(fd, [(first * PAGE, pages * PAGE) for first, pages in runs])
+    else:
+        there.read_into(*[arrived[first * PAGE : (first + pages) * PAGE] for first, pages in runs])
+    os.close(fd)
     sender.join(60)
     assert arrived == memory
     here.send(messages.ROUND, 7)
