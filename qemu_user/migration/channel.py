@@ -156,6 +156,7 @@ class StreamChannel:
         self._socket = sock
         self._sent = self._received = 0
         self._unread = 0
+        self._broken = False
 
     def renew(self, sock: socket.socket) -> None:
         """The same channel over another connection, from its first frame on."""
@@ -200,6 +201,8 @@ class StreamChannel:
             raise ChannelError("a payload was left unread")
         if not self._wait(select.POLLIN, seconds):
             return None
+        if self._broken:  # what has arrived before the cut would still be read
+            raise ChannelError("the connection is gone: it was cut here")
         data = b""
         while len(data) < HEADER.size:
             try:
@@ -278,6 +281,7 @@ class StreamChannel:
                 return False
 
     def cut(self) -> None:
+        self._broken = True
         self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:

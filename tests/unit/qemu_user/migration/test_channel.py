@@ -132,3 +132,15 @@ def test_who_was_hung_up_on_finds_the_reason(ends: tuple[Channel, Channel], said
     while said and not found and time.monotonic() < until:  # over ZeroMQ it may be on its way
         found = refusal(here)
     assert found == ("no such disk" if said else "")
+
+
+def test_a_cut_end_reads_nothing_any_more(ends: tuple[Channel, Channel]) -> None:
+    """Neither what comes later nor what has arrived: a decision that was lost must not be heard by the one who lost it."""
+    here, there = ends
+    here.send(messages.DONE)
+    assert there.receive(60) is not None
+    there.send(messages.DONE)
+    time.sleep(0.1)  # it lies there
+    here.cut()
+    with pytest.raises(ChannelError):
+        here.receive(60)
