@@ -117,6 +117,9 @@ def _fill(machine: Machine) -> None:
         machine.complete_memory(threading.Event(), _FILL_PAUSE)
     except PageLost as error:
         machine.fail(str(error))
+    except KvmError:
+        if machine.vm.alive:  # else it has ended meanwhile
+            raise
 
 
 def read(order: Restore) -> Snapshot:

@@ -165,6 +165,9 @@ def fill(machine: Machine, job: jobs.Job) -> None:
         job.error = str(error)
         job.end(jobs.FAILED)
         machine.fail(str(error))
+    except KvmError:
+        if machine.vm.alive:  # else it has ended meanwhile
+            raise
 
 
 def _lost(machine: Machine, job: jobs.Job, reason: str) -> None:

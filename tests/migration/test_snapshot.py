@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +13,8 @@ import msgspec
 import pytest
 
 from qemu_user.machine.machine import RUNNING, Machine, StartError
+from qemu_user.migration import arrival, snapshot
 from qemu_user.migration import job as jobs
-from qemu_user.migration import snapshot
 from qemu_user.migration.arrival import Restore, restored
 from qemu_user.migration.snapshot import Snapshot, SnapshotError
 from tests.framework import memory_guest
@@ -62,6 +63,29 @@ def test_snapshot_of_a_busy_guest_and_back(endpoint: str, goes_on: Callable[...,
     with pytest.raises(SnapshotError):
         snapshot.delete(tmp_path / "kept" / "first")
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["second"]
+
+
+def test_a_vm_that_ends_before_its_memory_has_come(
+    endpoint: str, goes_on: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who brings the rest of it finds the session closed, which is no failure."""
+    machine = Machine(memory_guest.config(tmp_path, "vm", pages=200), endpoint)
+    machine.start()
+    goes_on("vm")
+    assert save(machine, tmp_path / "kept", "one").status == "completed"
+    machine.close()
+    monkeypatch.setattr(arrival, "_FILL_AFTER", 1.0)
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    instance = restored(Restore(endpoint=endpoint, snapshot=str(tmp_path / "kept" / "one"), names=("vm",)), "vm")
+    (fill,) = [thread for thread in threading.enumerate() if thread.name == "fill"]
+    assert instance.machine.memory.absent is not None
+    instance.machine.vm.link.close()
+    fill.join(60)
+    assert not fill.is_alive()
+    assert failed == []
+    instance.machine.close()
+    instance._close()
 
 
 def test_a_paused_guest_stays_paused(endpoint: str, goes_on: Callable[..., int], tmp_path: Path) -> None:
