@@ -501,7 +501,8 @@ class Builder:
             raise ConfigError(f"-blockdev node-name={left[0]}: no -device virtio-blk-pci,drive={left[0]} uses it")
         self.finish_nets()
         nets = [self.nets[name] for name in self.plugged_nets]
-        nets += [net for name, net in self.nets.items() if name not in self.plugged_nets]
+        if not no_net:  # which is about those that no device was asked for
+            nets += [net for name, net in self.nets.items() if name not in self.plugged_nets]
         if len(self.serials) > 1:
             raise ConfigError("-serial: this machine has one serial port")
         if not self.serials:
@@ -514,7 +515,7 @@ class Builder:
             boot=Boot(**self.boot),
             drives=tuple(self.drives.values()),
             flash=tuple(self.flash.get(unit, Flash(file="")) for unit in range(max(self.flash, default=-1) + 1)),
-            nets=() if no_net else tuple(nets),
+            nets=tuple(nets),
             shares=tuple(self.shares),
             chardevs=tuple(self.chardevs.values()),
             serial=self.serials[0],

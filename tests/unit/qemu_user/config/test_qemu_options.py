@@ -103,6 +103,9 @@ def test_networks(kernel: str) -> None:
     assert (kinds["s"].kind, kinds["s"].path, kinds["s"].server) == ("stream", "/tmp/s", True)
     assert sorted(net.kind for net in config.nets) == ["stream", "tap", "user"]
     assert _parse(kernel, "-nic none").nets == ()
+    assert _parse(kernel, "-netdev user,id=n -nic none").nets == ()
+    (net,) = _parse(kernel, "-netdev user,id=n -device virtio-net-device,netdev=n -nic none").nets
+    assert net.id == "n"
 
 
 def test_characters(kernel: str) -> None:
