@@ -271,6 +271,36 @@ def test_a_look_for_loads_asks_for_no_store(guest, value: int, rights: int) -> N
     assert once() == first
 
 
+MOVED = """
+    li t0, 0x8000000000080100
+    csrw satp, t0
+    sfence.vma
+    li s0, 0x1000
+    ld a1, 8(s0)
+    ld s0, 0(s0)
+    ld a2, 8(s0)
+    ld a3, 0(s0)
+    ecall
+"""
+
+
+def test_a_look_is_void_when_its_pointer_is_another(guest) -> None:
+    """Into a page that lies elsewhere, seen from where it is mapped."""
+    g = guest(MOVED)
+    g[0x8010_0000], g[0x8010_0010] = (0x8010_1000 >> 2) | 1, (0x8000_0000 >> 2) | 0xCF
+    g[0x8010_1000] = (0x8010_2000 >> 2) | 1
+    g[0x8010_2008] = (0x8080_0000 >> 2) | 0xCF
+    g[0x8080_0000], g[0x8080_0008], g[0x8090_0000], g[0x8090_0008] = 0x8090_0000, 11, 33, 22
+    state = g.harts[0].state
+    for first in (True, False):
+        state.satp, state.mode = 0, 1
+        g.harts[0].flush_tlb()
+        assert again(g) == ExitKind.ECALL
+        assert list(state.x)[11:14] == [11, 22, 33]
+        if first:
+            assembled(g)
+
+
 def test_an_immediate_may_be_nothing(guest) -> None:
     """As the address of a symbol it could not."""
     cases = [f"{name} s{index + 2}, x0, {number}" for name in ("slti", "sltiu") for index, number in enumerate((0, 1, -1))]
