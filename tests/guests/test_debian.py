@@ -103,3 +103,21 @@ def test_two_vms_differ_and_a_forwarded_port_answers(host: Product) -> None:
         connection.settimeout(60)
         connection.sendall(b"SSH-2.0-test\r\n")  # as ssh does; Debian 12's passt wants the client to speak first
         assert connection.recv(20).startswith(b"SSH-2.0-OpenSSH")
+
+
+@needs_ssh
+def test_clones_are_machines_of_their_own_and_let_in_all_the_while(host: Product) -> None:
+    words = ["run", "debian", "-d", "--name", "first", "--ephemeral", "--nic", "none"]
+    assert host.run(*words, seconds=BOOT).returncode == 0
+    look = "cat /etc/machine-id; hostname; cut -d' ' -f2 /etc/ssh/ssh_host_ed25519_key.pub"
+    parent = ssh(host, "first", look).split()
+    done = host.run("clone", "first", "other", "--count", "2", seconds=120)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    end = time.monotonic() + BOOT
+    while True:  # the guest makes its keys anew meanwhile: nobody is turned away
+        found = [ssh(host, f"other-{number}", look).split() for number in (1, 2)]
+        if not set(parent) & {word for words in found for word in words} or time.monotonic() > end:
+            break
+    assert [words[1] for words in found] == ["other-1", "other-2"]
+    assert len({*parent, *found[0], *found[1]}) == 9
+    assert ssh(host, "first", look).split() == parent

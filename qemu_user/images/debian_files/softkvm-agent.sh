@@ -19,8 +19,13 @@ while read -r verb rest <&3; do
                 ip link set dev "$card" up
                 shift
             done
-            # Two machines with one key are one machine to who checks it.
-            rm -f /etc/ssh/ssh_host_*
-            ssh-keygen -A ;;
+            # Two machines with one key are one machine to who checks it. sshd has a key all the while: making one takes seconds.
+            for old in /etc/ssh/ssh_host_*_key; do
+                rm -f /etc/ssh/new /etc/ssh/new.pub
+                kind=${old#/etc/ssh/ssh_host_}
+                ssh-keygen -q -t "${kind%_key}" -N "" -C "root@$(hostname)" -f /etc/ssh/new
+                mv /etc/ssh/new.pub "$old.pub"
+                mv /etc/ssh/new "$old"
+            done ;;
     esac
 done
