@@ -26,9 +26,13 @@ CHUNK = 1 << 20
 MAX_ROUNDS = 64
 _STATE_SECONDS = 0.015
 """What saving and loading the state takes, taken off the downtime that the rest of the pages may use."""
-_THROTTLE_FIRST, _THROTTLE_STEP, _THROTTLE_MOST = 0.5, 0.75, 0.99
-"""The first share, then each step takes this part of what the guest still has."""
-_PERIOD = 0.05
+_TOO_MUCH, _WANTED = 0.6, 0.3
+"""A round that leaves more than this part of what it sent is too slow for the guest, which then runs so much less that the next
+one leaves that part,"""
+_STEP, _MOST = 0.25, 0.99
+"""but not less than this part of the time it had, and stands for no larger share."""
+_PERIOD, _LEAST_RUN = 0.01, 0.0005
+"""Seconds: each stop is one for who looks at the guest, and is to be short; stopping takes some 0.3 ms itself."""
 _GUESS = 500e6
 """Bytes per second, before anything was measured."""
 _WORTH_MEASURING = 256 << 10
@@ -112,8 +116,7 @@ class Precopy:
                         "allow more (--max-downtime), or let memory follow (--postcopy)"
                     )
                 return
-            if not first and rest > 0.6 * before:
-                self._throttle.more()
+            self._throttle.adapt(rest / max(amount, _SMALL))
             self._throttle.go_on()
             first, before = False, rest
 
@@ -172,6 +175,12 @@ class Precopy:
             self._job.sleep(self._budget - now)
 
 
+def stint(share: float) -> tuple[float, float]:
+    """Seconds that a guest runs of each period in which it stands for this share, and the period's length."""
+    period = max(_PERIOD, _LEAST_RUN / (1 - share))
+    return (1 - share) * period, period
+
+
 class _Throttle:
     """Makes the vCPUs stand for a share of the time."""
 
@@ -182,16 +191,17 @@ class _Throttle:
         self._thread: threading.Thread | None = None
         self._holds = False
 
-    def more(self) -> None:
-        """A larger share from now on."""
-        share = self._share + (1 - self._share) * _THROTTLE_STEP if self._share else _THROTTLE_FIRST
-        self._share = self._job.throttle = min(share, _THROTTLE_MOST)
+    def adapt(self, left: float) -> None:
+        """A round has left this part of what it sent."""
+        if left > _TOO_MUCH:
+            share = 1 - (1 - self._share) * max(_STEP, _WANTED / left)
+            self._share = self._job.throttle = min(share, _MOST)
 
     def _run(self, stop: threading.Event) -> None:
+        run, period = stint(self._share)
         while not stop.is_set():
-            share = self._share
-            self._machine.rest(share * _PERIOD, stop)
-            stop.wait((1 - share) * _PERIOD)
+            self._machine.rest(period - run, stop)
+            stop.wait(run)
 
     def hold(self) -> None:
         """A guest that is slowed down stands, until go_on() or release()."""
