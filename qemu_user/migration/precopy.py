@@ -27,12 +27,11 @@ MAX_ROUNDS = 64
 _STATE_SECONDS = 0.015
 """What saving and loading the state takes, taken off the downtime that the rest of the pages may use."""
 _TOO_MUCH, _WANTED = 0.6, 0.3
-"""A round that leaves more than this part of what it sent is too slow for the guest, which then runs so much less that the next
-one leaves that part,"""
+"""A guest that has written more than the one part of what a round sent runs so much less that it should be the other,"""
 _STEP, _MOST = 0.25, 0.99
-"""but not less than this part of the time it had, and stands for no larger share."""
+"""but at least this part of what it ran before, and never stands for a larger share."""
 _PERIOD, _LEAST_RUN = 0.01, 0.0005
-"""Seconds: each stop is one for who looks at the guest, and is to be short; stopping takes some 0.3 ms itself."""
+"""Seconds: whoever looks at the guest sees each stop, so they are short; stopping it takes some 0.3 ms itself."""
 _GUESS = 500e6
 """Bytes per second, before anything was measured."""
 _WORTH_MEASURING = 256 << 10
@@ -85,7 +84,7 @@ class Precopy:
         self._pending = [volume.start() for volume in self._volumes]
         job.total = sum(volume.size for volume in self._volumes)
         job.status = ACTIVE
-        first, before = True, 0
+        first = True
         while True:
             job.rounds += 1
             started, amount = time.monotonic(), self._amount()
@@ -102,8 +101,8 @@ class Precopy:
             job.expected_downtime = rest / self._rate + _STATE_SECONDS
             allowed = max(self._max_downtime - _STATE_SECONDS, 0.2 * self._max_downtime) * self._rate
             left = rest - self._amount(disks_only=True) if self._leave_memory else 0
-            # What is allowed need not be used up: another round while each leaves less than half of the one before.
-            least = self._leave_memory or rest <= _SMALL or (not first and rest > before / 2)
+            # What is allowed need not be used up: another round while each leaves less than half.
+            least = self._leave_memory or rest <= _SMALL or (not first and rest > amount / 2)
             if rest - left <= allowed and least:
                 if self._leave_memory:
                     job.sleep(_LATELY)
@@ -118,7 +117,7 @@ class Precopy:
                 return
             self._throttle.adapt(rest / max(amount, _SMALL))
             self._throttle.go_on()
-            first, before = False, rest
+            first = False
 
     def finish(self) -> bytearray:
         """The machine stands: copy the rest. The map of RAM's pages that were left, if they were to be; else empty."""
@@ -175,10 +174,18 @@ class Precopy:
             self._job.sleep(self._budget - now)
 
 
+def slowed(share: float, left: float) -> float:
+    """The share of the time for which a guest stands from now on, that stood for `share` in a round that has left this part of
+    what it sent."""
+    if left <= _TOO_MUCH:
+        return share
+    return min(1 - (1 - share) * max(_STEP, _WANTED / left), _MOST)
+
+
 def stint(share: float) -> tuple[float, float]:
-    """Seconds that a guest runs of each period in which it stands for this share, and the period's length."""
+    """(seconds that it runs, seconds that it stands then) and again."""
     period = max(_PERIOD, _LEAST_RUN / (1 - share))
-    return (1 - share) * period, period
+    return (1 - share) * period, share * period
 
 
 class _Throttle:
@@ -193,15 +200,13 @@ class _Throttle:
 
     def adapt(self, left: float) -> None:
         """A round has left this part of what it sent."""
-        if left > _TOO_MUCH:
-            share = 1 - (1 - self._share) * max(_STEP, _WANTED / left)
-            self._share = self._job.throttle = min(share, _MOST)
+        self._share = self._job.throttle = slowed(self._share, left)
 
     def _run(self, stop: threading.Event) -> None:
-        run, period = stint(self._share)
+        runs, stands = stint(self._share)
         while not stop.is_set():
-            self._machine.rest(period - run, stop)
-            stop.wait(run)
+            self._machine.rest(stands, stop)
+            stop.wait(runs)
 
     def hold(self) -> None:
         """A guest that is slowed down stands, until go_on() or release()."""

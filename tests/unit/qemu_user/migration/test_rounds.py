@@ -8,7 +8,7 @@ import pytest
 
 from qemu_user.machine.machine import Machine
 from qemu_user.migration.job import Job
-from qemu_user.migration.precopy import Precopy, Sink
+from qemu_user.migration.precopy import Precopy, Sink, slowed, stint
 from qemu_user.migration.volumes import Disk
 
 UNIT = 64 << 10
@@ -74,3 +74,30 @@ def test_rounds(written: list[int], rounds: int, last: int) -> None:
     volume.written = [0]
     copy.finish()
     assert sink.bytes - before == last * UNIT
+
+
+@pytest.mark.parametrize("outruns", [0.7, 1, 1.5, 4, 20])
+def test_a_guest_is_slowed_down_as_much_as_it_takes(outruns: float) -> None:
+    """It writes `outruns` times what is sent meanwhile."""
+    share, rounds = 0.0, 0
+    while (left := outruns * (1 - share)) > 0.6:
+        share = slowed(share, left)
+        rounds += 1
+    assert rounds <= 3
+    assert left > 0.25  # and no more
+    assert slowed(share, left) == share
+
+
+def test_a_guest_that_cannot_be_slowed_down_enough_still_runs() -> None:
+    share = 0.0
+    for _ in range(20):
+        share = slowed(share, 50)
+    assert share == 0.99
+
+
+@pytest.mark.parametrize("share", [0.01, 0.4, 0.7, 0.95, 0.99])
+def test_a_guest_that_is_slowed_down_stands_for_short_times(share: float) -> None:
+    runs, stands = stint(share)
+    assert stands / (runs + stands) == pytest.approx(share)
+    assert runs > 0.0004  # stopping takes about as long
+    assert stands <= (0.01 if share <= 0.95 else 0.05)
