@@ -54,6 +54,8 @@ def trusted(path: Path | None = None) -> dict[str, bytes]:
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     import zmq.auth  # brings asyncio: only who has keys pays for it
 
+    if not path.exists():
+        raise KeyFileError(f"key {path}: there is no such file; copy the other host's public key (host.key) to it")
     try:
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:

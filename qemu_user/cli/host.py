@@ -39,7 +39,10 @@ def _serve(options: argparse.Namespace) -> int:
         key, peers = None, {}
         if listen.startswith("tcp://"):
             key = keys.own(Path(options.key) if options.key else None)
-            peers = keys.trusted(Path(options.peers) if options.peers else None)
+            folder = Path(options.peers) if options.peers else keys.folder() / "peers"
+            peers = keys.trusted(folder)
+            if not peers:
+                raise HostError(f"nobody may send VMs: {folder} has no public key (HOST.key) of a host that may")
         disks = os.path.abspath(options.disks) if options.disks else ""
         host = Host(listen, os.environ.get("SOFTKVM_ENDPOINT", ""), disks, key, list(peers.values()))
     except (HostError, keys.KeyFileError) as error:

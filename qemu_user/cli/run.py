@@ -268,6 +268,8 @@ def _boot(
     `groups`.
     """
     daemon = begin()  # it starts while we import what a machine is made of
+    import msgspec
+
     from qemu_user import cgroup
     from qemu_user.config.errors import ConfigError
     from qemu_user.config.qemu_options import parse
@@ -307,6 +309,8 @@ def _boot(
         if (not disks or options.bare) and (useless := system.given(options)):
             return _fail(f"{useless[0]} goes with an image that has a disk, as debian"), False
         config, _ = parse([*words, *_devices(options), "-nographic"])
+        if disks:
+            config = msgspec.structs.replace(config, login=system.login(options, disks[0]))
         if not options.bare:
             modules = tuple(str(image.extra(name)) for name in extras)
             config = _with_ports(config, command, options.verbose, theirs.fileno(), modules, conf)
@@ -322,8 +326,6 @@ def _boot(
             instance.machine.vm_made = group.add
     except (ConfigError, ImageError, StartError, cgroup.CgroupError) as error:
         return _fail(str(error)), False
-    if disks and options.user:
-        system.remember_user(instance.directory, options.user)
     outcome = Outcome()
     interactive = not command and sys.stdin.isatty()
     if interactive:
@@ -334,7 +336,7 @@ def _boot(
     except StartError as error:
         return _fail(str(error)), False
     for disk in disks if not command else ():
-        disk.booted()
+        disk.booted(config.login)
     if lack := confine(config):
         sys.stderr.write(f"softkvm: {lack}\n")
     _tell_ready()

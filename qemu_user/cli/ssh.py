@@ -66,21 +66,14 @@ def options(name: str, user: str = "") -> list[str]:
     sock = entry.directory / "vsock.sock"
     if not sock.exists():
         raise VerbError(f"VM {name}: cannot be reached by ssh: it has no vsock device; VMs of the image debian have one")
-    if not user:
-        user = login_file(entry.directory).read_text().strip() if login_file(entry.directory).exists() else "root"
     proxy = [sys.executable, "-P", "-m", "qemu_user.cli.ssh_proxy", str(sock), str(WAIT_SECONDS)]
     settings = {
-        "ProxyCommand": shlex.join(proxy).replace("%", "%%"), "ProxyUseFdpass": "yes", "User": user,
+        "ProxyCommand": shlex.join(proxy).replace("%", "%%"), "ProxyUseFdpass": "yes", "User": user or entry.login,
         # The way to the VM is a socket in a directory that only we may enter; its host key says nothing more.
         "StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null", "GlobalKnownHostsFile": "/dev/null",
         "LogLevel": "ERROR", "IdentitiesOnly": "yes", "IdentityFile": f'"{key()}"', "PasswordAuthentication": "no",
     }  # fmt: skip
     return ["-F", "none", *(word for setting, value in settings.items() for word in ("-o", f"{setting}={value}"))]
-
-
-def login_file(directory: Path) -> Path:
-    """In the VM's runtime directory: whom ssh logs in as."""
-    return directory / "ssh-user"
 
 
 def key() -> Path:

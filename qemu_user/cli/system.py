@@ -85,11 +85,9 @@ def settings(options: argparse.Namespace, disk: VmDisk, name: str, command: list
     return conf
 
 
-def remember_user(directory: str, user: str) -> None:
-    """For softkvm ssh, in the VM's runtime directory."""
-    from qemu_user.cli.ssh import login_file
-
-    login_file(Path(directory)).write_text(user)
+def login(options: argparse.Namespace, disk: VmDisk) -> str:
+    """Whom softkvm ssh logs in as: the user of the disk's first boot."""
+    return (options.user or "root") if disk.new else disk.login
 
 
 def host_name(name: str) -> str:

@@ -37,6 +37,7 @@ DISK_LIMITS = (*_LIMITED, *(f"{kind}{more}" for kind in _LIMITED for more in ("-
 """QEMU's throttling options."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+_LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
 
 
@@ -270,6 +271,8 @@ class MachineConfig(Part, frozen=True, kw_only=True):
     """A reset after the kernel has said on the console that it panics is the VM's failure, and no reset."""
     keep: bool = False
     """The VM outlives its device process: when that is killed it waits for another one (softkvm attach)."""
+    login: str = "root"
+    """Whom `softkvm ssh` logs in as, wherever the VM is."""
     no_shutdown: bool = False
     paused: bool = False
     """-S: do not start the vCPUs before `cont`."""
@@ -304,6 +307,7 @@ def _check_basics(config: MachineConfig) -> None:
         f"name {config.name!r}: 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit",
     )
     _demand(not config.uuid or _UUID.match(config.uuid) is not None, f"uuid {config.uuid!r}: is none")
+    _demand(_LOGIN.match(config.login) is not None, f"login {config.login!r}: no name that a user can have")
     _demand(
         MIN_MEMORY <= config.memory <= MAX_MEMORY,
         f"memory of {config.memory / MIB:g} MiB: between {MIN_MEMORY // MIB} MiB and {MAX_MEMORY // MIB} MiB",

@@ -42,11 +42,13 @@ class VmDisk:
     """Of firmware: its variables."""
     new: bool
     kept: bool
+    login: str = "root"
+    """The user for whom its first boot was."""
 
-    def booted(self) -> None:
-        """The system on it has begun to boot: its first boot is over."""
+    def booted(self, login: str) -> None:
+        """The system on it has begun to boot: its first boot, for the user `login`, is over."""
         if self.kept:
-            (self.disk.parent / _BOOTED).touch()
+            (self.disk.parent / _BOOTED).write_text(login)
 
     def discard(self) -> None:
         """The VM has ended: a throw-away disk goes."""
@@ -95,7 +97,9 @@ def open_disk(image: Image, name: str, keep: bool, size: int) -> VmDisk:
         if keep and (there := find_kept(name)) is not None:
             if there.disk.exists():
                 _grow(there.disk, size)
-            return VmDisk(there, there.own, not (there.folder / _BOOTED).exists(), True)
+            booted = there.folder / _BOOTED
+            login = booted.read_text() if booted.exists() else ""
+            return VmDisk(there, there.own, not booted.exists(), True, login or "root")
         folder = kept_folder() if keep else Store().folder.with_name("scratch")
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder, keep)

@@ -75,6 +75,7 @@ class Instance:
                 memory=self.config.memory,
                 cpus=self.config.cpus,
                 kernel=os.path.basename(self.config.boot.kernel),
+                login=self.config.login,
             )
         except BackendError as error:
             self._close()

@@ -38,6 +38,8 @@ class VmEntry(NamedTuple):
     created: float
     memory: int
     cpus: int
+    login: str
+    """Whom ssh logs in as."""
     directory: Path
 
     @property
@@ -226,6 +228,7 @@ def _read(directory: Path) -> VmEntry | None:
             float(meta["created"]),
             int(meta.get("memory", 0)),
             int(meta.get("cpus", 0)),
+            str(meta.get("login", "root")),
             directory,
         )
     except (OSError, ValueError, KeyError, TypeError):

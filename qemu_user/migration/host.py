@@ -79,8 +79,6 @@ class Host:
             if scheme == "ipc":
                 self._unix = listen_unix(address, "migration socket")
             elif scheme == "tcp" and key is not None:
-                if not self._peers:
-                    raise HostError("tcp needs the public keys of the hosts that may send VMs; see docs/migration.md")
                 self._address = address.rpartition(":")[0]
                 context, self._authenticator = authenticated(self._peers)
                 self._router = zmq_socket.router(context, listen, key)

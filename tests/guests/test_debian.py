@@ -76,7 +76,7 @@ def test_a_system_that_is_kept(host: Product) -> None:
     assert host.run("stop", "-t", "120", "web", seconds=150).returncode == 0
     assert b"web" in host.run("disks").stdout
     assert host.run("run", "-d", "--name", "web", "--nic", "none", seconds=BOOT).returncode == 0
-    assert ssh(host, "root@web", "hello") == "Hello, world!"
+    assert ssh(host, "web", "whoami; hello").splitlines() == ["ada", "Hello, world!"]
     assert ssh(host, "root@web", "cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub") == identity
     refused = host.run("disks", "--delete", "web")
     assert refused.returncode == 1
@@ -107,7 +107,7 @@ def test_two_vms_differ_and_a_forwarded_port_answers(host: Product) -> None:
 
 @needs_ssh
 def test_clones_are_machines_of_their_own_and_let_in_all_the_while(host: Product) -> None:
-    words = ["run", "debian", "-d", "--name", "first", "--ephemeral", "--nic", "none"]
+    words = ["run", "debian", "-d", "--name", "first", "--user", "ada", "--ephemeral", "--nic", "none"]
     assert host.run(*words, seconds=BOOT).returncode == 0
     look = "cat /etc/machine-id; hostname; cut -d' ' -f2 /etc/ssh/ssh_host_ed25519_key.pub"
     parent = ssh(host, "first", look).split()
@@ -121,3 +121,4 @@ def test_clones_are_machines_of_their_own_and_let_in_all_the_while(host: Product
     assert [words[1] for words in found] == ["other-1", "other-2"]
     assert len({*parent, *found[0], *found[1]}) == 9
     assert ssh(host, "first", look).split() == parent
+    assert ssh(host, "other-2", "whoami") == "ada"

@@ -119,7 +119,7 @@ def test_what_ssh_is_told(vm: Registration, monkeypatch: pytest.MonkeyPatch) -> 
     assert words[-6:] == ["-t", "-L", "80:a:80", "web", "ls", "-l"]
     assert "User=root" in words
     assert any(word.startswith("ProxyCommand=") and str(vm.directory / "vsock.sock") in word for word in words)
-    ssh.login_file(vm.directory).write_text("ada")
+    vm.describe(vm_pid=0, memory=0, cpus=1, login="ada")
     assert "User=ada" in words_of(["ssh", "web"], monkeypatch)
     assert "User=eve" in words_of(["ssh", "eve@web"], monkeypatch)
 

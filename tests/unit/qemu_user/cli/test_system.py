@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def disk(new: bool = True) -> VmDisk:
 def test_settings_that_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         system._check(options(*words))
+
+
+def test_who_is_logged_in() -> None:
+    given = options("--user", "ada")
+    assert (system.login(given, disk()), system.login(options(), disk())) == ("ada", "root")
+    booted = dataclasses.replace(disk(new=False), login="eve")
+    assert (system.login(given, booted), system.login(options(), booted)) == ("eve", "eve")
 
 
 def test_keys(tmp_path: Path) -> None:

@@ -70,12 +70,12 @@ def test_a_kept_vm_needs_neither_image_nor_cache(image: Image) -> None:
     assert first.new
     with contextlib.closing(open_disk(str(first.disk))) as disk:
         disk.write(0, [memoryview(b"mine")])
-    first.booted()
+    first.booted("ada")
     first.discard()
     for path in image.folder.iterdir():
         path.unlink()
     again = vm_disk.open_disk(image, "web", keep=True, size=0)
-    assert (again.new, read(again.disk, 0), read(again.disk)) == (False, b"mine", b"root")
+    assert (again.new, again.login, read(again.disk, 0), read(again.disk)) == (False, "ada", b"mine", b"root")
     assert again.image.kernel.read_text() == "kernel"
     assert again.image.extra("ext4").read_text() == "modules-ext4"
     assert [vm.name for vm in vm_disk.kept()] == ["web"]
@@ -85,7 +85,7 @@ def test_a_command_is_no_first_boot(image: Image) -> None:
     vm_disk.open_disk(image, "web", keep=True, size=0)
     again = vm_disk.open_disk(image, "web", keep=True, size=0)
     assert again.new
-    again.booted()
+    again.booted("root")
     assert not vm_disk.open_disk(image, "web", keep=True, size=0).new
 
 
