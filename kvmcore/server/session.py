@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MAX_HOT = 16 << 20
 MAX_KEPT = 64
 """Descriptors that a client may leave for its successor."""
+MAX_WORD = 64
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ class ClientSession:
         self.table = HandleTable(quotas.handles)
         self.in_flight = 0
         self.dead = False
-        self.outlives = False
-        """Whether the VM goes on when the client dies."""
+        self._outlives = False
+        self._condition: tuple[int, tuple[bytes, ...]] | None = None
+        """A file of the client's, and what it has to begin with for the VM to go on."""
         self._shared_hot = -1
         self._kept: dict[int, int] = {}
         """What the client has left for who attaches after it: key -> descriptor."""
@@ -133,7 +136,7 @@ class ClientSession:
             case Op.SHARE:
                 return self.table.handle(message.a).shared_fds()
             case Op.OUTLIVE:
-                self.outlives = bool(message.a)
+                self._outlive(bool(message.a), message.body.get("while"), fds)
             case Op.KEEP:
                 self._keep(message.a, fds)
             case Op.HOT:
@@ -183,6 +186,35 @@ class ClientSession:
         os.pwrite(self._shared_hot, hot, 0)
         return [self._shared_hot]
 
+    @property
+    def outlives(self) -> bool:
+        """Whether the VM goes on when the client dies, which perhaps it has."""
+        if self._condition is None:
+            return self._outlives
+        fd, words = self._condition
+        try:
+            return os.pread(fd, MAX_WORD, 0).startswith(words)
+        except OSError:
+            return False
+
+    def _outlive(self, on: bool, words: object, fds: list[int]) -> None:
+        condition = None
+        if fds:
+            _exactly_one(fds)
+            if not on or not stat.S_ISREG(os.fstat(fds[0]).st_mode):
+                raise KvmError(EINVAL, reason="the condition of outliving is a regular file")
+            if not isinstance(words, list) or not all(isinstance(word, str) and word.isascii() and word for word in words):
+                raise KvmError(EINVAL, reason="the condition of outliving are words")
+            condition = fds[0], tuple(word.encode() for word in words)
+        self._forget_condition()
+        self._outlives, self._condition = on, condition
+        fds.clear()  # ours now
+
+    def _forget_condition(self) -> None:
+        if self._condition is not None:
+            os.close(self._condition[0])
+            self._condition = None
+
     def _keep(self, key: int, fds: list[int]) -> None:
         if len(fds) > 1:
             raise KvmError(EINVAL, reason="this message carries at most one descriptor")
@@ -207,6 +239,7 @@ class ClientSession:
             self.table.close_all()
             fd_passing.close_all(list(self._kept.values()))
             self._kept = {}
+            self._forget_condition()
 
 
 def _exactly_one(fds: list[int]) -> None:

@@ -258,10 +258,18 @@ class Link:
         return self._vdso
 
     def say(
-        self, op: Op, name: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0, fds: list[int] | None = None
+        self,
+        op: Op,
+        name: str,
+        a: int = 0,
+        b: int = 0,
+        c: int = 0,
+        d: int = 0,
+        fds: list[int] | None = None,
+        body: dict[str, Any] | None = None,
     ) -> list[int]:
         """One message on the socket; the descriptors that came back, ours to close. KvmError."""
-        return self._say(op, name, a, b, c, d, fds)[1]
+        return self._say(op, name, a, b, c, d, fds, body)[1]
 
     def _say(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from errno import EOPNOTSUPP
 
 from protocol.abi import structs
@@ -159,11 +159,14 @@ class Vm(Handle):
 
     # -- a VM that outlives its client --------------------------------------------------------------
 
-    def outlive(self, on: bool) -> None:
+    def outlive(self, on: bool, condition: int = -1, words: Sequence[str] = ()) -> None:
         """Whether the VM goes on if this process dies without close(): vCPUs stop at their next exit, until another
-        process attaches (Kvm.attach_vm).
+        process attaches (Kvm.attach_vm). `condition`: a file; if it begins with one of the `words` when we die.
         """
-        self.link.say(Op.OUTLIVE, "outlive", int(on))
+        if condition < 0:
+            self.link.say(Op.OUTLIVE, "outlive", int(on))
+        else:
+            self.link.say(Op.OUTLIVE, "outlive", int(on), fds=[condition], body={"while": list(words)})
         self._outlives = on
 
     def keep(self, key: int, fd: int) -> None:

@@ -150,7 +150,6 @@ class Keeper:
             machine.vm.keep(key, fd)
         if machine.memory.absent is not None:
             self._leave_source(machine.memory.absent)
-        machine.vm.outlive(True)
         return records
 
     def _leave_source(self, absent: AbsentPages) -> None:
@@ -240,7 +239,8 @@ class Keeper:
 
     def _write_machine(self) -> None:
         if self._on:
-            record = MachineRecord(self._machine.status, self._machine.generation, self._power, self._exits)
+            machine = self._machine
+            record = MachineRecord(machine.status_to_keep, machine.generation, self._power, self._exits)
             self._put("machine", msgspec.msgpack.encode(record))
 
     def power_asked(self, what: str, status: int) -> None:

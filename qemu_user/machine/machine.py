@@ -92,6 +92,8 @@ class Machine:
         """Called when the VM has become one that outlives us."""
         self.keeper: Keeper | None = None
         self._predecessor: Predecessor | None = None
+        self._becomes = PRELAUNCH
+        """What it is to be when it has arrived."""
         self.generation = 0
         """How often the VM has moved to another process."""
         self.status = PRELAUNCH
@@ -189,7 +191,7 @@ class Machine:
         predecessor.restore(self)
         self.interrupts.settle()
         self.generation, self.created = predecessor.machine.generation, predecessor.handles.created
-        self.status = INMIGRATE
+        self.status, self._becomes = INMIGRATE, predecessor.machine.status
         take = predecessor.locks()
         for image in self.parts.images:
             image.adopt_locks(take)
@@ -222,15 +224,16 @@ class Machine:
             self._power_asked += 1
             self._happenings.put(Happening(what, status))
 
-    def _begin_keeping(self) -> None:
-        """From now on the VM outlives us, if it is to."""
+    def _begin_keeping(self, *condition: Any) -> None:
+        """From now on the VM outlives us, if it is to. `condition`: Vm.outlive()'s."""
         if self.config.keep and self.keeper is None:
             from qemu_user.machine.keeper import Keeper
 
             with self.standing() if self.status == RUNNING else nullcontext():
                 self.keeper = Keeper(self)
-            if self.introduce is not None:
-                self.introduce()
+                if self.introduce is not None:
+                    self.introduce()
+                self.vm.outlive(True, *condition)
 
     def _exit_done(self, cpu: int, device: Device | None) -> None:
         if self.keeper is not None:
@@ -438,6 +441,17 @@ class Machine:
                     for transport in self.parts.transports:
                         transport.resume()
                 self._tell("RESUME")
+
+    @property
+    def status_to_keep(self) -> str:
+        """The run state that who takes our place is to find."""
+        return self._becomes if self.status == INMIGRATE else self.status
+
+    def keep_what_arrives(self, running: bool, decision: int, words: list[str]) -> None:
+        """All of it is in place, and it is another process's until the file `decision` begins with one of the `words`: from then
+        on the VM outlives us, if it is to, and runs or stands. KvmError."""
+        self._becomes = RUNNING if running else PAUSED
+        self._begin_keeping(decision, words)
 
     def arrive_paused(self) -> None:
         """The machine that has come stands until resume()."""

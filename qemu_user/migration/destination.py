@@ -273,12 +273,15 @@ class Incoming:
             with suppress(ChannelError):
                 self._channel.send(messages.PREPARED)
             steps.reached("destination:prepared-sent", self._channel.cut, instance.machine.vm.pid)
+            with self._journal.opened() as decision:
+                instance.machine.keep_what_arrives(hello.running, decision.fileno(), journals.condition(journals.RUNNING))
             if not self._may_run(hello):
                 raise Discarded
             steps.reached("destination:commit", self._channel.cut, instance.machine.vm.pid)
             if not instance.machine.vm.alive:
                 raise Refused(f"the VM's kvmcore process on this host ({instance.machine.vm.pid}) has died")
             self._journal.write(journals.RUNNING, hello.generation)
+            steps.reached("destination:decided", self._channel.cut, instance.machine.vm.pid)
         if self._pages_follow:  # from here on the channel is for pages only
             with suppress(ChannelError):
                 self._channel.send(messages.RUNNING, hello.generation)

@@ -6,6 +6,9 @@ kernel proves, and what it last wrote counts; whoever holds the dead side's lock
 destination, REVOKED back to the source), once. Journals lie in the runtime directory: a machine that restarts has lost
 both memory and journal, and nothing of it can run.
 
+What a side has left with kvmcore when its process is dead (machine/keeper.py) goes by the same word: kvmcore looks whether the
+journal begins with one of condition()'s, so there is no moment at which the two say different things.
+
 Source: OFFERED -> COMMITTED, or -> ABORTED. Destination: PREPARED -> RUNNING, or -> ABORTED.
 """
 
@@ -18,6 +21,7 @@ import re
 import stat
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from qemu_user.migration import places
 
@@ -47,6 +51,10 @@ class Journal:
         _put(self._fd, state, generation)
         self.state = state
 
+    def opened(self) -> BinaryIO:
+        """The file once more, for reading; without a lock."""
+        return open(self.path, "rb", buffering=0)
+
     def close(self) -> None:
         """It is settled and nobody will ask. Idempotent."""
         if self._fd >= 0:
@@ -63,6 +71,11 @@ class Journal:
 def _put(fd: int, state: str, generation: int) -> None:
     data = json.dumps({"state": state, "generation": generation, "pid": os.getpid()}).encode().ljust(_SIZE)
     os.pwrite(fd, data, 0)  # one write below a page: seen whole or not at all
+
+
+def condition(*states: str) -> list[str]:
+    """What a journal that says one of these begins with."""
+    return [json.dumps({"state": state})[:-1] + "," for state in states]
 
 
 def _state(fd: int) -> str:

@@ -15,7 +15,7 @@ STEPS = (
     "source:connected", "source:offered", "source:round", "source:standing", "source:state", "source:prepared",
     "source:committed", "source:commit-sent", "source:done",
     "destination:hello", "destination:built", "destination:data", "destination:state", "destination:prepared",
-    "destination:prepared-sent", "destination:commit", "destination:running", "destination:done",
+    "destination:prepared-sent", "destination:commit", "destination:decided", "destination:running", "destination:done",
 )  # fmt: skip
 POSTCOPY_STEPS = ("source:page", "destination:page")
 RESTORE_STEPS = ("restored:page", "restored:whole")

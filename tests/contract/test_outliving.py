@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,6 +31,8 @@ left = os.memfd_create("left"); os.write(left, b"for the next one")
 vm.keep(7, left); vm.keep(8, left); vm.keep(8, -1)
 if sys.argv[2] == "outlive":
     vm.outlive(True)
+elif sys.argv[2] != "not":
+    vm.outlive(True, os.open(sys.argv[2], os.O_RDONLY), ["yes", "perhaps"])
 link = vm.link
 print(json.dumps(dict(door=vm.door, session=link.session.hex(), incarnation=link.incarnation, vm=vm.number,
                       vcpu=vcpu.number, pid=vm.pid)), flush=True)
@@ -121,6 +124,35 @@ def test_a_living_client_is_not_robbed(endpoint: str) -> None:
     client.process.stdin.flush()
     assert gone(how["pid"]), "close() ends a VM that would outlive a death"
     client.kill()
+
+
+@pytest.mark.parametrize(("word", "lives"), [("yes", True), ("perhaps not", True), ("no", False), ("", False)])
+def test_what_a_file_says_at_its_death_decides(word: str, lives: bool, endpoint: str, tmp_path: Path) -> None:
+    file = tmp_path / "word"
+    file.write_text("yes" if not lives else "no")
+    client = Client(endpoint, str(file))
+    file.write_text(word)
+    client.kill()
+    if lives:
+        client.attach().close()
+    assert gone(client.how["pid"])
+
+
+def test_conditions_that_are_none(endpoint: str, tmp_path: Path) -> None:
+    kvm = Kvm.open(endpoint)
+    vm = kvm.create_vm()
+    (tmp_path / "word").write_text("yes")
+    file, folder = os.open(tmp_path / "word", os.O_RDONLY), os.open(tmp_path, os.O_RDONLY)
+    for on, fd, words in ((True, folder, ["yes"]), (False, file, ["yes"]), (True, file, [""]), (True, file, ["\ud800"])):
+        with pytest.raises(KvmError) as caught:
+            vm.outlive(on, fd, words)
+        assert caught.value.errno == errno.EINVAL
+    vm.outlive(True, file, ["yes"])
+    vm.outlive(False)
+    vm.close()
+    kvm.close()
+    os.close(file)
+    os.close(folder)
 
 
 def test_others_die_with_their_client(endpoint: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,19 @@ def kill_device_process(host: HostUnderTest) -> None:
     (process,) = [process for process in host.processes() if process.pid == pid]
     process.send_signal(signal.SIGKILL)
     process.wait(60)
+
+
+def wait_until_it_waits(host: HostUnderTest, name: str = "vm") -> None:
+    """Until the device process of the VM, or of one that comes in as that, is dead."""
+    end = time.monotonic() + 60
+    while not any(entry["waits"] for entry in rows(host) if str(entry["name"]).startswith(name)):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def rows(host: HostUnderTest) -> list[dict[str, object]]:
+    """What is listed."""
+    return list(json.loads(host.softkvm("ps", "--format", "json").stdout))
 
 
 @pytest.mark.parametrize("cpus", [1, 2])
@@ -133,3 +147,34 @@ def test_what_waits_ends_when_its_vm_has_moved(host: HostUnderTest, goes_on: Cal
     goes_on("vm")
     host.wait_for_names(["vm"])
     assert (row(host)["vm_pid"] == before, row(host)["waits"]) == (False, False)
+
+
+@pytest.mark.parametrize("way", ["handed", "copied", "post-copy"])
+@pytest.mark.parametrize("step", ["destination:commit", "destination:decided"])
+def test_a_destination_that_is_killed_when_it_is_decided(
+    step: str, way: str, hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path
+) -> None:
+    """Until its journal says that it runs the VM it is the source's, from then on it waits here: there is nothing between."""
+    one, two = hosts
+    uri = two.serve(fault=f"{step}=kill")
+    one.boot("vm", options=("-keep",), drives=(memory_guest.drive(tmp_path / "disk"),))
+    goes_on("vm")
+    ways = {"handed": (), "copied": ("--copy",), "post-copy": ("--postcopy",)}
+    with one.started("migrate", "vm", uri, *ways[way]) as moving:
+        if step == "destination:commit":
+            assert moving.wait(60) == 1
+            goes_on("vm")
+            assert one.status("vm") == "running"
+            two.wait_for_names([])
+            return
+        if way != "post-copy":
+            assert moving.wait(60) == 0
+            one.wait_for_names([])
+        wait_until_it_waits(two)
+        done = two.softkvm("attach", str(row(two)["name"]))
+        assert done.returncode == 0, done.stderr.decode()
+        goes_on("vm")
+        assert moving.wait(60) == 0
+    one.wait_for_names([])
+    two.wait_for_names(["vm"])
+    assert two.status("vm") == "running"

@@ -3,8 +3,6 @@ in its place goes on fetching, and nothing of the memory is lost or comes twice.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 from qemu_user.migration.snapshot import Snapshot
 from tests.framework import memory_guest
 from tests.migration.hosts import HostUnderTest
-from tests.migration.test_attach import kill_device_process, row
+from tests.migration.test_attach import kill_device_process, row, wait_until_it_waits
 
 slow = pytest.mark.slow
 PAGES = 8000
@@ -39,18 +37,6 @@ def ok_with(host: HostUnderTest, fault: str, *words: str) -> None:
         ok(host, *words)
     finally:
         del host.environment["SOFTKVM_MIGRATION_FAULT"]
-
-
-def wait_until_it_waits(host: HostUnderTest, name: str = "vm") -> None:
-    """Until the device process of the VM, or of one that comes in as that, is dead."""
-    end = time.monotonic() + 60
-    while not any(entry["waits"] for entry in rows(host) if str(entry["name"]).startswith(name)):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def rows(host: HostUnderTest) -> list[dict[str, object]]:
-    return list(json.loads(host.softkvm("ps", "--format", "json").stdout))
 
 
 def memory_of(host: HostUnderTest, tag: str) -> bytes:
