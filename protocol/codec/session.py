@@ -39,8 +39,8 @@ class Op(IntEnum):
     SHARE = 6
     """a = handle. The answer carries the descriptors that the client may map (mmap of the Linux fd)."""
     OUTLIVE = 7
-    """a = 1: the VM goes on when its client dies, until another one of the same user attaches; 0: it ends then, as always. With a
-    descriptor of a regular file and body {"while": [word, ...]}: it goes on if the file begins with one of these words then."""
+    """a = 1: the VM goes on when its client dies, until another one of the same user attaches; 0: it ends then, as always.
+    With a descriptor of a regular file and body {"while": [word, ...]}: it goes on if the file begins with one of them then."""
     KEEP = 8
     """a = key, one descriptor: hold it for who attaches, in place of an earlier one; without a descriptor: let go of it."""
     KEPT = 9

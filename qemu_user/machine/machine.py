@@ -448,8 +448,8 @@ class Machine:
         return self._becomes if self.status == INMIGRATE else self.status
 
     def keep_what_arrives(self, running: bool, decision: int, words: list[str]) -> None:
-        """All of it is in place, and it is another process's until the file `decision` begins with one of the `words`: from then
-        on the VM outlives us, if it is to, and runs or stands. KvmError."""
+        """All of it is in place, and another process's until the file `decision` begins with one of the `words`: from then on
+        the VM outlives us, if it is to, and runs or stands. KvmError."""
         self._becomes = RUNNING if running else PAUSED
         self._begin_keeping(decision, words)
 

@@ -11,6 +11,7 @@ import os
 
 import msgspec
 
+from protocol.channel import fd_passing
 from qemu_user.migration import increments, steps
 from qemu_user.migration.snapshot import CLUSTER, Clusters
 
@@ -88,16 +89,25 @@ def decoded(data: bytes) -> Left:
 
 
 def snapshot_memory(left: LeftSnapshot, fds: list[int]) -> SnapshotMemory:
-    """The descriptors are its own from now on. ValueError: they do not belong together."""
-    if len(left.files) != len(fds) or not left.files:
-        raise ValueError("other files than were left")
+    """The descriptors are its own from now on. ValueError: they do not belong together; they are closed then."""
+    try:
+        _check(left.files, fds)
+    except ValueError:
+        fd_passing.close_all(fds)
+        raise
     clusters: Clusters | None = None
     for file, fd in reversed(list(zip(left.files, fds, strict=True))):
-        small = len(file.sums) != 4 * -(-file.size // CLUSTER) or os.fstat(fd).st_size != file.size
-        if small or (clusters is None) != (not file.inherited) or (clusters is not None and clusters.size != file.size):
-            raise ValueError(f"{file.path}: of another size than was left")
-        if file.inherited and len(file.inherited) != increments.bitmap_size(file.size):
-            raise ValueError(f"{file.path}: a bitmap of another size")
         clusters = Clusters(file.path, file.size, file.sums, file.inherited, clusters, fd)
     assert clusters is not None
     return SnapshotMemory(clusters)
+
+
+def _check(files: list[LeftFile], fds: list[int]) -> None:
+    if len(files) != len(fds) or not files:
+        raise ValueError("other files than were left")
+    for number, (file, fd) in enumerate(zip(files, fds, strict=True), 1):
+        size = file.size
+        if size != files[0].size or os.fstat(fd).st_size != size or len(file.sums) != 4 * -(-size // CLUSTER):
+            raise ValueError(f"{file.path}: of another size than was left")
+        if len(file.inherited) != (0 if number == len(files) else increments.bitmap_size(size)):
+            raise ValueError(f"{file.path}: a bitmap of another size than was left")

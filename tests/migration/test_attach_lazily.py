@@ -139,7 +139,7 @@ def test_a_post_copy_goes_on(
 def test_a_source_that_dies_meanwhile(hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int]) -> None:
     """Part of the memory is lost, and the VM with it: attach says so, nobody waits for ever."""
     one, two = hosts
-    uri = two.serve(fault="destination:page=kill:5")
+    uri = two.serve(fault="destination:page=kill:40")
     source = one.boot("vm", options=("-keep",), pages=PAGES, pause=1000)
     goes_on("vm")
     with one.started("migrate", "vm", uri, "--postcopy") as moving:

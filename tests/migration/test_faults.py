@@ -24,14 +24,14 @@ KILLED = {
     "source:commit-sent": DESTINATION, "source:done": DESTINATION,
     "destination:hello": SOURCE, "destination:built": SOURCE, "destination:data": SOURCE, "destination:state": SOURCE,
     "destination:prepared": SOURCE, "destination:prepared-sent": SOURCE, "destination:commit": SOURCE,
-    "destination:running": NEITHER, "destination:done": NEITHER,
+    "destination:decided": NEITHER, "destination:running": NEITHER, "destination:done": NEITHER,
 }  # fmt: skip
 CUT = {
     **dict.fromkeys(STEPS, SOURCE),
     "source:prepared": DESTINATION, "source:committed": DESTINATION, "source:commit-sent": DESTINATION,
     "source:done": DESTINATION,
-    "destination:prepared-sent": DESTINATION, "destination:commit": DESTINATION, "destination:running": DESTINATION,
-    "destination:done": DESTINATION,
+    "destination:prepared-sent": DESTINATION, "destination:commit": DESTINATION, "destination:decided": DESTINATION,
+    "destination:running": DESTINATION, "destination:done": DESTINATION,
 }  # fmt: skip
 #: Those that run every time; the rest are slow.
 QUICK = {("source:state", "kill"), ("source:committed", "cut"), ("destination:prepared-sent", "kill")}

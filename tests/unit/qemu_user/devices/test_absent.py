@@ -13,6 +13,7 @@ import pytest
 
 from protocol.channel.shared_memory import PAGE, Mapping
 from qemu_user.devices.absent import AbsentPages, PageLost
+from qemu_user.migration import increments
 from qemu_user.migration.left_memory import LeftSnapshot, SnapshotMemory, decoded, snapshot_memory
 from qemu_user.migration.snapshot import CLUSTER, Clusters
 
@@ -113,9 +114,14 @@ def test_what_was_left_is_checked(saved: Clusters) -> None:
     left = decoded(data)
     assert isinstance(left, LeftSnapshot)
     (file,) = left.files
-    for files in ([], [msgspec.structs.replace(file, size=SIZE + 1)], [msgspec.structs.replace(file, sums=b"")],
+    bitmap = msgspec.structs.replace(file, inherited=bytes(increments.bitmap_size(SIZE) + 1))
+    for files in ([], [bitmap, file], [msgspec.structs.replace(file, size=SIZE + 1)], [msgspec.structs.replace(file, sums=b"")],
                   [msgspec.structs.replace(file, inherited=b"\1")], [file, file]):  # fmt: skip
+        given = [os.dup(fds[0]) for _ in files] or [os.dup(fds[0])]
         with pytest.raises(ValueError, match="left"):
-            snapshot_memory(LeftSnapshot(files), [os.dup(fds[0])])
+            snapshot_memory(LeftSnapshot(files), given)
+        for fd in given:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(fd)
     with pytest.raises(ValueError, match="truncated"):
         decoded(data[:-1])
