@@ -90,7 +90,15 @@ class RemoteLink(Link):
         return RemoteLink(f"{host}:{port}", self._curve)
 
     def say(
-        self, op: Op, name: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0, fds: list[int] | None = None
+        self,
+        op: Op,
+        name: str,
+        a: int = 0,
+        b: int = 0,
+        c: int = 0,
+        d: int = 0,
+        fds: list[int] | None = None,
+        body: dict[str, Any] | None = None,
     ) -> list[int]:
         """KvmError(EOPNOTSUPP): descriptors do not travel over tcp."""
         raise KvmError(EOPNOTSUPP, name, "needs shared memory or descriptors, which a session over tcp has not")
