@@ -24,6 +24,7 @@ from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.hart_state import HartState
 from kvmcore.engine.host_clock import HostClock
 from kvmcore.engine.loader import Image
+from protocol.channel import process_memory
 
 if TYPE_CHECKING:
     from kvmcore.engine.hot_code import HotCode
@@ -295,15 +296,18 @@ class Machine:
                 self._pool.map.madvise(mmap.MADV_NOHUGEPAGE)
 
     def look_if_idle(self) -> None:
-        """Called now and then: a machine that has done next to nothing since the last time gives the memory of decoded pages
-        back, all but of those that it has entered meanwhile.
+        """Called now and then: a machine that has done next to nothing since the last time gives memory back: what malloc has
+        kept, and decoded pages, all but those that it has entered meanwhile.
         """
         from kvmcore.engine import warm_pages
 
         self.bound_code()
         count = sum(hart.state.icount for hart in self.harts)
         done, self._icount_seen = count - self._icount_seen, count
-        if done > _IDLE_INSTRUCTIONS or self.state.pool_used < _FEW_BYTES:
+        if done > _IDLE_INSTRUCTIONS:
+            return
+        process_memory.trim()
+        if self.state.pool_used < _FEW_BYTES:
             return
         with self.quiesce():
             pages = range(self.state.pool, self.state.pool + self.state.pool_used, machine_state.PAGE_STRIDE)
@@ -642,14 +646,20 @@ class Hart:
 
     # -- forgetting ------------------------------------------------------------------------------------------
     def forget_fetches(self) -> None:
-        """Empty the fetch TLBs; the hart is not in native code."""
-        size = hart_state.FETCH_TLB_ENTRIES * 16
-        at = self._address + hart_state.offset("tlb_blocks") + hart_state.FETCH_TLB_OFFSET
-        for block in range(hart_state.TLB_BANKS * hart_state.TLB_BLOCKS):
-            ctypes.memset(at + block * hart_state.TLB_BLOCK, 0xFF, size)
-        for bank in range(hart_state.TLB_BANKS):
-            self.state.fetch_fills[bank] = 0
-        ctypes.memset(self._address + hart_state.offset("second_fetch"), 0xFF, _SECOND_FETCH)
+        """Empty the fetch TLBs; the hart is not in native code. Memory of banks that were never used is not touched,
+        and what the second level holds has a stamp that is no block's any more."""
+        state, size = self.state, hart_state.FETCH_TLB_ENTRIES * 16
+        bank = state.bank
+        for number in range(hart_state.TLB_BANKS):
+            if number != bank:
+                state.bank_epoch[number] = U64  # no hart's: it is emptied when it is chosen
+        state.fetch_fills[bank] = 0
+        at = self._address + hart_state.offset("tlb_blocks") + bank * hart_state.TLB_BANK
+        for block in range(at, at + hart_state.TLB_BANK, hart_state.TLB_BLOCK):
+            state.last_stamp += 1
+            ctypes.c_uint64.from_address(block + _FETCH_STAMP).value = state.last_stamp
+            ctypes.c_uint64.from_address(block + _FETCH_FOREIGN).value = 0
+            ctypes.memset(block + hart_state.FETCH_TLB_OFFSET, 0xFF, size)
 
     def flush_tlb(self, va: int | None = None, asid: int | None = None) -> None:
         """Forget translations before the next instruction that a look at `attention` allows."""
@@ -671,7 +681,7 @@ def _bits(extensions: frozenset[str]) -> int:
     return sum(1 << i for i, name in enumerate(hart_state.EXTENSIONS) if name in extensions)
 
 
-_SECOND_FETCH = 8 * hart_state.BY_NAME["second_fetch"].count
+_FETCH_STAMP, _FETCH_FOREIGN = hart_state.BLOCK_STAMPS + 8, hart_state.BLOCK_FOREIGN + 8
 _SIP = hart_state.offset("sip")
 _OWNER = hart_state.offset("owner")
 _LONG = 3600 * FREQUENCY

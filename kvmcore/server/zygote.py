@@ -7,7 +7,6 @@ the daemon by one packet socket, and never to a client.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvmcore.server import process, runtime_dir
-from protocol.channel import fd_passing
+from protocol.channel import fd_passing, process_memory
 
 log = logging.getLogger("kvmcore.zygote")
 
@@ -110,8 +109,7 @@ class Zygote:
 
         ioctl.preload()
         vm_process.preload()
-        gc.collect()
-        gc.freeze()
+        process_memory.settle()
 
     @staticmethod
     def _rehearse() -> None:
@@ -122,8 +120,7 @@ class Zygote:
             rehearsal.rehearse()
         except Exception:
             log.exception("no rehearsal; VMs start more slowly")
-        gc.collect()
-        gc.freeze()
+        process_memory.settle()
 
     def _take_order(self, poller: select.poll) -> bool:
         """Fork one VM; False when the daemon is gone."""

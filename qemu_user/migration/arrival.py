@@ -5,7 +5,6 @@ VM from then on. Started by spawn.py, detached from any terminal.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -24,7 +23,7 @@ import msgspec
 import zmq
 
 from protocol.abi.errors import KvmError
-from protocol.channel import fd_passing, zmq_socket
+from protocol.channel import fd_passing, process_memory, zmq_socket
 from protocol.channel.shared_memory import PAGE
 from protocol.channel.zmq_socket import Curve
 from qemu_user.backends.block.opening import format_by_name, is_nbd, open_disk
@@ -241,8 +240,7 @@ def _is_ours(uuid: str, generation: int) -> bool:
 
 def several(order: Restore) -> str:
     """Fork a process for each name: imports are done and shared. The name that this one is; "" in the parent."""
-    gc.collect()
-    gc.freeze()
+    process_memory.settle()
     for name in order.names:
         if os.fork() == 0:
             os.setsid()

@@ -9,7 +9,6 @@ ZeroMQ context: never fork after one.
 from __future__ import annotations
 
 import fcntl
-import gc
 import importlib
 import os
 import select
@@ -22,7 +21,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
-from protocol.channel import fd_passing, process_title
+from protocol.channel import fd_passing, process_memory, process_title
 from qemu_user.runtime_folder import runtime_folder
 from qemu_user.warm import circumstances, request
 from qemu_user.warm.asking import SOCKET
@@ -300,8 +299,7 @@ def main(lock: int, daemon: int) -> int:
     with suppress(BackendError, OSError):  # then its children are less warm
         rehearsal.rehearse()
     parent = Parent(Path(runtime_folder()), lock, daemon)
-    gc.collect()
-    gc.freeze()
+    process_memory.settle()
     told = parent.serve()
     return become(told) if told is not None else 0
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import msgspec
 
+from protocol.channel import process_memory
 from protocol.channel.shared_memory import create_memfd
 from qemu_user.backends.io_threads import IoThreads
 from qemu_user.config.background import for_background
@@ -42,7 +43,9 @@ def rehearse(times: int = WARM) -> None:
             balloon=Balloon(),
             vmgenid=True,
         )
-        for _ in range(times):
+        for number in range(times):
+            if number == times - 1:
+                process_memory.forget_lookups()
             data = msgspec.msgpack.encode(for_background(config, config.name))
             _rehearse(msgspec.msgpack.decode(data, type=MachineConfig).validate(files=False))
     finally:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 
 import pytest
 
-from kvmcore.engine import machine_state, warm_pages
+from kvmcore.engine import hart_state, machine_state, warm_pages
 from kvmcore.engine.exits import ExitKind
 from kvmcore.engine.loader import Image
 from kvmcore.engine.machine import SlotView
@@ -104,6 +105,70 @@ def test_an_idle_machine_gives_decoded_pages_back(image: Image) -> None:
     assert g.run() == ExitKind.MMIO_WRITE
     assert g.harts[0].state.x[10] == 8
     assert g.harts[0].state.count_page == 0, "what it had entered was given back, too"
+
+
+def test_an_idle_machine_forgets_what_it_fetches_in_all_address_spaces(image: Image) -> None:
+    """Each look finds which pages were entered since the last one, whatever address space they were entered in."""
+    root = RAM + 0x10000
+    g = Guest(image, f"""
+        li t0, {8 << 60 | root >> 12}
+        csrw satp, t0
+        call far
+        csrw satp, zero
+        call far
+        ecall
+    .balign 4096
+    far:
+        ret
+    """)
+    g.memory[root - RAM + 16 : root - RAM + 24] = (RAM >> 12 << 10 | 0xCF).to_bytes(8, "little")
+    for _ in range(3):
+        g.harts[0].state.pc = RAM
+        assert g.run() == ExitKind.ECALL
+        assert _used(g.machine.state.pool + machine_state.PAGE_STRIDE).value == 2, "once in each"
+        with g.machine.quiesce():
+            _used(g.machine.state.pool + machine_state.PAGE_STRIDE).value = 0
+            g.harts[0].forget_fetches()
+
+
+def test_an_idle_machine_touches_no_tables_that_it_has_not_used(image: Image) -> None:
+    g = Guest(image, CODE)
+    tables = g.harts[0].address + hart_state.offset("tlb_blocks")
+    size = hart_state.offset("region_status") - hart_state.offset("tlb_blocks")
+    g.harts[0]._block.map.madvise(mmap.MADV_DONTNEED)  # other harts have had it
+    g.harts[0]._begin()
+    g.harts[0].state.pc = RAM
+    assert g.run() == ExitKind.MMIO_WRITE
+    before = _pages(tables, size)
+    g.machine.look_if_idle()
+    g.harts[0].forget_fetches()
+    assert _pages(tables, size) <= before + hart_state.TLB_BANK // PAGE + 1
+
+
+def test_an_idle_machine_gives_back_what_malloc_has_kept(image: Image) -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("not glibc")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    g = Guest(image, CODE)
+    blocks = [libc.malloc(64 << 10) for _ in range(64)]
+    for block in blocks:
+        ctypes.memset(block, 1, 64 << 10)
+    for block in blocks[:-1]:  # the last one keeps malloc from giving the end of the heap back
+        libc.free(block)
+    there = [_pages(block, 64 << 10) for block in blocks[:-1]]
+    g.machine.look_if_idle()
+    left = [_pages(block, 64 << 10) for block in blocks[:-1]]
+    libc.free(blocks[-1])
+    assert sum(left) < sum(there) // 4
+
+
+def _pages(address: int, size: int) -> int:
+    """How many pages of these are in memory."""
+    with open("/proc/self/pagemap", "rb", 0) as pagemap:
+        pagemap.seek(address // PAGE * 8)
+        entries = memoryview(pagemap.read((size // PAGE + 1) * 8)).cast("Q")
+    return sum(entry >> 63 for entry in entries)
 
 
 def test_pages_that_are_entered_often_outlast_a_way_through_much_code(image: Image) -> None:
