@@ -262,17 +262,9 @@ class Keeper:
         return list(self._power)
 
     def stop(self) -> None:
-        """The VM ends with this process again, as it is about to do or to be another host's."""
+        """The VM ends with this process again."""
         self._on = False
         self._machine.vm.outlive(False)
-
-    def go_on(self) -> None:
-        """After stop(), in a machine that stands: it stays after all."""
-        self._on = True
-        for device in self._machine.parts.devices:
-            self.changed(device)
-        self.machine_changed()
-        self._machine.vm.outlive(True)
 
 
 # -- the successor -----------------------------------------------------------------------------------
@@ -292,18 +284,23 @@ def introduce(machine: Machine, path: Path, lock: int) -> None:
     path.with_suffix(".partial").rename(path)
 
 
+def reach(path: Path) -> Vm:
+    """The VM whose device process has died; we are its client from here on. `path`: what introduce() has written. KvmError:
+    EBUSY while the VM has its device process; OSError: it is not made to be attached to."""
+    from protocol.client import Kvm
+
+    how = json.loads(path.read_text())
+    session = bytes.fromhex(how["session"])
+    return Kvm.attach_vm(how["door"], session, how["incarnation"], how["vm"], how["pid"])
+
+
 class Predecessor:
-    """What a device process that died has left of its VM. We are the VM's client from here on."""
+    """What a device process that died has left of its VM."""
 
-    def __init__(self, path: Path, source_of: Callable[[bytes, list[int]], PageSource] | None = None) -> None:
-        """`path`: what introduce() has written. `source_of` makes a PageSource of what was left of one, descriptors and all;
-        None: nobody goes on. KvmError: EBUSY while the VM has its device process; StateError; OSError: it is not made to be
-        attached to."""
-        from protocol.client import Kvm
-
-        how = json.loads(path.read_text())
-        session = bytes.fromhex(how["session"])
-        self.vm = Kvm.attach_vm(how["door"], session, how["incarnation"], how["vm"], how["pid"])
+    def __init__(self, vm: Vm, source_of: Callable[[bytes, list[int]], PageSource] | None = None) -> None:
+        """`vm`: of reach(). `source_of` makes a PageSource of what was left of one, descriptors and all; None: nobody goes on.
+        StateError, KvmError; the VM waits as before then."""
+        self.vm = vm
         try:
             fd = self.vm.kept(RECORDS_KEY)
             if fd < 0:

@@ -45,6 +45,7 @@ from qemu_user.machine.tree import machine_tree
 from qemu_user.run_loop import PAUSE, QUIT, Gate, VcpuThread
 
 if TYPE_CHECKING:
+    from protocol.client import Vm
     from qemu_user.backends.block.raw import BlockBackend
     from qemu_user.machine.flash import FlashMemory
     from qemu_user.machine.keeper import Keeper, Predecessor
@@ -183,6 +184,12 @@ class Machine:
                 self.resume()
             else:
                 self._begin_keeping()
+
+    def remain(self, vm: Vm, ram_fd: int) -> None:
+        """Instead of start(): the VM lives on elsewhere, and needs the rest of its memory, `ram_fd`, ours from now on. What
+        kvmcore has of it, `vm`, ends with us."""
+        self.vm, self.ram_fd, self.status = vm, ram_fd, POSTMIGRATE
+        self.memory = GuestMemory([(virt.RAM_BASE, memoryview(mmap.mmap(ram_fd, self.config.memory)))])
 
     def _take_over(self, predecessor: Predecessor) -> None:
         """Devices and wires as a dead process has left them. StateError."""

@@ -26,6 +26,7 @@ from qemu_user.management.qmp_server import QmpServer
 from qemu_user.management.registry import ATTACH_FILE, NameTaken, Registration, logs_folder
 
 if TYPE_CHECKING:
+    from protocol.client import Vm
     from qemu_user.devices.absent import PageSource
     from qemu_user.machine.keeper import Predecessor
     from qemu_user.machine.made import MadeVm
@@ -114,21 +115,46 @@ class Instance:
         self._close()
 
     @classmethod
+    def reached(cls, directory: Path) -> Vm:
+        """The VM of that directory, whose device process has died; we are its client from now on. StartError: there is nothing
+        to attach to, or it has a device process."""
+        from qemu_user.machine.keeper import reach
+
+        try:
+            return reach(directory / ATTACH_FILE)
+        except FileNotFoundError as error:
+            raise StartError(f"VM {directory.name}: was not started with --keep: there is nothing to attach to") from error
+        except (KvmError, OSError) as error:
+            reason = "has its device process" if getattr(error, "errno", 0) == errno.EBUSY else str(error)
+            raise StartError(f"VM {directory.name}: {reason}") from error
+
+    @classmethod
+    def remaining(cls, directory: Path, vm: Vm, registration: int, config: MachineConfig, ram_fd: int) -> Instance:
+        """What is left in that directory of a VM that lives on elsewhere (Machine.remain), listed and reached as VMs are."""
+        instance = cls(config, "", registration=Registration.adopted(directory, registration))
+        instance.machine.remain(vm, ram_fd)
+        try:
+            instance._qmp = QmpServer(instance.machine, [instance._control])
+        except BackendError as error:
+            instance._close()
+            raise StartError(str(error)) from error
+        instance._qmp.start()
+        instance._registration.describe(vm_pid=vm.pid, memory=config.memory, cpus=config.cpus, kernel="")
+        return instance
+
+    @classmethod
     def attached(
-        cls, directory: Path, source_of: Callable[[bytes, list[int]], PageSource], ours: Callable[[str, int], bool]
+        cls, directory: Path, vm: Vm, source_of: Callable[[bytes, list[int]], PageSource], ours: Callable[[str, int], bool]
     ) -> Instance:
-        """The VM of that directory, whose device process has died, with this one in its place; it goes on. `source_of`:
-        Predecessor's; `ours`: whether the VM of that uuid and generation may run here, else it ends. StartError: it may not,
-        there is nothing to attach to, or it has a device process; KvmError, StateError."""
+        """That `vm` of reached(), with this process in the place of the one that has died; it goes on. `source_of`:
+        Predecessor's; `ours`: whether the VM of that uuid and generation may run here, else it ends. StartError: it may not, or
+        cannot; KvmError, StateError."""
         from qemu_user.machine.keeper import Predecessor
 
         try:
-            predecessor = Predecessor(directory / ATTACH_FILE, source_of)
-        except FileNotFoundError as error:
-            raise StartError(f"VM {directory.name}: was not started with --keep: there is nothing to attach to") from error
-        except (KvmError, StateError, OSError) as error:
-            reason = "has its device process" if getattr(error, "errno", 0) == errno.EBUSY else str(error)
-            raise StartError(f"VM {directory.name}: {reason}") from error
+            predecessor = Predecessor(vm, source_of)
+        except (KvmError, StateError) as error:
+            raise StartError(f"VM {directory.name}: {error}") from error
         registration = Registration.adopted(directory, predecessor.registration)
         config = predecessor.config()
         if not ours(config.uuid, predecessor.machine.generation):

@@ -26,6 +26,7 @@ from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing, process_memory, zmq_socket
 from protocol.channel.shared_memory import PAGE
 from protocol.channel.zmq_socket import Curve
+from protocol.client import Vm
 from qemu_user.backends.block.opening import format_by_name, is_nbd, open_disk
 from qemu_user.backends.errors import BackendError
 from qemu_user.cli.daemon import DaemonError, ensure
@@ -36,16 +37,18 @@ from qemu_user.confinement import confine
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import State, StateError
 from qemu_user.machine.drives import open_drive
+from qemu_user.machine.keeper import REGISTRATION_KEY
 from qemu_user.machine.machine import Machine, StartError
 from qemu_user.machine.made import make_vm
 from qemu_user.management.instance import Instance
 from qemu_user.management.registry import find
-from qemu_user.migration import identity, journal, machine_state
+from qemu_user.migration import identity, journal, machine_state, page_service
 from qemu_user.migration import job as jobs
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
 from qemu_user.migration.destination import Discarded, Incoming, RemotePages, fill_behind, refuse
 from qemu_user.migration.host import authenticated
 from qemu_user.migration.left_memory import LeftSnapshot, SnapshotMemory, decoded, snapshot_memory
+from qemu_user.migration.page_service import PageService
 from qemu_user.migration.snapshot import Snapshot, SnapshotError
 from qemu_user.migration.written import Written
 
@@ -218,12 +221,42 @@ def attached(order: Attach) -> Instance:
         coming.append(snapshot_memory(left, fds) if isinstance(left, LeftSnapshot) else RemotePages.of(left, fds))
         return coming[0]
 
-    instance = Instance.attached(Path(order.directory), source_of, _is_ours)
+    directory = Path(order.directory)
+    vm = Instance.reached(directory)
+    if (owed := _owed_by(directory, vm)) is not None:
+        return owed
+    instance = Instance.attached(directory, vm, source_of, _is_ours)
     machine = instance.machine
     if coming and isinstance(coming[0], RemotePages):
         fill_behind(machine, coming[0])
     elif machine.memory.absent is not None and machine.memory.absent.comes_whole:
         threading.Thread(target=_fill, args=(machine,), name="fill", daemon=True).start()
+    return instance
+
+
+def _owed_by(directory: Path, vm: Vm) -> Instance | None:
+    """What is left of a VM that has gone by post-copy, serving the rest of its memory until all of it has gone. StartError."""
+    try:
+        left = page_service.left(vm)
+        if left is None:
+            return None
+        caller = left.owed.caller()
+    except ValueError as error:
+        vm.leave()
+        raise StartError(f"VM {directory.name}: {error}") from error
+    owed = left.owed
+    config = MachineConfig(name=owed.name, uuid=owed.uuid, memory=owed.memory, cpus=owed.cpus)
+    instance = Instance.remaining(directory, vm, vm.kept(REGISTRATION_KEY), config, left.memory)
+    machine = instance.machine
+    job = machine.job = jobs.Job("migration")
+
+    def serve() -> None:
+        PageService(machine, job, caller, None).serve()
+        job.end(jobs.COMPLETED)
+        os.close(left.journal)
+        machine.quit()
+
+    threading.Thread(target=serve, name="pages", daemon=True).start()
     return instance
 
 
@@ -324,7 +357,7 @@ def main(arguments: list[str]) -> int:
             _say(tell, {"name": name, "pid": os.getpid()})
         elif isinstance(order, Attach):
             instance = attached(order)
-            _say(tell, {"name": instance.config.name, "pid": os.getpid()})
+            _say(tell, {"name": instance.config.name, "pid": os.getpid(), "status": instance.machine.status})
         else:
             instance = taken_in(order, fds, tell)
     except (StartError, msgspec.MsgspecError) as error:

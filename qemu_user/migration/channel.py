@@ -311,6 +311,8 @@ class ZmqChannel:
         """Makes one to another port of it."""
         self.called_at: tuple[str, str, str] = ("", "", "")
         """A ROUTER's address, its public key, its peer's: for who listens there when we have died."""
+        self.called: tuple[str, str, str] = ("", "", "")
+        """A DEALER's peer's address, our public key, his: for who goes on when we have died."""
         self.held: object = None
         """What has to live as long as the channel: the authenticator of a ROUTER."""
 

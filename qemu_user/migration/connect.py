@@ -60,11 +60,13 @@ def refusal(channel: Channel) -> str:
     return ""
 
 
-def _dial(uri: str, key: Curve) -> ZmqChannel:
+def dial(uri: str, key: Curve) -> ZmqChannel:
+    """A channel to the process that takes our VM, at tcp://HOST:PORT."""
     channel = ZmqChannel(zmq_socket.dealer(zmq_socket.context(), uri, key), is_router=False)
-    channel.redial = partial(_dial, uri, key)
+    channel.redial = partial(dial, uri, key)
+    channel.called = (uri, key.public.decode(), key.server.decode())
     address = uri.rpartition(":")[0]
-    channel.beside = lambda port: _dial(f"{address}:{port}", key)
+    channel.beside = lambda port: dial(f"{address}:{port}", key)
     return channel
 
 
@@ -76,7 +78,7 @@ def _over_tcp(uri: str, address: str, key: Curve) -> Channel:
             if not caller.poll(_CALL_MS):
                 raise JobError(f"{uri} does not answer: no host there, or it does not know our key")
             reply = decode_reply(caller.recv())
-        return _dial(f"tcp://{address}:{int(reply['port'])}", key)
+        return dial(f"tcp://{address}:{int(reply['port'])}", key)
     except zmq.Again as error:
         raise JobError(f"{uri} cannot be reached: no host there, or it does not know our key") from error
     except (HostError, zmq.ZMQError, KeyError, ValueError) as error:

@@ -28,7 +28,7 @@ from qemu_user.config.background import for_background
 from qemu_user.config.machine_config import MachineConfig
 from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import StateError
-from qemu_user.machine.keeper import Predecessor
+from qemu_user.machine.keeper import Predecessor, reach
 from qemu_user.machine.machine import Machine, StartError
 from qemu_user.management.instance import Instance
 from qemu_user.management.registry import ATTACH_FILE, find
@@ -269,7 +269,7 @@ class Incoming:
             machine_state.restore(instance.machine, checked, trial)
             self._lock_disks(instance.machine, hello)
             self._journal.write(journals.PREPARED, hello.generation)
-            steps.reached("destination:prepared", self._channel.cut)
+            steps.reached("destination:prepared", self._channel.cut, instance.machine.vm.pid)
             with suppress(ChannelError):
                 self._channel.send(messages.PREPARED)
             steps.reached("destination:prepared-sent", self._channel.cut, instance.machine.vm.pid)
@@ -293,7 +293,7 @@ class Incoming:
             instance.machine.resume()
         else:
             instance.machine.arrive_paused()
-        steps.reached("destination:running", self._channel.cut)
+        steps.reached("destination:running", self._channel.cut, instance.machine.vm.pid)
         if not self._pages_follow:
             with suppress(ChannelError):
                 self._channel.send(messages.RUNNING, hello.generation)
@@ -303,7 +303,7 @@ class Incoming:
             threading.Thread(target=fill, args=(instance.machine, job), name="fill", daemon=True).start()
         else:
             job.end(jobs.COMPLETED)
-        steps.reached("destination:done", self._channel.cut)
+        steps.reached("destination:done", self._channel.cut, instance.machine.vm.pid)
         return instance
 
     @contextmanager
@@ -470,7 +470,7 @@ class Incoming:
                 raise ChannelError(f"message {frame.kind} during the copy")
             if first and frame.kind in (messages.DATA, messages.PACKED, messages.RUNS):
                 first = False
-                steps.reached("destination:data", channel.cut)
+                steps.reached("destination:data", channel.cut, machine.vm.pid)
 
     def _prepare_hot(self, machine: Machine) -> None:
         """Memory is here, if perhaps not as it will be at the switch."""
@@ -624,7 +624,7 @@ def _has_ended(name: str, uuid: str, generation: int) -> bool:
     if not entry.waits:
         return False  # perhaps its process has not quite ended
     try:
-        left = Predecessor(entry.directory / ATTACH_FILE)
+        left = Predecessor(reach(entry.directory / ATTACH_FILE))
         left.settle(end=left.config().uuid == uuid and left.machine.generation < generation)
     except (KvmError, StateError, OSError, ValueError):
         return False

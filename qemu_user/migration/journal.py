@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+from qemu_user.backends.block.locks import lock_byte, others_have
 from qemu_user.migration import places
 
 OFFERED, COMMITTED, ABORTED = "offered", "committed", "aborted"
@@ -30,6 +31,8 @@ PREPARED, RUNNING = "prepared", "running"
 GRANTED, REVOKED = "granted", "revoked"
 _OLD_SECONDS = 86400.0
 _SIZE = 128
+_HELD = 0
+"""The byte that is locked by who has what a side has left."""
 _PATH = re.compile(r"/handover/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.\d+\.\d+\.(source|destination)\Z")
 
 
@@ -55,6 +58,13 @@ class Journal:
         """The file once more, for reading; without a lock."""
         return open(self.path, "rb", buffering=0)
 
+    def held(self) -> int:
+        """A descriptor of the file, the caller's. As long as it is open somewhere the side is not dead to is_dead(), though its
+        process may be: what it has left is there."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        lock_byte(fd, fcntl.F_RDLCK, _HELD)
+        return fd
+
     def close(self) -> None:
         """It is settled and nobody will ask. Idempotent."""
         if self._fd >= 0:
@@ -78,7 +88,8 @@ def condition(*states: str) -> list[str]:
     return [json.dumps({"state": state})[:-1] + "," for state in states]
 
 
-def _state(fd: int) -> str:
+def state_of(fd: int) -> str:
+    """What an open journal says."""
     return _word(fd)[0]
 
 
@@ -120,8 +131,8 @@ def _ask(path: str, verdict: str, generation: int, final: tuple[str, ...], gone:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _state(fd)
-        state = _state(fd)
+            return state_of(fd)
+        state = state_of(fd)
         if state in final:
             return state
         _put(fd, verdict, generation)
@@ -151,7 +162,7 @@ def claim(uuid: str, generation: int) -> bool:
 
 
 def is_dead(path: str) -> bool:
-    """Whether the side whose journal this is, on this machine, does not live any more."""
+    """Whether the side whose journal this is, on this machine, does not live any more, and has left nothing (Journal.held)."""
     if not _PATH.search(path):
         return False
     try:
@@ -160,7 +171,7 @@ def is_dead(path: str) -> bool:
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        return not others_have(fd, _HELD)
     except BlockingIOError:
         return False
     finally:
@@ -175,7 +186,8 @@ def _clear(folder: Path) -> None:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
+                    if not others_have(fd, _HELD):
+                        path.unlink()
                 finally:
                     os.close(fd)
         except OSError:

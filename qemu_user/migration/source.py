@@ -9,27 +9,27 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import suppress
+from typing import NamedTuple
 
 import msgspec
 
+from protocol.abi.errors import KvmError
 from qemu_user.backends.errors import BackendError
 from qemu_user.machine.machine import PAUSED, POSTMIGRATE, RUNNING, Machine
 from qemu_user.migration import journal as journals
-from qemu_user.migration import machine_state, messages, pages, sections, steps
+from qemu_user.migration import machine_state, messages, page_service, pages, sections, steps
 from qemu_user.migration.channel import Channel, ChannelError, StreamChannel, ZmqChannel
 from qemu_user.migration.connect import expect, refusal
 from qemu_user.migration.delta import Sent, xor
-from qemu_user.migration.job import DEVICE, POSTCOPY, POSTCOPY_PAUSED, Job, JobError
+from qemu_user.migration.job import DEVICE, Job, JobError
 from qemu_user.migration.journal import Journal
 from qemu_user.migration.messages import Accept, Hello
+from qemu_user.migration.page_service import PageService
 from qemu_user.migration.precopy import CHUNK, Precopy
-from qemu_user.migration.recovery import RETRY_SECONDS, Caller, Hopeless
+from qemu_user.migration.recovery import Caller
 from qemu_user.migration.spread import MOST, Spread
 from qemu_user.migration.volumes import FLASH, Disk, Ram, banks, writable_disks
-
-if TYPE_CHECKING:
-    pass
 
 try:
     import zstandard
@@ -163,6 +163,9 @@ class Outgoing:
         self._journal: Journal | None = None
         self._peer_journal = self._recover = ""
         self._unlocked = self._postcopy = False
+        self._pages: PageService | None = None
+        self._leaves = False
+        """Something other than before follows this process."""
         self._more: list[Channel] = []
         """Channels that nobody uses yet."""
         channel.look = job.check
@@ -177,6 +180,8 @@ class Outgoing:
         except BackendError as error:
             raise JobError(str(error)) from error
         finally:
+            if self._pages is not None:
+                self._pages.close()
             for channel in [self._channel, *self._more]:
                 channel.close()
 
@@ -199,6 +204,7 @@ class Outgoing:
             options = self._options
             wire.use(self._more_channels(accepted))
             self._postcopy = "postcopy" in accepted.features
+            self._prepare_to_leave()
             copy = Precopy(machine, volumes, wire, job, options.max_downtime, options.bandwidth, self._postcopy)
             copy.rounds()
             wire.alone()
@@ -207,6 +213,7 @@ class Outgoing:
             if self._journal.state == journals.OFFERED:
                 self._journal.write(journals.ABORTED, machine.generation)
                 self._say_abort()
+            self._stay()
             self._journal.keep()
             raise
         finally:
@@ -215,9 +222,37 @@ class Outgoing:
             if copy is not None:
                 copy.close()
         if self._postcopy:
-            self._serve_pages()  # the journal is locked until then: by that the destination knows that we live
+            assert self._pages is not None
+            self._pages.serve()  # the journal is locked until then: by that the destination knows that we live
+            self._stay()
         self._journal.keep()
         threading.Timer(_LINGER_SECONDS, machine.quit).start()
+
+    def _reached(self, step: str) -> None:
+        steps.reached(step, self._channel.cut, self._machine.vm.pid)
+
+    def _prepare_to_leave(self) -> None:
+        """What is to follow this process if it is killed in the switch or behind it: kvmcore goes by our journal."""
+        machine = self._machine
+        assert self._journal is not None
+        redial = self._channel.redial if isinstance(self._channel, ZmqChannel) else None
+        caller = Caller(self._recover, redial, machine.config.uuid, machine.generation + 1)
+        self._pages = PageService(machine, self._job, caller, self._channel)
+        self._leaves = True
+        if self._postcopy:
+            page_service.leave(machine, self._journal, self._channel, self._recover)
+        elif machine.keeper is not None:
+            with self._journal.opened() as decision:
+                words = journals.condition(journals.OFFERED, journals.ABORTED, journals.GRANTED)
+                machine.vm.outlive(True, decision.fileno(), words)
+
+    def _stay(self) -> None:
+        """Nothing is to follow but what followed before: the VM goes on here, or all of it has gone. Idempotent."""
+        if self._leaves:
+            self._leaves = False
+            with suppress(KvmError):  # its kvmcore process may have died
+                self._machine.vm.outlive(self._machine.keeper is not None and self._machine.status != POSTMIGRATE)
+                page_service.take_back(self._machine)
 
     def _say_abort(self) -> None:
         try:
@@ -229,7 +264,7 @@ class Outgoing:
     def _offer(self) -> Accept:
         machine, options = self._machine, self._options
         assert self._journal is not None
-        steps.reached("source:connected", self._channel.cut)
+        self._reached("source:connected")
         with machine.standing():
             parts = machine_state.capture(machine, with_config=False)
         state = sections.encode([machine_state.config_section(machine.config), *parts], not self._local)
@@ -249,7 +284,7 @@ class Outgoing:
             channels=0 if options.hand_memory else min(options.channels, MOST) - 1,
         )
         self._say_hello(hello)
-        steps.reached("source:offered", self._channel.cut)
+        self._reached("source:offered")
         expect(self._channel, messages.ACCEPT, _ANSWER_SECONDS)
         try:
             accepted = msgspec.msgpack.decode(self._channel.read(), type=Accept)
@@ -301,7 +336,7 @@ class Outgoing:
             disk.disk.flush()  # most of it while the guest still runs
         stopped = time.monotonic()
         with machine.standing():
-            steps.reached("source:standing", channel.cut)
+            self._reached("source:standing")
             try:
                 if not machine.settled:
                     raise JobError("the guest resets or shuts down at this moment")
@@ -317,12 +352,10 @@ class Outgoing:
                 generation = machine.generation + 1
                 state = sections.encode(machine_state.capture(machine, generation, with_config=False), not self._local)
                 channel.send(messages.STATE, payload=state)
-                steps.reached("source:state", channel.cut)
+                self._reached("source:state")
                 self._expect(messages.PREPARED)
                 job.check()  # the last moment at which it can be called off
-                steps.reached("source:prepared", channel.cut)
-                if machine.keeper is not None:
-                    machine.keeper.stop()  # until here another process could follow us; now there is the destination
+                self._reached("source:prepared")
             except BaseException:
                 self._journal.write(journals.ABORTED, machine.generation)
                 self._say_abort()
@@ -331,7 +364,7 @@ class Outgoing:
             self._journal.write(journals.COMMITTED, generation)
             machine.status = POSTMIGRATE
             channel.look = lambda: None
-            steps.reached("source:committed", channel.cut)
+            self._reached("source:committed")
             if self._commit(generation):
                 job.downtime = time.monotonic() - stopped
                 machine.disown()
@@ -340,7 +373,7 @@ class Outgoing:
                 machine.status = was
                 self._keep_again()
                 raise JobError("the destination has died before it ran the VM")
-        steps.reached("source:done", channel.cut)
+        self._reached("source:done")
 
     def _commit(self, generation: int) -> bool:
         """Tell the destination that the VM is its own, until it is certain that it has heard; False when it is dead and
@@ -348,7 +381,7 @@ class Outgoing:
         """
         try:
             self._channel.send(messages.COMMIT, generation)
-            steps.reached("source:commit-sent", self._channel.cut)
+            self._reached("source:commit-sent")
             self._expect(messages.RUNNING)
             return True
         except (ChannelError, JobError) as error:
@@ -362,56 +395,16 @@ class Outgoing:
 
     def _expect(self, kind: int) -> None:
         """The answer that is due; memory that the destination needs for it is sent meanwhile."""
+        assert self._pages is not None
         while (frame := expect(self._channel, kind, _PREPARED_SECONDS, messages.FETCH)).kind == messages.FETCH:
-            self._send_piece(frame.a)
-
-    def _send_piece(self, offset: int) -> None:
-        memory = self._machine.memory.regions[0][1]
-        if offset % messages.PIECE or offset >= len(memory):
-            raise ChannelError(f"memory at {offset:#x} was asked for")
-        piece = memory[offset : offset + messages.PIECE]
-        self._job.transferred += self._channel.send(messages.PAGE, offset, payload=piece)
-
-    def _serve_pages(self) -> None:
-        """Post-copy: the VM runs elsewhere, part of its memory is still here."""
-        self._job.status = POSTCOPY
-        while True:
-            try:
-                frame = self._channel.receive(None)
-                if frame is None or frame.kind == messages.DONE:
-                    return
-                if frame.kind != messages.FETCH:
-                    raise ChannelError(f"message {frame.kind} during post-copy")
-                steps.reached("source:page", self._channel.cut)
-                self._send_piece(frame.a)
-            except ChannelError as error:
-                if not self._call_again(error):
-                    return
-
-    def _call_again(self, error: ChannelError) -> bool:
-        """The connection is lost, and memory that the VM needs is here: call the destination until it answers. False: it needs
-        no more. JobError: it has died, and the VM with it.
-        """
-        job, machine = self._job, self._machine
-        redial = self._channel.redial if isinstance(self._channel, ZmqChannel) else None
-        caller = Caller(self._recover, redial, machine.config.uuid, machine.generation + 1)
-        job.status, job.error = POSTCOPY_PAUSED, f"{error}; calling the destination again, which needs memory that is here"
-        machine.warn(job.error)
-        self._channel.close()
-        try:
-            while (channel := caller.again()) is None:
-                time.sleep(RETRY_SECONDS)
-        except Hopeless:
-            return False
-        self._channel, job.status, job.error = channel, POSTCOPY, ""
-        machine.warn("the destination is reached again")
-        return True
+            self._pages.send(frame.a)
 
     def _keep_again(self) -> None:
         """The VM goes on here."""
         self._take_disks_back()
+        self._stay()
         if self._machine.keeper is not None:
-            self._machine.keeper.go_on()
+            self._machine.keeper.machine_changed()
 
     def _take_disks_back(self) -> None:
         """Before the guest goes on: the destination lets go of the disks when it reads our journal."""

@@ -1,6 +1,6 @@
 """Named points of a hand-over at which tests can break it: SOFTKVM_MIGRATION_FAULT="source:committed=kill" in the
-environment of a process makes it kill itself there; "=killvm" kills the kvmcore process of its VM; "=cut" makes it lose
-the connection; "=kill:5" when it comes there for the fifth time.
+environment of a process makes it kill itself there; "=killvm" kills the kvmcore process of its VM, "=killdaemon" the daemon
+behind that; "=cut" makes it lose the connection; "=kill:5" when it comes there for the fifth time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,24 @@ _broken: set[str] = set()
 _times: Counter[str] = Counter()
 
 
+def _stat(pid: int) -> list[str]:
+    """State, parent, ... of a process."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+        return file.read().rpartition(")")[2].split()
+
+
+def _parent(pid: int) -> int:
+    """Of a VM's process: the zygote; of that: the daemon."""
+    return int(_stat(pid)[1])
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return _stat(pid)[0] != "Z"
+    except OSError:
+        return False
+
+
 def reached(step: str, cut: Callable[[], None], vm_pid: int = 0) -> None:
     """The hand-over is at `step`; `cut` ends its connection; `vm_pid` is the VM's kvmcore process."""
     name, _, action = os.environ.get("SOFTKVM_MIGRATION_FAULT", "").partition("=")
@@ -40,7 +58,7 @@ def reached(step: str, cut: Callable[[], None], vm_pid: int = 0) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "cut":
         cut()
-    elif action == "killvm":
-        os.kill(vm_pid, signal.SIGKILL)
-        while os.path.exists(f"/proc/{vm_pid}"):  # until its parent has seen it go, and all of it is gone
+    elif action in ("killvm", "killdaemon"):
+        os.kill(vm_pid if action == "killvm" else _parent(_parent(vm_pid)), signal.SIGKILL)
+        while _lives(vm_pid):  # and all of it is gone
             time.sleep(0.01)

@@ -137,7 +137,7 @@ def test_a_post_copy_goes_on(
 
 
 def test_a_source_that_dies_meanwhile(hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int]) -> None:
-    """Part of the memory is lost, and the VM with it: attach says so, nobody waits for ever."""
+    """And is ended: part of the memory is lost, and the VM with it. attach says so, nobody waits for ever."""
     one, two = hosts
     uri = two.serve(fault="destination:page=kill:40")
     source = one.boot("vm", options=("-keep",), pages=PAGES, pause=1000)
@@ -146,6 +146,7 @@ def test_a_source_that_dies_meanwhile(hosts: tuple[HostUnderTest, HostUnderTest]
         wait_until_it_waits(two)
         source.kill()
         assert moving.wait(60) == 1
+    ok(one, "kill", "vm")
     two.softkvm("attach", str(row(two)["name"]))
     two.wait_for_names([])
     one.wait_for_names([])

@@ -19,11 +19,13 @@ _READ, _WRITE, _RESIZE = 0, 1, 3
 _NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def _lock(fd: int, kind: int, byte: int) -> None:
+def lock_byte(fd: int, kind: int, byte: int) -> None:
+    """`kind`: fcntl.F_RDLCK and so on; for as long as the open file lives. OSError."""
     fcntl.fcntl(fd, _OFD_SETLK, _FLOCK.pack(kind, 0, byte, 1, 0))
 
 
-def _others_have(fd: int, byte: int) -> bool:
+def others_have(fd: int, byte: int) -> bool:
+    """Whether another open file has any lock on it."""
     found = fcntl.fcntl(fd, _OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
     return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
@@ -35,11 +37,11 @@ def take(fd: int, write: bool) -> bool:
     denies = (_WRITE, _RESIZE)
     try:
         for bit in uses:
-            _lock(fd, fcntl.F_RDLCK, _USE + bit)
+            lock_byte(fd, fcntl.F_RDLCK, _USE + bit)
         for bit in denies:
-            _lock(fd, fcntl.F_RDLCK, _DENY + bit)
+            lock_byte(fd, fcntl.F_RDLCK, _DENY + bit)
         against = [_DENY + bit for bit in uses] + [_USE + bit for bit in denies]
-        free = not any(_others_have(fd, byte) for byte in against)
+        free = not any(others_have(fd, byte) for byte in against)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

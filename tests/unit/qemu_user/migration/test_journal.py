@@ -78,3 +78,32 @@ def test_no_other_file_is_written(runtime: Path) -> None:
         assert journal.ask_source(path, 2) == ABORTED
     assert victim.read_text() == "precious"
     assert large.read_bytes() == b"x" * 4096
+
+
+def test_what_a_dead_side_has_left_keeps_it_from_being_dead(runtime: Path) -> None:
+    ours = Journal(UUID, "source")
+    ours.write(COMMITTED, 2)
+    held = ours.held()
+    ours.keep()
+    os.utime(ours.path, (0, 0))
+    assert not journal.is_dead(str(ours.path))
+    Journal(UUID, "destination").close()  # which clears away what nobody has asked about for long
+    assert journal.state_of(held) == COMMITTED
+    assert ours.path.exists()
+    passed_on = os.dup(held)
+    os.close(held)
+    assert not journal.is_dead(str(ours.path))
+    os.close(passed_on)
+    assert journal.is_dead(str(ours.path))
+    Journal(UUID, "destination").close()
+    assert not ours.path.exists()
+
+
+def test_what_kvmcore_looks_for_is_what_is_written() -> None:
+    ours = Journal(UUID, "destination")
+    for state in (PREPARED, RUNNING, ABORTED):
+        ours.write(state, 1)
+        with ours.opened() as file:
+            said = file.read()
+        assert [other for other in (PREPARED, RUNNING, ABORTED) if said.startswith(journal.condition(other)[0].encode())] == [state]
+    ours.close()
