@@ -11,7 +11,7 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 def main(arguments: list[str]) -> int:
     """0 when it runs there; 1 when it goes on here."""
     from protocol.channel import keys
-    from qemu_user.cli.vm import VerbError, connect, fail, on, wait_for_job
+    from qemu_user.cli.vm import Ended, VerbError, connect, fail, on, wait_for_job
 
     parser = argparse.ArgumentParser(prog="softkvm migrate", description="Hand a VM over to another host, while it runs.")
     parser.add_argument("name")
@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
                 key=options.key, peer_key=peer,
             )  # fmt: skip
             numbers = wait_for_job(client, options.name, "migration")
+    except Ended as error:
+        return _send_what_is_left(options.name) if options.postcopy else fail("migrate", error)
     except VerbError as error:
         return fail("migrate", error)
     ram = numbers["ram"]
@@ -48,6 +50,32 @@ def main(arguments: list[str]) -> int:
         f"{ram['dirty-sync-count']} rounds, {ram['transferred'] / 1e6:.1f} MB\n"
     )
     return 0
+
+
+def _send_what_is_left(name: str) -> int:
+    """The VM's device process has ended while it moved. If it was killed when the VM was at the other host already, another one
+    sends the memory that is still here. 0 when it has."""
+    import json
+
+    from qemu_user.cli.vm import Ended, VerbError, connect, fail, wait_for_job
+    from qemu_user.management.registry import find
+    from qemu_user.migration.spawn import SpawnError, spawn
+
+    attached = False
+    while (entry := find(name)) is not None:
+        try:
+            if entry.waits:
+                spawn(json.dumps({"type": "Attach", "directory": str(entry.directory), "gone": True}).encode(), name)
+                attached = True
+                sys.stderr.write(f"softkvm: VM {name}: its process here was killed; another one sends the rest of its memory\n")
+            with connect(name) as client:
+                wait_for_job(client, name, "migration")
+            break
+        except Ended:
+            continue
+        except (SpawnError, VerbError) as error:
+            return fail("migrate", error)
+    return 0 if attached else fail("migrate", VerbError(f"VM {name}: ended meanwhile"))
 
 
 def milliseconds(text: str) -> float:

@@ -16,6 +16,10 @@ class VerbError(Exception):
     """The verb cannot be done; the text is for the user."""
 
 
+class Ended(VerbError):
+    """The VM's process here has ended meanwhile."""
+
+
 def connect(name: str) -> QmpClient:
     """A QMP connection to a running VM. VerbError."""
     entry = find(name)
@@ -40,7 +44,7 @@ def on(client: QmpClient, name: str, command: str, **arguments: Any) -> Any:
     except QmpError as error:
         raise VerbError(f"VM {name}: {error}") from error
     except (OSError, EOFError) as error:
-        raise VerbError(f"VM {name}: ended meanwhile") from error
+        raise Ended(f"VM {name}: ended meanwhile") from error
 
 
 def wait_for_job(client: QmpClient, name: str, what: str) -> dict[str, Any]:

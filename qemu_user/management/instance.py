@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from qemu_user.machine.made import MadeVm
 
 
+_DEAD_SECONDS = 2.0
+
+
 class Instance:
     """start(), wait(); the rest may be called from any thread and from signal handlers."""
 
@@ -120,8 +123,15 @@ class Instance:
         to attach to, or it has a device process."""
         from qemu_user.machine.keeper import reach
 
+        end = time.monotonic() + _DEAD_SECONDS
         try:
-            return reach(directory / ATTACH_FILE)
+            while True:
+                try:
+                    return reach(directory / ATTACH_FILE)
+                except KvmError as error:
+                    if error.errno != errno.EBUSY or time.monotonic() > end:
+                        raise
+                    time.sleep(0.01)  # it has died just now, and kvmcore has not heard of it yet
         except FileNotFoundError as error:
             raise StartError(f"VM {directory.name}: was not started with --keep: there is nothing to attach to") from error
         except (KvmError, OSError) as error:

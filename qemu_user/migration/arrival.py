@@ -50,6 +50,7 @@ from qemu_user.migration.host import authenticated
 from qemu_user.migration.left_memory import LeftSnapshot, SnapshotMemory, decoded, snapshot_memory
 from qemu_user.migration.page_service import PageService
 from qemu_user.migration.snapshot import Snapshot, SnapshotError
+from qemu_user.migration.source import LINGER_SECONDS
 from qemu_user.migration.written import Written
 
 _GONE_SECONDS = 30.0
@@ -82,6 +83,8 @@ class Attach(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     directory: str
     """The VM's, in the registry."""
+    gone: bool = False
+    """Only if the VM has gone, and needs memory that is here."""
 
 
 class TakeIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=True):
@@ -225,6 +228,9 @@ def attached(order: Attach) -> Instance:
     vm = Instance.reached(directory)
     if (owed := _owed_by(directory, vm)) is not None:
         return owed
+    if order.gone:
+        vm.leave()
+        raise StartError(f"VM {directory.name}: waits here; softkvm attach {directory.name} gives it another process")
     instance = Instance.attached(directory, vm, source_of, _is_ours)
     machine = instance.machine
     if coming and isinstance(coming[0], RemotePages):
@@ -254,6 +260,7 @@ def _owed_by(directory: Path, vm: Vm) -> Instance | None:
         PageService(machine, job, caller, None).serve()
         job.end(jobs.COMPLETED)
         os.close(left.journal)
+        time.sleep(LINGER_SECONDS)
         machine.quit()
 
     threading.Thread(target=serve, name="pages", daemon=True).start()

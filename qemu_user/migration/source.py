@@ -42,7 +42,7 @@ _PREPARED_SECONDS = 10.0
 """For it to load the state, while the guest stands."""
 _ASK_SECONDS = 0.05
 _RELOCK_SECONDS = 30.0
-_LINGER_SECONDS = 0.3
+LINGER_SECONDS = 0.3
 """How long the process stays to be asked how it went."""
 _PACKS_WELL = 8
 """Memory that compresses so many times is not worth a delta."""
@@ -226,7 +226,7 @@ class Outgoing:
             self._pages.serve()  # the journal is locked until then: by that the destination knows that we live
             self._stay()
         self._journal.keep()
-        threading.Timer(_LINGER_SECONDS, machine.quit).start()
+        threading.Timer(LINGER_SECONDS, machine.quit).start()
 
     def _reached(self, step: str) -> None:
         steps.reached(step, self._channel.cut, self._machine.vm.pid)

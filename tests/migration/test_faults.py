@@ -146,7 +146,7 @@ def test_a_lost_source_of_post_copy_is_told(hosts: tuple[HostUnderTest, HostUnde
     uri = two.serve()
     one.boot("vm", fault="source:done=kill", pages=4000, pause=0, memory=128 << 20)
     goes_on("vm")
-    one.softkvm("migrate", "vm", uri, "--postcopy")
+    one.begin_postcopy("vm", uri)
     assert one.softkvm("kill", "vm").returncode == 0
     one.wait_for_names([])
     two.wait_for_names([])

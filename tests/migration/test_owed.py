@@ -18,15 +18,15 @@ KEEP = ("-keep",)
 
 def begin(
     hosts: tuple[HostUnderTest, HostUnderTest], fault: str, folder: Path, options: tuple[str, ...] = (), way: str = "unix"
-) -> int:
-    """Move a VM by post-copy, the source meeting a fault; what `softkvm migrate` says."""
+) -> None:
+    """Move a VM by post-copy, the source meeting a fault."""
     one, two = hosts
     if way == "tcp":
         one.trust(two)
         two.trust(one)
     uri = two.serve("tcp://127.0.0.1:0" if way == "tcp" else "")
     one.boot("vm", fault=fault, options=options, pages=PAGES, pause=1000, drives=(memory_guest.drive(folder / "disk"),))
-    return one.softkvm("migrate", "vm", uri, "--postcopy").returncode
+    one.begin_postcopy("vm", uri)
 
 
 def attach(host: HostUnderTest) -> bytes:
@@ -49,7 +49,7 @@ def test_what_is_left_of_a_source_goes_on(
     hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path,
 ) -> None:  # fmt: skip
     one, two = hosts
-    assert begin(hosts, step, tmp_path, options, way) == 1
+    begin(hosts, step, tmp_path, options, way)
     wait_until_it_waits(one)
     assert b"runs at another host" in attach(one)
     goes_on("vm")
@@ -78,12 +78,40 @@ def test_it_is_killed_again(
     two.wait_for_names(["vm"])
 
 
+def test_who_has_it_moved_sees_to_it(
+    hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path
+) -> None:
+    """`softkvm migrate` attaches by itself, and ends when all of it has gone."""
+    one, two = hosts
+    uri = two.serve()
+    one.boot("vm", fault="source:page=kill:20", pages=PAGES, pause=1000, drives=(memory_guest.drive(tmp_path / "disk"),))
+    done = one.softkvm("migrate", "vm", uri, "--postcopy")
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"its process here was killed" in done.stderr
+    goes_on("vm")
+    assert two.status("vm") == "running"
+    one.wait_for_names([])
+
+
+def test_it_is_not_attached_to_what_goes_on_here(
+    hosts: tuple[HostUnderTest, HostUnderTest], tmp_path: Path
+) -> None:
+    """That is the user's to decide."""
+    one, two = hosts
+    uri = two.serve()
+    one.boot("vm", fault="source:state=kill", options=KEEP, drives=(memory_guest.drive(tmp_path / "disk"),))
+    done = one.softkvm("migrate", "vm", uri, "--postcopy")
+    assert done.returncode == 1
+    assert b"waits here; softkvm attach vm" in done.stderr
+    assert row(one)["waits"]
+
+
 @pytest.mark.parametrize("action", ["killvm", "killdaemon"])
 def test_kvmcore_is_not_needed_to_send_it(
     action: str, hosts: tuple[HostUnderTest, HostUnderTest], goes_on: Callable[..., int], tmp_path: Path
 ) -> None:
     one, two = hosts
-    assert begin(hosts, f"source:page={action}:20", tmp_path) == 0
+    begin(hosts, f"source:page={action}:20", tmp_path)
     goes_on("vm")
     one.wait_for_names([])
     two.wait_for_names(["vm"])
@@ -96,7 +124,7 @@ def test_before_it_is_decided_the_vm_is_the_sources(
 ) -> None:
     """So it has been killed with it, unless it was made to outlive that."""
     one, two = hosts
-    assert begin(hosts, step, tmp_path, options) == 1
+    begin(hosts, step, tmp_path, options)
     two.wait_for_names([])
     if not options:
         one.wait_for_names([])

@@ -50,8 +50,12 @@ def test_a_side_dies(step: str, hosts: tuple[HostUnderTest, HostUnderTest], tmp_
     """Then part of the memory is lost, the source's only with what it has left with kvmcore, and the VM with it: nobody runs
     half a VM, and nobody waits for ever."""
     one, two = hosts
-    move(hosts, step, tmp_path)
     if step == "source:page=kill":
+        uri = two.serve()
+        one.boot("vm", fault=step, pages=4096, pause=1000, drives=(memory_guest.drive(tmp_path / "disk"),))
+        one.begin_postcopy("vm", uri)
         assert one.softkvm("kill", "vm").returncode == 0
+    else:
+        move(hosts, step, tmp_path)
     one.wait_for_names([])
     two.wait_for_names([])

@@ -105,5 +105,6 @@ def test_what_kvmcore_looks_for_is_what_is_written() -> None:
         ours.write(state, 1)
         with ours.opened() as file:
             said = file.read()
-        assert [other for other in (PREPARED, RUNNING, ABORTED) if said.startswith(journal.condition(other)[0].encode())] == [state]
+        words = {other: journal.condition(other)[0].encode() for other in (PREPARED, RUNNING, ABORTED)}
+        assert [other for other, word in words.items() if said.startswith(word)] == [state]
     ours.close()
