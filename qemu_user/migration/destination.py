@@ -219,7 +219,9 @@ class Incoming:
         """Discarded, when nothing came of it; nothing is left then."""
         try:
             return self._run()
-        except (Refused, StartError, StateError, SectionError, BackendError, KvmError, ChannelError, OSError) as error:
+        except (
+            Refused, StartError, StateError, SectionError, BackendError, KvmError, ChannelError, OSError, PageLost,
+        ) as error:  # fmt: skip
             refuse(self._channel, str(error))
             self._forget()
             raise Discarded(str(error)) from error
@@ -268,13 +270,13 @@ class Incoming:
                 raise Refused(f"generation {checked.machine.generation} where {hello.generation} was announced")
             machine_state.restore(instance.machine, checked, trial)
             self._lock_disks(instance.machine, hello)
+            with self._journal.opened() as decision:  # it may fetch pages, which cannot be done while a decision is due
+                instance.machine.keep_what_arrives(hello.running, decision.fileno(), journals.condition(journals.RUNNING))
             self._journal.write(journals.PREPARED, hello.generation)
             steps.reached("destination:prepared", self._channel.cut, instance.machine.vm.pid)
             with suppress(ChannelError):
                 self._channel.send(messages.PREPARED)
             steps.reached("destination:prepared-sent", self._channel.cut, instance.machine.vm.pid)
-            with self._journal.opened() as decision:
-                instance.machine.keep_what_arrives(hello.running, decision.fileno(), journals.condition(journals.RUNNING))
             if not self._may_run(hello):
                 raise Discarded
             steps.reached("destination:commit", self._channel.cut, instance.machine.vm.pid)

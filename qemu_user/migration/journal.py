@@ -59,8 +59,8 @@ class Journal:
         return open(self.path, "rb", buffering=0)
 
     def held(self) -> int:
-        """A descriptor of the file, the caller's. As long as it is open somewhere the side is not dead to is_dead(), though its
-        process may be: what it has left is there."""
+        """A descriptor of the file, the caller's. As long as it is open somewhere a side that has COMMITTED is not dead to
+        is_dead(), though its process may be: what it has left is there."""
         fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         lock_byte(fd, fcntl.F_RDLCK, _HELD)
         return fd
@@ -162,7 +162,8 @@ def claim(uuid: str, generation: int) -> bool:
 
 
 def is_dead(path: str) -> bool:
-    """Whether the side whose journal this is, on this machine, does not live any more, and has left nothing (Journal.held)."""
+    """Whether the source whose journal this is, on this machine, does not live any more, and has left nothing of a VM that it has
+    given away (Journal.held)."""
     if not _PATH.search(path):
         return False
     try:
@@ -171,7 +172,7 @@ def is_dead(path: str) -> bool:
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return not others_have(fd, _HELD)
+        return state_of(fd) != COMMITTED or not others_have(fd, _HELD)
     except BlockingIOError:
         return False
     finally:

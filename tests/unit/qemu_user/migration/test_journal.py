@@ -82,9 +82,13 @@ def test_no_other_file_is_written(runtime: Path) -> None:
 
 def test_what_a_dead_side_has_left_keeps_it_from_being_dead(runtime: Path) -> None:
     ours = Journal(UUID, "source")
-    ours.write(COMMITTED, 2)
+    ours.write(OFFERED, 1)
     held = ours.held()
+    assert not journal.is_dead(str(ours.path))
     ours.keep()
+    assert journal.is_dead(str(ours.path))  # it has not given it away
+    with ours.path.open("r+b") as file:
+        file.write(b'{"state": "committed", "generation": 2}'.ljust(128))
     os.utime(ours.path, (0, 0))
     assert not journal.is_dead(str(ours.path))
     Journal(UUID, "destination").close()  # which clears away what nobody has asked about for long
