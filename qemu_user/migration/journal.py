@@ -162,8 +162,8 @@ def claim(uuid: str, generation: int) -> bool:
 
 
 def is_dead(path: str) -> bool:
-    """Whether the source whose journal this is, on this machine, does not live any more, and has left nothing of a VM that it has
-    given away (Journal.held)."""
+    """Whether the source whose journal this is, on this machine, does not live any more, and has left nothing of a VM that it
+    has given away (Journal.held)."""
     if not _PATH.search(path):
         return False
     try:
