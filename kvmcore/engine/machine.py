@@ -40,7 +40,7 @@ _CODE_SOON = 4 << 20
 """What it may come to be in until somebody looks again."""
 _FEW_BYTES = 1 << 20
 """Of decoded pages: they are cleared, more are given back to the host."""
-_LARGE_BYTES = 12 << 20
+_LARGE_BYTES = 1 << 20
 _IDLE_INSTRUCTIONS = 100_000_000
 """Between two looks."""
 _IMSIC_SPAN = 64 << 20

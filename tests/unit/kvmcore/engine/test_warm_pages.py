@@ -217,6 +217,20 @@ def test_an_idle_machine_gives_up_large_pages(image: Image) -> None:
     assert "hg" not in _smaps(g.machine.state.pool, "VmFlags:")
 
 
+def test_a_machine_has_large_pages_from_its_second_mebibyte_on(image: Image) -> None:
+    g = Guest(image, CODE)
+    with g.machine.quiesce():
+        warm_pages.make(g.machine, [RAM + PAGE * number for number in range(20)])
+    g.machine.pool_grows()
+    assert "hg" not in _smaps(g.machine.state.pool, "VmFlags:"), "what needs little code needs little memory"
+    with g.machine.quiesce():
+        warm_pages.make(g.machine, [RAM + PAGE * number for number in range(20, 60)])
+    g.machine.pool_grows()
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("the host's kernel has no transparent huge pages")
+    assert "hg" in _smaps(g.machine.state.pool, "VmFlags:")
+
+
 def test_a_busy_machine_keeps_them(image: Image) -> None:
     g = Guest(image, "loop: j loop")
     with g.machine.quiesce():
