@@ -53,6 +53,16 @@ def shared_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 
 _context_pid = [0]
+
+
+def end_context() -> None:
+    """No link is open any more: the context's threads end, and the process may fork."""
+    with _context_lock:
+        for context in _context:
+            context.term()
+        _context.clear()
+
+
 _process = [os.getpid()]
 """Asked in every KVM_RUN, so without a system call."""
 

@@ -41,7 +41,7 @@ from qemu_user.machine.keeper import REGISTRATION_KEY
 from qemu_user.machine.machine import Machine, StartError
 from qemu_user.machine.made import make_vm
 from qemu_user.management.instance import Instance
-from qemu_user.management.registry import find
+from qemu_user.management.registry import Registration, find
 from qemu_user.migration import identity, journal, machine_state, page_service
 from qemu_user.migration import job as jobs
 from qemu_user.migration.channel import Channel, StreamChannel, ZmqChannel
@@ -135,10 +135,12 @@ def read(order: Restore) -> Snapshot:
         raise StartError(str(error)) from error
 
 
-def restored(order: Restore, name: str, snapshot: Snapshot | None = None, began: float = 0.0) -> Instance:
+def restored(
+    order: Restore, name: str, snapshot: Snapshot | None = None, began: float = 0.0, registration: Registration | None = None
+) -> Instance:
     """The VM, running (or paused, as ordered). StartError, with nothing left behind but restored disks. `snapshot`: what
     read() gave. The job of the VM counts from `began` to the moment at which its vCPUs may run, without the time in which
-    nothing could be done but wait for the end of the VM that is replaced."""
+    nothing could be done but wait for the end of the VM that is replaced. `registration`: Instance's."""
     began = began or time.monotonic()
     snapshot = read(order) if snapshot is None else snapshot
     config = for_background(snapshot.config, name)
@@ -161,7 +163,7 @@ def restored(order: Restore, name: str, snapshot: Snapshot | None = None, began:
         if made is not None:
             made.close()
         raise StartError(str(error)) from error
-    instance = Instance(config, order.endpoint)
+    instance = Instance(config, order.endpoint, registration=registration)
     instance.start(arriving=True, made=made)
     job = jobs.arriving(instance.machine, "restore", jobs.SETUP)
     job.started = began

@@ -3,7 +3,7 @@ make them need, and forks a process for each that asks.
 
 Only a process of the same user in the same circumstances (circumstances.py) is served, and none once a file that was imported
 has changed. Started by cli/daemon.py beside a daemon. It ends with that daemon and its children. It has one thread and no
-ZeroMQ context: never fork after one.
+ZeroMQ context when it forks: those of its rehearsal have ended.
 """
 
 from __future__ import annotations
@@ -293,11 +293,16 @@ def main(lock: int, daemon: int) -> int:
     process_title.set_words(["softkvm-warm"])
     if not preload(daemon):
         return 0
-    from qemu_user.backends.errors import BackendError
+    from protocol.abi.errors import KvmError
+    from qemu_user.machine.machine import StartError
+    from qemu_user.management.qmp_client import QmpError
+    from qemu_user.migration.job import JobError
     from qemu_user.warm import rehearsal
 
-    with suppress(BackendError, OSError):  # then its children are less warm
-        rehearsal.rehearse()
+    with suppress(StartError, KvmError, JobError, QmpError, OSError):  # then its children are less warm
+        rehearsal.rehearse(f"ipc://{runtime_folder()}/kvmcore.sock")
+    if len(os.listdir("/proc/self/task")) > 1:
+        return 1  # a thread is left, with which nobody may fork
     parent = Parent(Path(runtime_folder()), lock, daemon)
     process_memory.settle()
     told = parent.serve()

@@ -1,77 +1,109 @@
-"""A machine's devices made, saved, restored and thrown away, by the parent of warm processes before it forks: CPython adapts
-code where it lies when it has run some times, and a child that is the first to run it gets a copy of each page of it.
+"""A small VM made, kept, restored, run and ended, by the parent of warm processes before it forks: CPython adapts code where it
+lies when it has run some times, and a child that is the first to run it gets a copy of each page of it.
 
-There is no kvmcore here, nor a thread: what speaks to it is not rehearsed. Nothing is left behind.
+It is a VM of the daemon's as any other but for its directory, which is not where VMs are listed. Nothing is left behind:
+neither a thread nor a descriptor.
 """
 
 from __future__ import annotations
 
-import mmap
+import gc
 import os
-from typing import Any, cast
+import shutil
+import tempfile
+from pathlib import Path
 
 import msgspec
 
 from protocol.channel import process_memory
-from protocol.channel.shared_memory import create_memfd
-from qemu_user.backends.io_threads import IoThreads
+from protocol.client import link
 from qemu_user.config.background import for_background
-from qemu_user.config.machine_config import Balloon, Chardev, Drive, MachineConfig, Net
-from qemu_user.devices.device import decode_state, encode_state
-from qemu_user.devices.memory import GuestMemory
+from qemu_user.config.machine_config import MIN_MEMORY, Balloon, Chardev, Drive, MachineConfig, Net
 from qemu_user.machine import virt
-from qemu_user.machine.build import Parts
-from qemu_user.machine.irq import PlicInterrupts
-from qemu_user.machine.kicks import Kicks
-from qemu_user.migration import sections
-from qemu_user.migration.sections import Section
+from qemu_user.machine.cpu import set_boot_state
+from qemu_user.management.instance import Instance
+from qemu_user.management.qmp_client import QmpClient
+from qemu_user.management.registry import Registration, made_runtime_directory
+from qemu_user.migration import arrival, snapshot
+from qemu_user.migration.job import Job
 
 WARM = 10
 """How often code runs until CPython has adapted it."""
-_SIZE = 1 << 20
+_NAME, _TAG = "rehearsal", "kept"
+_DISK = 1 << 20
+_GUEST = (0x10500073).to_bytes(4, "little") + (0xFFDFF06F).to_bytes(4, "little")
+"""wfi; j .-4"""
 
 
-def rehearse(times: int = WARM) -> None:
-    """So often."""
-    disk = create_memfd("rehearsal", _SIZE)
+def rehearse(endpoint: str, times: int = WARM) -> None:
+    """So often, at the daemon there. StartError, KvmError, JobError, QmpError, OSError: it cannot be done."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{_NAME}-", dir=made_runtime_directory()))
     try:
-        config = MachineConfig(
-            name="rehearsal",
-            drives=(Drive(file=f"/proc/self/fd/{disk}", format="raw"),),
-            nets=(Net(kind="none"),),
-            chardevs=(Chardev(id="console", kind="hub", stdio=True),),
-            balloon=Balloon(),
-            vmgenid=True,
-        )
+        _keep(_config(folder), endpoint, folder)
         for number in range(times):
             if number == times - 1:
                 process_memory.forget_lookups()
-            data = msgspec.msgpack.encode(for_background(config, config.name))
-            _rehearse(msgspec.msgpack.decode(data, type=MachineConfig).validate(files=False))
+            _restore(endpoint, folder)
     finally:
-        os.close(disk)
+        shutil.rmtree(folder, ignore_errors=True)
+        gc.unfreeze()  # machines freeze what there is when they start
+        gc.collect()
+        link.end_context()
 
 
-def _rehearse(config: MachineConfig) -> None:
-    threads = IoThreads(_failed)
-    parts = Parts(config, threads, "")
-    ram = mmap.mmap(-1, _SIZE)
-    memory = GuestMemory([(virt.RAM_BASE, memoryview(ram))])
+def _config(folder: Path) -> MachineConfig:
+    disk = folder / "disk"
+    disk.write_bytes(bytes(_DISK))
+    config = MachineConfig(
+        name=_NAME,
+        memory=MIN_MEMORY,
+        drives=(Drive(file=str(disk), format="raw"),),
+        nets=(Net(kind="none"),),
+        chardevs=(Chardev(id="console", kind="hub", stdio=True),),
+        balloon=Balloon(),
+        vmgenid=True,
+    )
+    return for_background(config, _NAME).validate(files=False)
+
+
+def _keep(config: MachineConfig, endpoint: str, folder: Path) -> None:
+    """A snapshot of a guest that waits for ever."""
+    instance = Instance(config, endpoint, registration=_registration(folder))
     try:
-        parts.open_backends(lock_disks=False)
-        kicks = Kicks(cast(Any, None))  # nobody asks it for anything while no device is in use
-        parts.build(PlicInterrupts([]), memory, lambda what, status: None, kicks, [])
-        states = [(device, encode_state(device.save())) for device in parts.devices]
-        container = sections.encode(Section(device.name, 1, state) for device, state in states)
-        for device, section in zip(parts.devices, sections.decode(container).values(), strict=True):
-            device.restore(decode_state(type(device).State, section.payload))
-        kicks.close()
+        instance.start(arriving=True)
+        instance.machine.memory.write(virt.RAM_BASE, _GUEST)
+        set_boot_state(instance.machine.vcpus, virt.RAM_BASE, 0)
+        snapshot.save(instance.machine, folder, _TAG, Job("snapshot"))
     finally:
-        parts.close()
-        threads.close()
-        memory.release()
-        ram.close()
+        instance.abandon()
+        _give_back(instance)
 
 
-def _failed(error: BaseException) -> None:
-    raise error
+def _restore(endpoint: str, folder: Path) -> None:
+    """As arrival.main() does with such an order."""
+    told = arrival.Restore(endpoint=endpoint, snapshot=str(folder / _TAG), names=(_NAME,), fill=False)
+    order = msgspec.json.decode(msgspec.json.encode(told), type=arrival.Restore)
+    instance = arrival.restored(order, _NAME, arrival.read(order), registration=_registration(folder))
+    try:
+        with QmpClient(f"{instance.directory}/control.sock") as client:
+            client.execute("query-status")
+    finally:
+        instance.quit()
+        instance.wait()
+        _give_back(instance)
+
+
+def _give_back(instance: Instance) -> None:
+    """What a process that ends need not."""
+    machine = instance.machine
+    if machine.memory.absent is not None:
+        machine.memory.absent.close()
+        os.close(machine.memory.absent.fd)
+    if machine.ram_fd >= 0:
+        os.close(machine.ram_fd)
+
+
+def _registration(folder: Path) -> Registration:
+    directory = folder / "vm"
+    directory.mkdir(mode=0o700)
+    return Registration.adopted(directory, os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
