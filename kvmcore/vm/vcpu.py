@@ -215,7 +215,8 @@ class Vcpu(VmChild):
     def _is_plain(self) -> bool:
         """Whether native code may do the next RUN. What other threads change from now on makes it leave with KICK."""
         return (
-            type(self.hart) is Hart
+            self.vm.published
+            and type(self.hart) is Hart
             and self.dirty_ring is None
             and self.pending is None
             and self._reset is None

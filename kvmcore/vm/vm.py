@@ -87,7 +87,8 @@ class Vm(Handle):
         self._machine = machine
         self.tells_engine = False
         """Whether changes of memory slots and buses go to the engine's half at once; see begin_running()."""
-        self._published = False
+        self.published = False
+        """Whether the engine's half has been told of memory and buses: a vCPU has begun to run."""
         self._publishing = threading.Lock()
         """Above memory's lock."""
         self._ring: tuple[int, Mapping] | None = None
@@ -263,13 +264,13 @@ class Vm(Handle):
 
         Before the first KVM_RUN nobody looks at them there, and many VMs never come to that.
         """
-        if not self._published:
+        if not self.published:
             with self._publishing:
-                if not self._published:
+                if not self.published:
                     self.tells_engine = True
                     self.memory.publish()
                     self.eventfds.publish()
-                    self._published = True
+                    self.published = True
 
     def look_if_idle(self) -> None:
         """Called now and then: a VM that does nothing gives memory back."""

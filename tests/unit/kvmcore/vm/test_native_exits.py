@@ -133,6 +133,16 @@ def test_immediate_exit_completes_and_a_kick_returns(kernel, ended):
     assert client.run() == (Exit.MMIO, 0)
 
 
+def test_the_first_run_may_be_one_that_ends_at_once(kernel, ended):
+    """The guest's memory and devices are there in the one behind it."""
+    machine = Machine(kernel, "li s0, DEVICE\n 1: lw a0, 0(s0)\n j 1b")
+    client = Client(machine)
+    client.page[run_page.IMMEDIATE_EXIT] = 1
+    assert client.run() == (-1, EINTR)
+    client.page[run_page.IMMEDIATE_EXIT] = 0
+    assert client.run() == (Exit.MMIO, 0)
+
+
 def test_what_the_page_says_of_the_exit_changes_nothing(kernel, ended):
     machine = Machine(kernel, "li s0, DEVICE\n 1: lw a0, 0(s0)\n addi a2, a2, 1\n j 1b")
     client = Client(machine)
