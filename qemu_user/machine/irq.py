@@ -170,7 +170,7 @@ class Interrupts(Protocol):
         """The devices have taken a dead process's place: wires that none of them has driven are low."""
 
     def prepare(self) -> None:
-        """Messages that devices have announced (VirtioTransport.rehearse) are made known to kvmcore."""
+        """Messages that devices have announced (VirtioTransport.prepare) are made known to kvmcore."""
 
     @property
     def handle(self) -> int:

@@ -33,23 +33,28 @@ class MsiRoutes:
         """One more vector."""
         return _Vector(self)
 
-    def add(self, messages: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """(GSI, eventfd) of each new message (address, data)."""
+    def add(self, vectors: list[_Vector]) -> None:
+        """Make those known that are not, all at once. Any thread."""
         with self._lock:
             added = []
-            for address, data in messages:
-                gsi = len(self._table)
+            for vector in vectors:
+                if vector.is_known:
+                    continue
+                gsi, message = len(self._table), vector.message
                 fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 self._fds.append(fd)
-                self._table.append(_message(gsi, address, data))
-                added.append((gsi, fd))
+                self._table.append(_message(gsi, *message))
+                added.append((vector, gsi, fd, message))
+            if not added:
+                return
             self._vm.set_gsi_routing(self._table)
             batch = self._vm.batch()
-            answers = [batch.irqfd(self._vm, fd, gsi) for gsi, fd in added]
+            answers = [batch.irqfd(self._vm, fd, gsi) for _, gsi, fd, _ in added]
             batch.send()
             for answer in answers:
                 answer.checked()
-        return added
+            for vector, gsi, fd, message in added:
+                vector.known(gsi, fd, message)
 
     def want(self, vector: _Vector) -> None:
         """It will be used: settle() makes it known."""
@@ -58,9 +63,7 @@ class MsiRoutes:
     def settle(self) -> None:
         """Make all that are wanted known at once."""
         vectors, self._wanted = self._wanted, []
-        if vectors:
-            for vector, place in zip(vectors, self.add([vector.message for vector in vectors]), strict=True):
-                vector.known(place, vector.message)
+        self.add(vectors)
 
     def route(self, gsi: int, address: int, data: int) -> None:
         """Replace a message."""
@@ -86,20 +89,26 @@ class _Vector:
     def route(self, address: int, data: int) -> None:
         self.message = address, data
 
+    @property
+    def is_known(self) -> bool:
+        """Whether kvmcore has a message of it."""
+        return self._fd >= 0
+
     def prepare(self) -> None:
-        if self._fd < 0:
+        if not self.is_known:
             self._routes.want(self)
 
-    def known(self, place: tuple[int, int], message: tuple[int, int]) -> None:
-        """kvmcore has the message by (GSI, eventfd)."""
-        (self._gsi, self._fd), self._routed = place, message
+    def known(self, gsi: int, fd: int, message: tuple[int, int]) -> None:
+        """kvmcore has it by that GSI and eventfd."""
+        self._gsi, self._routed = gsi, message
+        self._fd = fd  # last: who finds it may fire
 
     def fire(self) -> None:
         try:
+            if not self.is_known:
+                self._routes.add([self])
             message = self.message
-            if self._fd < 0:
-                self.known(self._routes.add([message])[0], message)
-            elif message != self._routed:
+            if message != self._routed:
                 self._routes.route(self._gsi, *message)
                 self._routed = message
         except KvmError:

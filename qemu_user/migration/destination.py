@@ -255,7 +255,7 @@ class Incoming:
             # Most of it stays so, and need not be done while the guest stands.
             machine_state.restore(instance.machine, trial)
             for transport in instance.machine.parts.transports:
-                transport.rehearse()
+                transport.prepare()
             instance.machine.interrupts.prepare()
             instance.machine.rehearse()
             if "postcopy" in self._features:

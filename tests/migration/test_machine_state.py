@@ -9,6 +9,9 @@ import msgspec
 import pytest
 
 from qemu_user.devices.device import StateError
+from qemu_user.devices.pci.msix import ENABLE, ENTRY_SIZE
+from qemu_user.devices.virtio.pci import VirtioPci
+from qemu_user.machine import virt
 from qemu_user.machine.machine import INMIGRATE, PAUSED, RUNNING, Machine
 from qemu_user.migration import machine_state, sections
 from tests.framework import memory_guest
@@ -98,3 +101,36 @@ def test_what_does_not_fit_is_refused_before_anything_changes(endpoint, tmp_path
     finally:
         one.close()
         two.close()
+
+
+def test_the_interrupts_of_a_machine_that_has_arrived_are_told_at_once(endpoint, tmp_path: Path) -> None:
+    """Not a message for each vector that fires for the first time."""
+    drives = tuple(memory_guest.drive(tmp_path / f"disk{number}") for number in range(3))
+    machine = Machine(memory_guest.config(tmp_path, "pci", drives=drives), endpoint)
+    machine.start(arriving=True)
+    try:
+        functions = [device for device in machine.parts.devices if isinstance(device, VirtioPci)]
+        assert len(functions) >= 3
+        for number, function in enumerate(functions):
+            assert function.msix is not None
+            for at, value in ((0, virt.PLACES["imsic"].base), (8, 1 + number), (12, 0)):
+                function.msix.write_table(ENTRY_SIZE + at, 4, value)
+            function.msix.control(ENABLE, live=True)
+            function._vectors[1] = 1
+            queue = function.virtio.queues[0]
+            queue.descriptors, queue.available, queue.used = (
+                virt.RAM_BASE + 0x10000 * (1 + number) + 0x4000 * ring for ring in range(3)
+            )
+            queue.enable(machine.memory)
+            queue.moved(0, 1, 1)  # something has been given back
+        told = []
+        routing = machine.vm.set_gsi_routing
+        machine.vm.set_gsi_routing = lambda table: told.append(len(table)) or routing(table)
+        pins = len(machine.interrupts._routes._table)
+        machine.resume()
+        assert told == [pins + len(functions)]
+        for function in functions:
+            function.msix.fire(1)
+        assert len(told) == 1
+    finally:
+        machine.close()

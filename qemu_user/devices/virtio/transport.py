@@ -281,8 +281,8 @@ class VirtioTransport:
             self._watched[queue.index].known = queue.next_available
             return outcome
 
-    def rehearse(self) -> None:
-        """The machine has been given a state that it will not run from: what its interrupts need is set up now."""
+    def prepare(self) -> None:
+        """The machine has been given a state: what its interrupts need is set up now."""
         self._wires.prepare()
 
     def resume(self) -> None:
