@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -36,8 +35,11 @@ _GUEST = (0x10500073).to_bytes(4, "little") + (0xFFDFF06F).to_bytes(4, "little")
 
 
 def rehearse(endpoint: str, times: int = WARM) -> None:
-    """So often, at the daemon there. StartError, KvmError, JobError, QmpError, OSError: it cannot be done."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{_NAME}-", dir=made_runtime_directory()))
+    """So often, at the daemon there; nobody else does it in this runtime directory (the parent's lock). StartError, KvmError,
+    JobError, QmpError, OSError: it cannot be done."""
+    folder = made_runtime_directory() / _NAME
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was killed meanwhile
+    folder.mkdir(mode=0o700)
     try:
         _keep(_config(folder), endpoint, folder)
         for number in range(times):

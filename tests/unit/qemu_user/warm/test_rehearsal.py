@@ -25,6 +25,10 @@ def test_nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         return instance
 
     monkeypatch.setattr(arrival, "restored", watched)
+    left = tmp_path / "softkvm" / "rehearsal" / "vm"
+    left.mkdir(mode=0o700, parents=True)  # the last one was killed in the middle of it
+    left.parent.parent.chmod(0o700)
+    (left / "control.sock").touch()
     with Daemon() as daemon:
         rehearsal.rehearse(daemon.endpoint, 1)
         descriptors, tasks = os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")
