@@ -79,6 +79,7 @@ class Zygote:
         """Fork VMs until the daemon is gone, then clean up after it. Does not return."""
         process.set_title("kvmcore-zygote")
         process.ignore_terminal_signals()
+        process_memory.merge()
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         self._preload()

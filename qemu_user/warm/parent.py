@@ -291,6 +291,7 @@ def _marks(files: Iterable[str]) -> dict[str, tuple[int, int]]:
 def main(lock: int, daemon: int) -> int:
     """Serve; in children, what they are told to be. The arguments are Parent's."""
     process_title.set_words(["softkvm-warm"])
+    process_memory.merge()
     if not preload(daemon):
         return 0
     from protocol.abi.errors import KvmError

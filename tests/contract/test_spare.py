@@ -14,6 +14,7 @@ import pytest
 from protocol.abi.structs_riscv import PC
 from protocol.client import Kvm
 from tests.framework.full_stack import Daemon
+from tests.framework.merging import may_merge
 
 
 @pytest.fixture
@@ -55,6 +56,12 @@ def test_the_next_vm_takes_it(daemon: Daemon) -> None:
     spare = the_spare(daemon)
     assert make_vm(daemon, "second") == spare.pid
     assert the_spare(daemon).pid != spare.pid
+
+
+def test_the_host_may_merge_equal_pages_of_vms(daemon: Daemon) -> None:
+    make_vm(daemon, "first")
+    assert may_merge(the_spare(daemon).pid)
+    assert not may_merge(daemon.process.pid), "whose memory is no VM's"
 
 
 def test_two_at_once(daemon: Daemon) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.framework.merging import may_merge
 from tests.framework.product import Product, have_image, read_until
 from tests.framework.terminal import Terminal
 
@@ -103,6 +104,14 @@ def test_a_vm_in_the_background(product: Product) -> None:
     assert is_warm(restored)
     assert restored.pid != device.pid
     assert product.run("kill", "behind").returncode == 0
+
+
+def test_the_host_may_merge_equal_pages(product: Product) -> None:
+    assert product.run("run", "-d", "--name", "equal").returncode == 0
+    device = device_process(product, "equal")
+    assert is_warm(device)
+    assert may_merge(device.pid)
+    assert product.run("kill", "equal").returncode == 0
 
 
 def test_who_has_given_rights_up_is_not_given_them_back(product: Product) -> None:
