@@ -82,10 +82,10 @@ class Instance:
                 login=self.config.login,
             )
         except BackendError as error:
-            self._close()
+            self._close(predecessor is not None)
             raise StartError(str(error)) from error
         except BaseException:
-            self._close()
+            self._close(predecessor is not None)
             raise
 
     def wait(self) -> int:
@@ -142,12 +142,13 @@ class Instance:
     def remaining(cls, directory: Path, vm: Vm, registration: int, config: MachineConfig, ram_fd: int) -> Instance:
         """What is left in that directory of a VM that lives on elsewhere (Machine.remain), listed and reached as VMs are."""
         instance = cls(config, "", registration=Registration.adopted(directory, registration))
-        instance.machine.remain(vm, ram_fd)
         try:
             instance._qmp = QmpServer(instance.machine, [instance._control])
         except BackendError as error:
-            instance._close()
+            vm.leave()
+            instance._close(waits=True)
             raise StartError(str(error)) from error
+        instance.machine.remain(vm, ram_fd)
         instance._qmp.start()
         instance._registration.describe(vm_pid=vm.pid, memory=config.memory, cpus=config.cpus, kernel="")
         return instance
@@ -194,9 +195,13 @@ class Instance:
         except ProcessLookupError:
             pass
 
-    def _close(self) -> None:
+    def _close(self, waits: bool = False) -> None:
+        """`waits`: the VM could not be taken up, and waits for another process."""
         self.machine.close()
         if self._qmp is not None:
             self._qmp.close()
             self._qmp = None
-        self._registration.close()
+        if waits:
+            self._registration.leave()
+        else:
+            self._registration.close()

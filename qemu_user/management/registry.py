@@ -160,6 +160,11 @@ class Registration:
         self.describe(**self._meta)
         return True
 
+    def leave(self) -> None:
+        """The VM is not ours, and not over: somebody else has the directory locked."""
+        os.close(self._lock)
+        self._lock = -1
+
     def close(self) -> None:
         """The VM is over. Idempotent."""
         if self._lock >= 0:

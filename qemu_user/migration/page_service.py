@@ -2,14 +2,14 @@
 
 The process that ran the VM serves it. What another one needs to go on with that, should the first be killed, is left with
 kvmcore before the switch (leave()): the memory, whom to call, and the journal, with a lock that says to the destination that
-the memory is still there. `softkvm attach` finds it (owed()), if the journal says that the VM has gone.
+the memory is still there. `softkvm attach` finds it (left()), if the journal says that the VM has gone.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -95,13 +95,13 @@ def take_back(machine: Machine) -> None:
         machine.vm.keep(key, -1)
 
 
-class Left:
-    """What a process that was killed has left: the memory, and whose it is. Its descriptors are ours."""
+class Left(NamedTuple):
+    """What a process that was killed has left: whose memory it is, and descriptors, which are ours. The journal's lock is held
+    as long as it is open."""
 
-    def __init__(self, owed: Owed, memory: int, journal: int) -> None:
-        self.owed, self.memory = owed, memory
-        self.journal = journal
-        """Its lock is held as long as it is open."""
+    owed: Owed
+    memory: int
+    journal: int
 
 
 def left(vm: Vm) -> Left | None:

@@ -68,6 +68,22 @@ def test_guest_goes_on_after_each_of_three_kills(
     assert host.names() == []
 
 
+def test_an_attach_that_fails_can_be_done_again(host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path) -> None:
+    disk = memory_guest.drive(tmp_path / "disk")
+    host.boot("vm", options=("-keep",), drives=(disk,))
+    goes_on("vm")
+    kill_device_process(host)
+    Path(disk.file).rename(tmp_path / "elsewhere")
+    done = host.softkvm("attach", "vm")
+    assert done.returncode == 1
+    assert b"disk" in done.stderr
+    assert row(host)["waits"]
+    (tmp_path / "elsewhere").rename(disk.file)
+    done = host.softkvm("attach", "vm")
+    assert done.returncode == 0, done.stderr.decode()
+    goes_on("vm")
+
+
 def test_upgrade_hands_over_to_new_processes(host: HostUnderTest, goes_on: Callable[..., int], tmp_path: Path) -> None:
     old = host.boot("vm", options=("-keep",), drives=(memory_guest.drive(tmp_path / "disk"),))
     goes_on("vm")
