@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from protocol.abi.errors import KvmError
 from qemu_user.backends.block.logged import BLOCK
 from qemu_user.devices.memory import PAGE
 from qemu_user.holes import with_data
@@ -66,7 +67,11 @@ class Ram:
         if self._on:
             self._on = False
             self._log.stop()
-            self._machine.log_dirty_pages(False)
+            try:
+                self._machine.log_dirty_pages(False)
+            except KvmError:
+                if self._machine.vm.alive:  # else nobody logs anything any more
+                    raise
 
 
 class Copied(Protocol):

@@ -103,6 +103,7 @@ def test_fault(
             break
         time.sleep(0.1)
     assert seen == ([] if expected == NEITHER else [expected])
+    assert settled(hosts)
     if expected != NEITHER:
         goes_on("vm", more=5)
         assert running(hosts) == [expected]
