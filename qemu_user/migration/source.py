@@ -213,7 +213,8 @@ class Outgoing:
             if self._journal.state == journals.OFFERED:
                 self._journal.write(journals.ABORTED, machine.generation)
                 self._say_abort()
-            self._stay()
+            if machine.status != POSTMIGRATE:
+                self._stay()
             self._journal.keep()
             raise
         finally:
