@@ -38,8 +38,9 @@ def _parent(pid: int) -> int:
 
 
 def _lives(pid: int) -> bool:
+    """Whether any thread of it does: a first one that is dead has closed nothing yet."""
     try:
-        return _stat(pid)[0] != "Z"
+        return _stat(pid)[0] != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
     except OSError:
         return False
 
