@@ -68,16 +68,45 @@ def load_kernel(path: str, memory: GuestMemory) -> Loaded:
         raise BootError(f"kernel {path}: does not fit the memory ({error}); give more with -m") from error
 
 
+def linux_span(path: str) -> range:
+    """What an Image of Linux takes of RAM, from its first byte; empty if the file is something else, or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return range(0)
+    image = _image(head)
+    if image is None:
+        return range(0)
+    return range(image.offset, image.offset + max(size, image.size))
+
+
+class _Header(NamedTuple):
+    """Of an Image. `offset` counts from a 2 MiB boundary, and RAM starts at one."""
+
+    offset: int
+    size: int
+    big_endian: bool
+
+
+def _image(head: bytes) -> _Header | None:
+    if len(head) < 64:
+        return None
+    _, _, offset, size, flags, _, _, _, magic, magic2 = _IMAGE.unpack(head)
+    if magic2 != _IMAGE_MAGICS[0] and magic != _IMAGE_MAGICS[1]:
+        return None
+    return _Header(offset, size, bool(flags & 1))
+
+
 def _load_flat(path: str, fd: int, head: bytes, memory: GuestMemory) -> Loaded:
     size = os.fstat(fd).st_size
     offset, span = RAW_OFFSET, size
-    if len(head) == 64:
-        _, _, text_offset, image_size, flags, _, _, _, magic, magic2 = _IMAGE.unpack(head)
-        if magic2 == _IMAGE_MAGICS[0] or magic == _IMAGE_MAGICS[1]:
-            if flags & 1:
-                raise BootError(f"kernel {path}: is big-endian")
-            # The header's offset counts from a 2 MiB boundary, and RAM starts at one.
-            offset, span = text_offset, max(size, image_size)
+    image = _image(head)
+    if image is not None:
+        if image.big_endian:
+            raise BootError(f"kernel {path}: is big-endian")
+        offset, span = image.offset, max(size, image.size)
     for start, what in _KNOWN.items():
         if head.startswith(start):
             raise BootError(f"kernel {path}: is {what}; unpack it first")

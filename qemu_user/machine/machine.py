@@ -34,7 +34,7 @@ from qemu_user.devices.absent import AbsentPages, PageLost
 from qemu_user.devices.device import Counters, Device, StateError
 from qemu_user.devices.memory import GuestMemory
 from qemu_user.exits.context import ExitContext
-from qemu_user.machine import boot, virt
+from qemu_user.machine import boot, large_pages, virt
 from qemu_user.machine.build import Parts
 from qemu_user.machine.cpu import Isa, read_isa, reset_state, set_boot_state
 from qemu_user.machine.fdt import flatten
@@ -340,6 +340,9 @@ class Machine:
         if self._isa is None:  # a VM that comes from elsewhere needs it when it is reset
             self._isa = read_isa(self.vcpus[0], isinstance(self.interrupts, AiaInterrupts))
         if config.boot.kernel:
+            span = boot.linux_span(config.boot.kernel)
+            if span:
+                large_pages.gather(self.ram_fd, (span, large_pages.filled_first(memory.size)))
             kernel = boot.load_kernel(config.boot.kernel, memory)
         else:  # as QEMU starts a KVM guest: in S-mode at the first instruction of the flash
             kernel = boot.Loaded(virt.PLACES["flash"].base, virt.RAM_BASE)

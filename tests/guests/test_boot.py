@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from qemu_user.machine.large_pages import LARGE, gather
 from tests.framework.product import U_BOOT, Product, read_until
 
 PROMPT = b"\n=> "
@@ -20,6 +23,22 @@ def test_debian_boots(product: Product, busybox: None, cpus: int) -> None:
     assert done.stderr == b""
     assert done.stdout.decode().split("\n") == [str(cpus), "Linux riscv64", str(cpus), "done", ""]
     assert done.returncode == 0
+
+
+@pytest.mark.net
+def test_a_linux_fills_large_pages(product: Product, busybox: None) -> None:
+    """Of the host, and the VM's process has them as such: most of what a boot writes to."""
+    fd = os.memfd_create("probe")
+    os.ftruncate(fd, LARGE)
+    if not gather(fd, [range(LARGE)]):
+        pytest.skip("needs a host with MADV_COLLAPSE (Linux 6.1)")
+    os.close(fd)
+    client = product.start("run", "--name", "large", "busybox", "--", "sh", "-c", "echo up; read line")
+    read_until(client, b"up\n")
+    (vm,) = product.named("kvmcore-vm large")
+    lines = dict(line.split(":") for line in Path(f"/proc/{vm.pid}/smaps_rollup").read_text().splitlines()[1:])
+    assert int(lines["ShmemPmdMapped"].split()[0]) >= 32 << 10, lines
+    client.kill()
 
 
 @pytest.mark.net
