@@ -29,6 +29,7 @@ from kvmcore.vm.vm import Vm, spare_machine
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing
+from protocol.channel.latency import woken_soon
 from protocol.codec.session import Message
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class VmProcess:
         from kvmcore.server.connections import ConnectionLimit
         from protocol.channel import zmq_socket
 
+        woken_soon()  # and the threads that start from here
         self._order = order
         self._control = control
         self._loop = EventLoop()
