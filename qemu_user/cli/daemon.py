@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,17 @@ def begin() -> Callable[[], str]:
         return where
 
     return finish
+
+
+def hold() -> socket.socket:
+    """A connection to a daemon that listens: while it is open it does not end for want of something to do. DaemonError."""
+    where = ensure()
+    try:
+        sock = fd_passing.connect(where.removeprefix("ipc://"))
+        sock.send(session.encode(Message(Op.HELLO, 1)))
+        return sock
+    except OSError as error:
+        raise DaemonError(f"kvmcore at {where} does not answer: {error}") from error
 
 
 def _may_stay(where: str) -> bool:

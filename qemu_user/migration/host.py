@@ -25,6 +25,7 @@ from protocol.channel import fd_passing, zmq_socket
 from protocol.channel.zmq_socket import Curve
 from qemu_user.backends.errors import BackendError
 from qemu_user.backends.unix_address import listen_unix
+from qemu_user.cli.daemon import DaemonError, hold
 from qemu_user.migration.spawn import Newcomer, SpawnError
 from qemu_user.warm.process import WarmProcess
 
@@ -70,6 +71,8 @@ class Host:
         self._count = 0
         self._processes: list[WarmProcess | subprocess.Popen[bytes]] = []
         self._waiting: Newcomer | None = None
+        self._daemon: socket.socket | None = None
+        """Keeps a daemon ready for the next VM, if it is to be this user's."""
         self._due = 0.0
         """When another one is to be made, if none waits."""
         scheme, _, address = listen.partition("://")
@@ -101,6 +104,8 @@ class Host:
 
     def close(self) -> None:
         """Listen no more."""
+        if self._daemon is not None:
+            self._daemon.close()
         if self._waiting is not None:
             self._waiting.forget()
             self._waiting.process.wait()
@@ -128,8 +133,21 @@ class Host:
         left = self._due - time.monotonic()
         if left <= 0:
             self._waiting = self._make()
+            self._hold_daemon()
             return None
         return int(1000 * left) + 1
+
+    def _hold_daemon(self) -> None:
+        """A VM that comes need not wait until one has started. After each VM anew: there may be one of another version now."""
+        if self._endpoint:
+            return
+        before, self._daemon = self._daemon, None
+        try:
+            self._daemon = hold()
+        except DaemonError as error:
+            _log(str(error))  # the VM's process will say so to its source
+        if before is not None:
+            before.close()
 
     def _make(self) -> Newcomer:
         self._count += 1
