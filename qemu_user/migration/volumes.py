@@ -50,7 +50,7 @@ class Ram:
         """The map of what was written since start() or the last take()."""
         units = self.size // self.unit
         written = self._log.take()
-        return pages.union(written, pages.from_bits(self._machine.vm.get_dirty_log(RAM_SLOT, units), units))
+        return pages.union(pages.from_bits(self._machine.vm.get_dirty_log(RAM_SLOT, units), units), written)
 
     def rings(self) -> list[int]:
         """Units in which queues of devices lie, which are looked at as soon as the machine goes on."""
