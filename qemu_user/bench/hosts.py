@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import os
 import shutil
 import signal
@@ -234,26 +235,26 @@ class Host:
     def clone(self, name: str, count: int) -> Row:
         """Wall-clock time of the command, and how much memory of its own each clone has: both processes, and apart from them
         what of the guest's memory is there."""
-        import psutil
-
         started = time.monotonic()
         self._softkvm("clone", name, "copy", "--count", str(count))
         total = 1000 * (time.monotonic() - started)
         time.sleep(_IDLE_SECONDS)
-        unique = guest = 0
-        for process in psutil.process_iter():
-            try:
-                words = " ".join(process.cmdline())
-                if process.environ().get("XDG_RUNTIME_DIR") == str(self._folder) and (
-                    words.startswith("kvmcore-vm copy")
-                    or ("qemu_user.migration.arrival" in words and process.num_threads() > 1)  # not the one that waits for a VM
-                ):
-                    unique += process.memory_full_info().uss
-                    if words.startswith("kvmcore-vm"):
-                        guest += _guest_memory(process.pid)
-            except psutil.Error:
-                continue
+        unique, guest = memory_of(self._folder / "softkvm" / "vms", "copy*")
         return {"total": total, "unique MB each": unique / count / 1e6, "guest MB each": guest / count / 1e6}
+
+
+def memory_of(vms: Path, names: str) -> tuple[int, int]:
+    """Of the running VMs with such names in the registry: bytes that their processes, both of each, have for themselves, and
+    bytes of their guests' memory that are there."""
+    import psutil
+
+    unique = guest = 0
+    for meta in vms.glob(f"{names}/meta.json"):
+        vm = json.loads(meta.read_text())
+        for process in ("pid", "vm_pid"):
+            unique += psutil.Process(vm[process]).memory_full_info().uss
+        guest += _guest_memory(vm["vm_pid"])
+    return unique, guest
 
 
 def _guest_memory(pid: int) -> int:
