@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 _SHT_PROGBITS, _SHT_SYMTAB, _SHT_RELA, _SHT_NOBITS = 1, 2, 4, 8
 _SHF_ALLOC = 2
-R_64, R_PC32, R_PLT32, R_32, R_32S = 1, 2, 4, 10, 11
+R_64, R_PC32, R_PLT32, R_32, R_32S, R_8 = 1, 2, 4, 10, 11, 14
 _STT_FUNC = 2
 #: Sections that are of no use to code that never unwinds.
 _DROPPED = (".eh_frame", ".note", ".comment")

@@ -74,7 +74,7 @@ class Template(ctypes.Structure):
 
 
 class Patch(ctypes.Structure):
-    """value = number * factor + addend, minus the place's own address if `relative`; `size` 4 or 8 bytes at `at`.
+    """value = number * factor + addend, minus the place's own address if `relative`; `size` 1, 4 or 8 bytes at `at`.
 
     number: of a record's operand, `bits` bits from bit `shift` on; or the word of Work at byte offset `word`. If `flip` is
     not 0, one byte will do for a value that fits it, once these bits of the byte `back` bytes before have changed.

@@ -23,8 +23,9 @@ from typing import NoReturn
 from kvmcore.engine import hart_state
 from kvmcore.engine import template_assembler as assembler
 from kvmcore.engine.interpreter import Handler, handlers
-from kvmcore.engine.link import R_32, R_32S, R_64, R_PC32, R_PLT32, Piece, Relocation
+from kvmcore.engine.link import R_8, R_32, R_32S, R_64, R_PC32, R_PLT32, Piece, Relocation
 from kvmcore.engine.native_hart import PAGE_MASK, HandlerHart, load, param, store, tracer
+from kvmcore.engine.template_bytes import shorter
 from kvmcore.ir.llvm_text import HANDLER_PARAMETERS, Emitter
 from kvmcore.ir.trace import Block, PathEnd, Tracer
 from kvmcore.ir.value import Value, as_value, u64
@@ -463,6 +464,8 @@ def _template(
     if last.symbol == _NEXT and last.offset == len(code) - 4 and code[-5] == 0xE9:  # falls through
         code, relocations = code[:-5], relocations[:-1]
     straight = decisions is not None and _is_straight(code, relocations, decisions)
+    if straight:
+        code, relocations = shorter(code, relocations)
     patches = b"".join(
         bytes(_patch(relocation, handler, functions, code if straight else b"")) for relocation in relocations
     )
@@ -495,7 +498,7 @@ def _shorten(patch: assembler.Patch, code: bytes) -> None:
 
 
 _SHORT_DISPLACEMENT = frozenset(
-    bytes.fromhex("03 0B 13 1B 23 2B 33 3B 63 85 88 89 8A 8B 8D AF B6 B7 BE BF C7 F6 F7")
+    bytes.fromhex("03 0B 13 1B 23 2B 33 39 3B 63 83 85 88 89 8A 8B 8D AF B6 B7 BE BF C7 F6 F7")
 )
 """Opcodes whose operand may be memory: moves, lea, arithmetic, shifts of BMI2."""
 
@@ -503,7 +506,7 @@ _SHORT_DISPLACEMENT = frozenset(
 def _patch(relocation: Relocation, handler: Handler | None, functions: Mapping[str, int], code: bytes) -> assembler.Patch:
     """code: b"" if nothing can be shortened."""
     at, kind, symbol, addend = relocation
-    patch = assembler.Patch(at=at, addend=addend, factor=1, kind=assembler.WORD, bits=8, size=8 if kind == R_64 else 4)
+    patch = assembler.Patch(at=at, addend=addend, factor=1, kind=assembler.WORD, bits=8, size={R_64: 8, R_8: 1}.get(kind, 4))
     if kind in (R_PC32, R_PLT32):
         patch.relative = 1
         if symbol in functions:
@@ -515,7 +518,7 @@ def _patch(relocation: Relocation, handler: Handler | None, functions: Mapping[s
             assert symbol in _JUMPS, f"{symbol} is relative to the code"
             patch.word = assembler.WORD_OF[{_NEXT: "end", _EXIT: "exit", _TARGET: "target"}[symbol]]
         return patch
-    assert kind in (R_64, R_32, R_32S), f"relocation of type {kind} to {symbol}"
+    assert kind in (R_64, R_32, R_32S, R_8), f"relocation of type {kind} to {symbol}"
     sort, name = symbol.split("_", 1)
     if code and kind == R_32S:  # signed: no move into 32 bits of a register
         _shorten(patch, code)
