@@ -1,7 +1,9 @@
 """The VM's side of template code: pages that samples see in the interpreter are asked for, and what comes is installed.
 
-One sample is enough, for a page costs the translator some 50 us. A page that goes on being seen in the interpreter has
-instructions that had not been executed when it was asked for; it is asked for again, after twice as many samples each time.
+One sample is enough, for a page costs the translator some 50 us, while there is much room. Big programs have more code than
+room, and most of it is seldom executed: the fuller the memory is the more samples a page needs, and old ones count less. A page
+that goes on being seen in the interpreter has instructions that had not been executed when it was asked for; it is asked for
+again, after twice as many samples each time.
 Called by hot_code.py, with the machine's gate held. Never imports LLVM.
 """
 
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmcore.engine import machine_state
+from kvmcore.engine.loader import TEMPLATE_BYTES
 from kvmcore.engine.translation import MAX_ASSEMBLED, PAGE, WANTED, Assemble, Message
 
 if TYPE_CHECKING:
@@ -22,7 +25,11 @@ _HALVES = PAGE // 2
 _RECORDS = _HALVES * machine_state.RECORD
 _BIT = bytes([ord("0")]) + bytes([ord("1")]) * 255
 _PATIENCE = 64
-"""Samples at most between two times that a page is looked at."""
+"""Samples at most between two times that a page is looked at, while there is much room."""
+_WINDOW = 1 << 14
+"""A sample counts half after so many others (a third of a thousand million instructions)."""
+_STEPS = 4
+"""So often a page has to be seen twice as much as before, until the memory is full."""
 
 
 class ColdCode:
@@ -31,11 +38,14 @@ class ColdCode:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._cold: dict[HotPage, None] = {}
-        self._installed = 0
+        self._installed = self._seen = 0
+        self.taken = 0
+        """Bytes of the memory for template code that are in use."""
 
     def begin(self) -> None:
         """A new memory."""
         self._cold.clear()
+        self.taken = 0
 
     @property
     def pages(self) -> int:
@@ -44,9 +54,12 @@ class ColdCode:
 
     def count(self, page: HotPage, record: int, times: int) -> None:
         """A sample's record."""
+        self._seen += times
         if ctypes.c_uint32.from_address(record).value < self._machine.state.templates:
-            page.cold += times
-            if page.cold >= page.patience:
+            window = self._seen // _WINDOW
+            page.cold = (page.cold >> min(window - page.window, 32)) + times
+            page.window = window
+            if page.cold >= page.patience << (self.taken * _STEPS // TEMPLATE_BYTES):
                 self._cold[page] = None
 
     def ask(self, send: Callable[[Message], bool]) -> bool:

@@ -87,8 +87,8 @@ class HotPage:
 
     heads: regions that are there or under way; wished: for later; heat: samples of other places; seen: where it was
     last (number of the virtual page, satp, the TLBs of the hart); asked: whether the translator was asked what it has of it.
-    cold: samples that the interpreter had on it; patience: how many let it be asked for; assembled: what it was asked for
-    (cold_code.py).
+    cold: samples that the interpreter had on it, up to which window; patience: how many let it be asked for; assembled: what it
+    was asked for (cold_code.py).
     """
 
     base: int
@@ -99,6 +99,7 @@ class HotPage:
     seen: tuple[int, int, int] | None = None
     asked: bool = False
     cold: int = 0
+    window: int = 0
     patience: int = 1
     assembled: int = 0
 
@@ -452,6 +453,7 @@ class HotCode:
         self._awaited = max(0, self._awaited - 1)  # 0: it was asked for before the memory was a new one
         if message.templates != self._templates:
             return
+        self.cold.taken = message.host.templates
         for base, identity, place in message.pages:
             self._known.template(identity, place)
             page = self._pages.get(base)

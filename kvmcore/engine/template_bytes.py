@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvmcore.engine.link import R_8, R_32, R_32S, R_64, Relocation
 
-_REX, _WIDE, _ROOM = 0x40, 0x48, bytes(4)
+_WIDE, _ROOM = 0x48, bytes(4)
 _FROM_MEMORY = {0x03: 0, 0x0B: 1, 0x23: 4, 0x33: 6}
 _FROM_REGISTER = {0x01: 0, 0x09: 1, 0x21: 4, 0x31: 6}
 """Opcodes of add, or, and, xor -> their number behind 0x81."""
@@ -56,7 +56,8 @@ def _number(code: bytes, relocation: Relocation, at: dict[int, Relocation]) -> _
     """A number of 64 bits is put into a register, and perhaps used at once."""
     place = relocation.offset
     start, after = place - 2, place + 8
-    assert code[start] & 0xFE == _WIDE and code[place - 1] & 0xF8 == 0xB8, "no move"
+    assert code[start] & 0xFE == _WIDE, "no move"
+    assert code[place - 1] & 0xF8 == 0xB8, "no move"
     register = (code[start] & 1) << 3 | code[place - 1] & 7
     immediate = relocation._replace(type=R_32S)
     move = bytes((_WIDE | register >> 3, _STORE_NUMBER, 0xC0 | register & 7)) + _ROOM

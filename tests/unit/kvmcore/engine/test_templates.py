@@ -8,7 +8,9 @@ from itertools import pairwise
 import pytest
 
 from kvmcore.engine import machine_state
+from kvmcore.engine.cold_code import ColdCode
 from kvmcore.engine.exits import ExitKind
+from kvmcore.engine.hot_code import HotPage
 from kvmcore.engine.loader import TEMPLATE_BYTES
 from kvmcore.engine.template_code import Assembler, TemplateMemory
 from tests.framework.asm import assemble
@@ -449,3 +451,83 @@ def test_a_full_memory_says_so(image) -> None:
     content = assemble("addi a0, a0, 1\n" * 1000, 0).image.ljust(4096, b"\0")
     assert memory.place(b"a" * 16, content, ALL) is None
     assert memory.index() == b""
+
+
+def test_the_fuller_the_memory_the_hotter_a_page_has_to_be(guest) -> None:
+    g = guest(SUM)
+    g.run()
+    cold, asked = ColdCode(g.machine), []
+    (first, second) = pages(g)
+
+    def seen(page: HotPage, times: int) -> bool:
+        cold.count(page, page.base + machine_state.PAGE_RECORDS, times)
+        return cold.ask(lambda message: not asked.append(message))
+
+    for quarter, wanted in enumerate((1, 2, 4, 8)):
+        cold.taken = TEMPLATE_BYTES * quarter // 4
+        page, others = HotPage(first, bytes(16)), HotPage(second, bytes(16))
+        if wanted > 1:
+            assert not seen(page, wanted - 1)
+            seen(others, 1_000_000)  # long ago: it has to be seen anew
+            assert not seen(page, wanted - 1)
+        assert seen(page, 1)
+        assert asked.pop().pages[0][0] == first
+    cold.begin()
+    assert seen(HotPage(first, bytes(16)), 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [("addi a0, a1, 5", 12), ("addi a0, a1, 1000", 15), ("xori a0, a1, -128", 12), ("lui a0, 0x12345", 11), ("slli a0, a1, 9", 12)],
+)
+def test_constants_take_the_short_encodings(image, line: str, size: int) -> None:
+    """A load, the number in one or four bytes, a store."""
+    content = assemble("\n".join([line] * 8 + ["ret"]), 0).image.ljust(4096, b"\0")
+    few, many = (len(Assembler(image).code(content, int("01" * count, 2), 0)[0]) for count in (4, 8))
+    assert many - few == 4 * size
+
+
+IMMEDIATES = """
+    li s0, 0x123456789abcdef0
+    li s10, -3
+    li a0, 20
+loop:
+    addi a1, s0, -5
+    addi a1, a1, 2000
+    andi a2, s10, -7
+    andi a2, a2, 1023
+    xori t3, s0, -1
+    xori t3, t3, 77
+    ori t4, s0, 1365
+    ori t4, t4, -1366
+    lui t5, 0x80000
+    lui a3, 0x7ffff
+    li s11, -2048
+    slli a4, s0, 63
+    slli a4, s10, 7
+    slli a4, a4, 31
+    srai a5, s0, 60
+    srai a5, a5, 1
+    srli t6, s10, 1
+    srli t6, t6, 40
+    addiw a6, s0, -1
+    addiw a6, a6, 2047
+    add s0, s0, a1
+    xor s0, s0, a4
+    add s0, s0, t6
+    add s10, s10, a6
+    addi a0, a0, -1
+    bnez a0, loop
+    beq s11, x0, loop
+    ecall
+"""
+
+
+def test_constants_are_exact(guest) -> None:
+    g = guest(IMMEDIATES)
+    assert g.run() == ExitKind.ECALL
+    result, steps = list(g.harts[0].state.x), g.harts[0].state.icount
+    assembled(g)
+    assert again(g) == ExitKind.ECALL
+    assert list(g.harts[0].state.x) == result
+    assert g.harts[0].state.icount == 2 * steps
