@@ -13,6 +13,7 @@ import os
 import queue
 import selectors
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -59,6 +60,10 @@ _WAITING = 64
 _ALIGN = 64
 #: Bytes of code that the first arena begins with; the rest is for what is new.
 _FROM_BEFORE = ARENA_BYTES // 2
+#: Seconds that the thread which compiles may keep the one that answers from running: a VM's page waits for template code.
+_SWITCH = 0.0002
+#: Of the thread that compiles: guests and their devices go first where there are not enough cores for all.
+_NICE = 5
 
 
 class Arena:
@@ -139,6 +144,7 @@ class Translator:
         self._listener.setblocking(False)
 
     def serve(self) -> None:
+        sys.setswitchinterval(_SWITCH)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._finished)
         threading.Thread(target=self._compile_for_ever, name="compiler", daemon=True).start()
@@ -323,6 +329,7 @@ class Translator:
     # -- compiling -----------------------------------------------------------------------------------------------
     def _compile_for_ever(self) -> None:
         """The second thread. A region that cannot be compiled is one that the interpreter keeps."""
+        os.nice(_NICE)  # Linux: of this thread alone
         while True:
             work = self._work.get()
             answer, begun = Answer(), time.thread_time_ns()
