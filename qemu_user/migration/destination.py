@@ -58,6 +58,8 @@ _ASK_SECONDS = 0.02
 _ENDED_SECONDS = 10.0
 _PAGE_SECONDS = 30.0
 _MOST_UNITS = 1 << 20
+_FLUSH_EVERY = 64 << 20
+"""Bytes written to a disk that travels along: its flush must be answered in time, however slow the disk."""
 _PAGE = 4096
 _ZEROES = bytes(1 << 20)
 _MEMORY = (messages.DATA, messages.PACKED, messages.DELTA, messages.RUNS, messages.ZEROES)
@@ -212,6 +214,8 @@ class Incoming:
         self._source: RemotePages | None = None
         self._fresh = -1
         """RAM's memfd in the first round, in which every page is new."""
+        self._unflushed = 0
+        """Bytes written to disks that travel along since they were last flushed."""
         self._pages_follow = False
         """Post-copy: the channel goes on as where memory comes from."""
 
@@ -455,6 +459,7 @@ class Incoming:
                 if frame.a == 1:
                     self._fresh = -1
                     self._prepare_hot(machine)
+                self._flush_copied(machine, hello)
                 channel.send(messages.ROUND, frame.a)
             elif frame.kind == messages.HOT and "hot" in self._features:
                 with suppress(KvmError):  # a promise of speed, no more
@@ -539,8 +544,20 @@ class Incoming:
         view = memoryview(bytearray(data))
         if pages.is_zero(data):
             disk.disk.zero(offset, length, unmap=True)
-        else:
-            disk.disk.write(offset, [view])
+            return
+        disk.disk.write(offset, [view])
+        self._unflushed += length
+        if self._unflushed >= _FLUSH_EVERY:
+            disk.disk.flush()
+            self._unflushed = 0
+
+    def _flush_copied(self, machine: Machine, hello: Hello) -> None:
+        """Disks that travel along; not others' files, which we have not written to. After each round: at the switch nothing is
+        left to write but what the last one has brought."""
+        for number in hello.disks:
+            if number < FLASH:
+                machine.parts.disks[number - 1].flush()
+        self._unflushed = 0
 
     def _unpack(self, channel: Channel, length: int) -> bytes:
         if "zstd" not in self._features:
@@ -558,9 +575,7 @@ class Incoming:
 
     def _lock_disks(self, machine: Machine, hello: Hello) -> None:
         """The source has let go of them. Refused when somebody else has one."""
-        for number in hello.disks:
-            if number < FLASH:  # what was on the disk there is on the disk here; others' files we have not written to
-                machine.parts.disks[number - 1].flush()
+        self._flush_copied(machine, hello)
         end = time.monotonic() + _LOCK_SECONDS
         for image in machine.parts.images:
             while True:
