@@ -29,7 +29,6 @@ from kvmcore.vm.vm import Vm, spare_machine
 from protocol.abi.compat import Compat
 from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing
-from protocol.channel.latency import woken_soon
 from protocol.codec.session import Message
 
 if TYPE_CHECKING:
@@ -74,7 +73,6 @@ class VmProcess:
         from kvmcore.server.connections import ConnectionLimit
         from protocol.channel import zmq_socket
 
-        woken_soon()  # and the threads that start from here
         self._order = order
         self._control = control
         self._loop = EventLoop()

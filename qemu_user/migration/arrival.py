@@ -24,7 +24,6 @@ import zmq
 
 from protocol.abi.errors import KvmError
 from protocol.channel import fd_passing, process_memory, zmq_socket
-from protocol.channel.latency import woken_soon
 from protocol.channel.shared_memory import PAGE
 from protocol.channel.zmq_socket import Curve
 from protocol.client import Vm
@@ -294,7 +293,6 @@ def several(order: Restore) -> str:
 
 def taken_in(order: TakeIn, fds: list[int], tell: int) -> Instance:
     """The VM that came, running. Discarded."""
-    woken_soon()
     channel: Channel
     more: Callable[[], tuple[Channel, int]] | None = None
     if order.called:

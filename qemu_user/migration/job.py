@@ -13,8 +13,6 @@ from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from protocol.channel.latency import woken_soon
-
 if TYPE_CHECKING:
     from qemu_user.machine.machine import Machine
 
@@ -117,7 +115,6 @@ def start(machine: Machine, job: Job, work: Callable[[Job], None]) -> None:
 
 
 def _run(machine: Machine, job: Job, work: Callable[[Job], None]) -> None:
-    woken_soon()
     try:
         work(job)
         job.status = COMPLETED

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from protocol.channel.latency import SLICE_NS
 from tests.framework import memory_guest
-from tests.framework.threads import slice_of
 from tests.migration.hosts import HostUnderTest
 
 
@@ -69,19 +65,6 @@ def test_over_tcp_with_keys(hosts: tuple[HostUnderTest, HostUnderTest], goes_on:
         goes_on("other")
     finally:
         stranger.close()
-
-
-def test_what_a_hand_over_waits_for_is_woken_soon(hosts: tuple[HostUnderTest, HostUnderTest]) -> None:
-    if not slice_of(os.getpid()):
-        pytest.skip("this Linux does not say how long a thread's slices are")
-    one, two = hosts
-    uri = two.serve()
-    one.boot("vm")
-    moved(one, uri)
-    two.wait_for_names(["vm"])
-    (row,) = json.loads(two.softkvm("ps", "--format", "json").stdout)
-    (kvmcore,) = [process.pid for process in two.processes() if process.cmdline()[0].startswith("kvmcore-vm vm")]
-    assert slice_of(row["pid"]) == slice_of(kvmcore) == SLICE_NS
 
 
 def test_a_host_has_its_daemon_before_a_vm_comes(hosts: tuple[HostUnderTest, HostUnderTest]) -> None:
