@@ -345,7 +345,8 @@ class ZmqChannel:
     def _put(self, message: bytes) -> None:
         patience = Patience(STALL_SECONDS)
         while True:
-            self._check()
+            if self._has_ended():
+                raise ChannelError("the connection is gone")
             try:
                 if self._is_router:
                     self._socket.send_multipart((self._identity, message), zmq.NOBLOCK)
@@ -387,6 +388,7 @@ class ZmqChannel:
     def _get(self, seconds: float | None) -> memoryview | None:
         patience = Patience(seconds)
         while True:
+            ended = self._has_ended()  # asked first: what came before its end is read
             try:
                 if not self._is_router:
                     return memoryview(self._socket.recv(zmq.NOBLOCK, copy=False).buffer)
@@ -398,7 +400,8 @@ class ZmqChannel:
                 pass
             except zmq.ZMQError as error:
                 raise ChannelError(f"the connection is gone: {error}") from error
-            self._check()
+            if ended:
+                raise ChannelError("the connection is gone")
             left = min(_LOOK_SECONDS, patience.left())
             if not self._socket.poll(int(left * 1000)):
                 self.look()
@@ -414,14 +417,11 @@ class ZmqChannel:
             self._identity, self._key = identity.bytes, key
         return identity.bytes == self._identity
 
-    def _check(self) -> None:
-        if self._broken:
-            raise ChannelError("the connection is gone")
-        while self._monitor.poll(0):
+    def _has_ended(self) -> bool:
+        while not self._broken and self._monitor.poll(0):
             recv_monitor_message(self._monitor)
             self._broken = True
-        if self._broken:
-            raise ChannelError("the connection is gone")
+        return self._broken
 
     def read(self) -> bytes:
         return self.read_part(len(self._payload))

@@ -88,9 +88,12 @@ def test_fault(
     here = step.startswith("source")
     if step == "destination:data" and way == "handed":
         expected = DESTINATION  # memory that is given as it is needs no data: nothing happens
+    possible = [[] if expected == NEITHER else [expected]]
     if way == "tcp":
         one.trust(two)
         two.trust(one)
+        if (step, action) == ("destination:prepared-sent", "cut"):
+            possible.append([SOURCE])  # ZeroMQ may drop what is under way when it closes
     uri = two.serve("tcp://127.0.0.1:0" if way == "tcp" else "", fault="" if here else f"{step}={action}")
     one.boot("vm", fault=f"{step}={action}" if here else "", drives=(memory_guest.drive(tmp_path / "disk"),))
     goes_on("vm")
@@ -99,14 +102,14 @@ def test_fault(
     while time.monotonic() < end:
         seen = running(hosts)
         assert len(seen) <= 1, f"runs at {seen}"
-        if seen == ([] if expected == NEITHER else [expected]) and settled(hosts):
+        if seen in possible and settled(hosts):
             break
         time.sleep(0.1)
-    assert seen == ([] if expected == NEITHER else [expected])
+    assert seen in possible
     assert settled(hosts)
-    if expected != NEITHER:
+    if seen:
         goes_on("vm", more=5)
-        assert running(hosts) == [expected]
+        assert running(hosts) == seen
     else:
         one.wait_for_names([])
         two.wait_for_names([])

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -132,6 +132,45 @@ def test_who_was_hung_up_on_finds_the_reason(ends: tuple[Channel, Channel], said
     while said and not found and time.monotonic() < until:  # over ZeroMQ it may be on its way
         found = refusal(here)
     assert found == ("no such disk" if said else "")
+
+
+class _EndsWhileLookedAt:
+    """A monitor that is asked just before the other end has its last word and goes."""
+
+    def __init__(self, channel: ZmqChannel, last_word: Callable[[], None]) -> None:
+        self._monitor, self._last_word = channel._monitor, last_word
+        self._spoken = False
+
+    def poll(self, timeout: int) -> int:
+        if not self._spoken:
+            self._spoken = True
+            self._last_word()
+            assert self._monitor.poll(60_000)
+        return int(self._monitor.poll(timeout))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._monitor, name)
+
+
+@pytest.mark.parametrize("ends", ["zmq"], indirect=True)
+def test_what_was_said_before_the_end_is_heard(ends: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has arrived, at least: ZeroMQ may drop what is under way when it closes."""
+    here, there = ends
+    assert isinstance(here, ZmqChannel)
+    here.send(messages.HELLO)
+    assert there.receive(60) is not None
+
+    def last_word() -> None:
+        there.send(messages.PREPARED)
+        assert here._socket.poll(60_000)
+        there.close()
+
+    monkeypatch.setattr(here, "_monitor", _EndsWhileLookedAt(here, last_word))
+    frame = here.receive(60)
+    assert frame is not None
+    assert frame.kind == messages.PREPARED
+    with pytest.raises(ChannelError, match="gone"):
+        here.receive(60)
 
 
 def test_a_cut_end_reads_nothing_any_more(ends: tuple[Channel, Channel]) -> None:
