@@ -17,6 +17,12 @@ MIB = 1 << 20
 SIZE = 8 * LARGE
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the host is: a page may take its time."""
+    monkeypatch.setattr(large_pages, "_PATIENCE", 60.0)
+
+
 @pytest.fixture
 def fd() -> Iterator[int]:
     fd = os.memfd_create("ram")
@@ -74,6 +80,13 @@ def test_a_part_is_what_some_file_says_it_is(fd: int) -> None:
     os.ftruncate(fd, 128 * LARGE)
     assert gather(fd, [range(8 * LARGE, 1 << 64)]) == 64
     assert os.fstat(fd).st_blocks * 512 == 65 * LARGE
+
+
+@needs_large_pages
+def test_the_first_page_that_takes_long_is_the_last(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_pages, "_PATIENCE", -1.0)
+    assert gather(fd, [range(SIZE)]) == 0
+    assert there(fd) == [True] + [False] * 7
 
 
 def test_a_host_without_them_has_small_ones(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
