@@ -51,7 +51,8 @@ def settle() -> None:
 def forget_lookups() -> None:
     """Empty CPython's cache of what was looked up in types. Its entries hold references to names: one that a child replaces is
     a write to two of them. Called before what children do is done for the last time, so that they find what they need."""
-    sys._clear_type_cache()
+    clear = getattr(sys, "_clear_internal_caches", None) or sys._clear_type_cache  # so called from Python 3.13 on
+    clear()
 
 
 def trim() -> None:
