@@ -76,7 +76,8 @@ def test_a_killed_vm_is_a_crash(daemon: Daemon) -> None:
     finding = perform(executor, [Op("ioctl", ("vm", 0), "CHECK_EXTENSION", arg=1)])
     executor.close()
     assert finding is not None
-    assert (finding.oracle, finding.text) == ("crash", "the process has ended")
+    assert finding.oracle == "crash"
+    assert finding.text.endswith("the process has ended"), "before the ioctl, or in the middle of it"
 
 
 def test_the_bystander_notices(daemon: Daemon) -> None:
