@@ -41,7 +41,9 @@ def own(path: Path | None = None) -> Curve:
 
 
 def public(path: Path) -> bytes:
-    """The public key in a certificate."""
+    """The public key in a certificate. KeyFileError."""
+    if not path.exists():
+        raise KeyFileError(f"key {path}: there is no such file; copy the other host's public key (host.key) to it")
     return _load(path)[0]
 
 
@@ -54,8 +56,6 @@ def trusted(path: Path | None = None) -> dict[str, bytes]:
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     import zmq.auth  # brings asyncio: only who has keys pays for it
 
-    if not path.exists():
-        raise KeyFileError(f"key {path}: there is no such file; copy the other host's public key (host.key) to it")
     try:
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:

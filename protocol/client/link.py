@@ -40,6 +40,7 @@ _LAST_WORD_MS = 20
 _VERSION = fingerprint()
 """When this process was started: its code may be replaced on the disk meanwhile."""
 _context: list[zmq.Context[zmq.Socket[bytes]]] = []
+_context_pid = [0]
 _context_lock = threading.Lock()
 
 
@@ -50,9 +51,6 @@ def shared_context() -> zmq.Context[zmq.Socket[bytes]]:
             _context[:] = [zmq_socket.context()]
             _context_pid[0] = os.getpid()
         return _context[0]
-
-
-_context_pid = [0]
 
 
 def end_context() -> None:

@@ -67,8 +67,45 @@ other:
 """
 
 
-def test_the_same_result_and_instructions_retired(guest) -> None:
-    g = guest(SUM)
+IMMEDIATES = """
+    li s0, 0x123456789abcdef0
+    li s10, -3
+    li a0, 20
+loop:
+    addi a1, s0, -5
+    addi a1, a1, 2000
+    andi a2, s10, -7
+    andi a2, a2, 1023
+    xori t3, s0, -1
+    xori t3, t3, 77
+    ori t4, s0, 1365
+    ori t4, t4, -1366
+    lui t5, 0x80000
+    lui a3, 0x7ffff
+    li s11, -2048
+    slli a4, s0, 63
+    slli a4, s10, 7
+    slli a4, a4, 31
+    srai a5, s0, 60
+    srai a5, a5, 1
+    srli t6, s10, 1
+    srli t6, t6, 40
+    addiw a6, s0, -1
+    addiw a6, a6, 2047
+    add s0, s0, a1
+    xor s0, s0, a4
+    add s0, s0, t6
+    add s10, s10, a6
+    addi a0, a0, -1
+    bnez a0, loop
+    beq s11, x0, loop
+    ecall
+"""
+
+
+@pytest.mark.parametrize("program", [SUM, IMMEDIATES], ids=["sum", "immediates"])
+def test_the_same_result_and_instructions_retired(guest, program: str) -> None:
+    g = guest(program)
     assert g.run() == ExitKind.ECALL
     result, steps = list(g.harts[0].state.x), g.harts[0].state.icount
     assembled(g)
@@ -491,49 +528,3 @@ def test_constants_take_the_short_encodings(image, line: str, size: int) -> None
     content = assemble("\n".join([line] * 12 + ["ret"]), 0).image.ljust(4096, b"\0")
     few, many = (len(Assembler(image).code(content, int("01" * count, 2), 0)[0]) for count in (8, 12))
     assert many - few == 4 * size
-
-
-IMMEDIATES = """
-    li s0, 0x123456789abcdef0
-    li s10, -3
-    li a0, 20
-loop:
-    addi a1, s0, -5
-    addi a1, a1, 2000
-    andi a2, s10, -7
-    andi a2, a2, 1023
-    xori t3, s0, -1
-    xori t3, t3, 77
-    ori t4, s0, 1365
-    ori t4, t4, -1366
-    lui t5, 0x80000
-    lui a3, 0x7ffff
-    li s11, -2048
-    slli a4, s0, 63
-    slli a4, s10, 7
-    slli a4, a4, 31
-    srai a5, s0, 60
-    srai a5, a5, 1
-    srli t6, s10, 1
-    srli t6, t6, 40
-    addiw a6, s0, -1
-    addiw a6, a6, 2047
-    add s0, s0, a1
-    xor s0, s0, a4
-    add s0, s0, t6
-    add s10, s10, a6
-    addi a0, a0, -1
-    bnez a0, loop
-    beq s11, x0, loop
-    ecall
-"""
-
-
-def test_constants_are_exact(guest) -> None:
-    g = guest(IMMEDIATES)
-    assert g.run() == ExitKind.ECALL
-    result, steps = list(g.harts[0].state.x), g.harts[0].state.icount
-    assembled(g)
-    assert again(g) == ExitKind.ECALL
-    assert list(g.harts[0].state.x) == result
-    assert g.harts[0].state.icount == 2 * steps
