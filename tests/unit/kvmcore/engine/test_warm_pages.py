@@ -131,6 +131,24 @@ def test_an_idle_machine_forgets_what_it_fetches_in_all_address_spaces(image: Im
             g.harts[0].forget_fetches()
 
 
+def test_what_is_forgotten_is_not_found_in_the_second_level(image: Image) -> None:
+    """Its entries carry the stamp of the block that they were filled into: each block gets one that none has had."""
+    g = Guest(image, CODE)
+    assert g.run() == ExitKind.MMIO_WRITE
+    hart = g.harts[0]
+    first = hart.address + hart_state.offset("tlb_blocks") + hart.state.bank * hart_state.TLB_BANK
+    places = [first + number * hart_state.TLB_BLOCK + hart_state.BLOCK_STAMPS + 8 for number in range(hart_state.TLB_BLOCKS)]
+    stamps = [ctypes.c_uint64.from_address(place) for place in places]
+    before, filled = {stamp.value for stamp in stamps}, hart.state.count_fetch_fill
+    hart.forget_fetches()
+    after = {stamp.value for stamp in stamps}
+    assert len(after) == len(places)
+    assert min(after) > max(before)
+    hart.state.pc = RAM
+    assert g.run() == ExitKind.MMIO_WRITE
+    assert hart.state.count_fetch_fill > filled
+
+
 def test_an_idle_machine_touches_no_tables_that_it_has_not_used(image: Image) -> None:
     g = Guest(image, CODE)
     tables = g.harts[0].address + hart_state.offset("tlb_blocks")

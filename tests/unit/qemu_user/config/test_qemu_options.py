@@ -221,3 +221,10 @@ def test_what_concerns_the_process_is_no_part_of_the_machine(kernel: str) -> Non
     words = ["-kernel", kernel, "-cgroup", "memory=1G,pids=99", "-only-files", "-allow-files", "/a", "--allow-files", "/b"]
     assert built(words).process == ProcessOptions("memory=1G,pids=99", only_files=True, allow_files=["/a", "/b"])
     assert built(words).finish() == built(["-kernel", kernel]).finish()
+
+
+@pytest.mark.parametrize("login", ["", "a b", "ada\n", "-oProxyCommand=x", "x" * 33])
+def test_who_logs_in_is_a_user(login: str) -> None:
+    """It may come from another host, and becomes an option of ssh's."""
+    with pytest.raises(ConfigError, match="login"):
+        MachineConfig(login=login).validate(files=False)
