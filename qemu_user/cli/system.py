@@ -22,7 +22,6 @@ ROOT = "/dev/vda"
 #: Additional modules of the image (busybox.EXTRAS) that such a VM needs: its file system, and vsock for softkvm ssh.
 EXTRAS = ("ext4", "vsock")
 _HOST_NAME = re.compile(r"(?=.{1,63}\Z)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*\Z")
-_USER_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 _PUBLIC_KEY = re.compile(r"(ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/]+=*( .*)?\Z")
 
 
@@ -96,9 +95,11 @@ def host_name(name: str) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from qemu_user.config.machine_config import LOGIN
+
     if options.hostname and not _HOST_NAME.match(options.hostname):
         raise ConfigError(f"--hostname {options.hostname}: letters a to z, digits and '-', in parts between dots, at most 63")
-    if options.user and (not _USER_NAME.match(options.user) or options.user == "root"):
+    if options.user and (not LOGIN.match(options.user) or options.user == "root"):
         raise ConfigError(f"--user {options.user}: a letter a to z or '_', then letters, digits, '-' and '_', at most 32")
     _given_keys(options)
 

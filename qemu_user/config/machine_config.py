@@ -37,7 +37,7 @@ DISK_LIMITS = (*_LIMITED, *(f"{kind}{more}" for kind in _LIMITED for more in ("-
 """QEMU's throttling options."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
-_LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
+LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}\Z")
 
 
@@ -307,7 +307,7 @@ def _check_basics(config: MachineConfig) -> None:
         f"name {config.name!r}: 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit",
     )
     _demand(not config.uuid or _UUID.match(config.uuid) is not None, f"uuid {config.uuid!r}: is none")
-    _demand(_LOGIN.match(config.login) is not None, f"login {config.login!r}: no name that a user can have")
+    _demand(LOGIN.match(config.login) is not None, f"login {config.login!r}: no name that a user can have")
     _demand(
         MIN_MEMORY <= config.memory <= MAX_MEMORY,
         f"memory of {config.memory / MIB:g} MiB: between {MIN_MEMORY // MIB} MiB and {MAX_MEMORY // MIB} MiB",
